@@ -1,0 +1,109 @@
+# A fresh clone needs nothing but this: `make demo` and `make test` make their own environment first.
+#
+#   PYTHON   the interpreter the environment is made from (3.10 or newer)
+#   VENV     where it stands
+#   JOBS     processes the tests run in, one thread each
+#   ARGS     passed on to fastheads or pytest
+#   RESULT   where `make bench` writes its numbers
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_LATEST ?= .venv-latest
+JOBS ?= 2
+ARGS ?=
+RESULT ?= bench/results/local.json
+
+BIN := $(VENV)/bin
+PINNED := -c constraints.txt
+FOR_TEST := -e '.[train,test]'
+FOR_DEV := -e '.[train,dev]'
+FOR_BENCH := -e '.[train,bench,test]'
+SOURCES := setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types format bench install-dev clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.for-test ## train on the digits that come with scikit-learn, and write a report
+	$(BIN)/fastheads demo $(ARGS)
+
+demo-full: $(VENV)/.for-test ## the demo with every method and seed
+	$(BIN)/fastheads demo --full $(ARGS)
+
+demo-tune: $(VENV)/.for-test ## the search behind the demo's settings
+	$(BIN)/fastheads demo --tune $(ARGS)
+
+test: $(VENV)/.for-test ## the tests, on the versions in constraints.txt
+	$(call pytest,$(VENV))
+
+test-latest: ## the tests, on the newest torch, torchvision and open_clip
+	$(call make_venv,$(VENV_LATEST))
+	$(call install,$(VENV_LATEST),--upgrade torch torchvision open_clip_torch $(FOR_TEST))
+	$(call pytest,$(VENV_LATEST))
+
+lint: lint-format lint-rules lint-types ## formatting, ruff's rules, types
+
+lint-format: $(VENV)/.for-dev
+	$(BIN)/ruff format --check .
+
+lint-rules: $(VENV)/.for-dev
+	$(BIN)/ruff check .
+
+lint-types: $(VENV)/.for-dev
+	$(BIN)/mypy
+
+format: $(VENV)/.for-dev ## reformat, and correct what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.for-bench ## the benches in bench/, their numbers in RESULT
+	@mkdir -p $(dir $(RESULT))
+	$(BIN)/pytest bench --benchmark-only --benchmark-json=$(RESULT) --timeout=0 $(ARGS)
+
+install-dev: $(VENV)/.for-dev ## the environment of test and lint, without running anything
+
+clean: ## remove builds and caches (environments and runs/ stay)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+# $(call make_venv,folder): an environment of PYTHON, with uv in it; an existing one is left alone.
+define make_venv
+	@command -v '$(PYTHON)' >/dev/null || { \
+	    echo "There is no '$(PYTHON)'. Name a Python 3.10 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "fastheads needs Python 3.10 or newer, and $(PYTHON) is $$('$(PYTHON)' -V 2>&1)." \
+	         "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(1)/bin/python || '$(PYTHON)' -m venv $(1)
+	@test -x $(1)/bin/uv || $(1)/bin/python -m pip install --quiet $(PINNED) uv \
+	    || echo "No uv for this machine: pip installs, more slowly." >&2
+endef
+
+# $(call install,folder,arguments): with uv, several times faster than pip; with pip where it can't.
+define install
+	{ test -x $(1)/bin/uv && $(1)/bin/uv pip install --python $(1)/bin/python $(2); } \
+	    || $(1)/bin/python -m pip install $(2)
+endef
+
+# $(call pytest,folder). One thread a process, or they get in each other's way; worksteal: neighbouring
+# tests stay in one process, where they share fixtures.
+define pytest
+	OMP_NUM_THREADS=1 $(1)/bin/pytest -n $(JOBS) --dist worksteal --benchmark-disable $(ARGS)
+endef
+
+# The stamps: made once, and again where what is installed changed.
+$(VENV)/.for-test: $(SOURCES)
+	$(call make_venv,$(VENV))
+	$(call install,$(VENV),$(PINNED) $(FOR_TEST))
+	@touch $@
+
+$(VENV)/.for-dev: $(SOURCES)
+	$(call make_venv,$(VENV))
+	$(call install,$(VENV),$(PINNED) $(FOR_DEV))
+	@touch $@ $(VENV)/.for-test
+
+$(VENV)/.for-bench: $(SOURCES)
+	$(call make_venv,$(VENV))
+	$(call install,$(VENV),$(PINNED) $(FOR_BENCH))
+	@touch $@ $(VENV)/.for-test

@@ -1,0 +1,390 @@
+"""The command line: `fastheads demo | train | evaluate | merge | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class InputError(ValueError):
+    """Bad input: one line, exit code 2."""
+
+
+def _model_options(parser: argparse.ArgumentParser, *, pretrained: str | None) -> None:
+    group = parser.add_argument_group("the base model")
+    group.add_argument("--model", default="ViT-B-16", metavar="NAME", help="OpenCLIP's name (default: ViT-B-16)")
+    group.add_argument(
+        "--pretrained",
+        default=pretrained,
+        metavar="TAG|FILE",
+        help=f"OpenCLIP's tag for its weights, or a local checkpoint (default: {pretrained or 'random weights'})",
+    )
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the data")
+    group.add_argument(
+        "--data", required=True, type=Path, metavar="DIR", help="images as DIR/<domain>/<class>/<image> (PACS, VLCS …)"
+    )
+    group.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help='template of the classifier, {} for the class; repeat for an ensemble (default: "a photo of a {}.")',
+    )
+    group.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes (default: 2)")
+    group.add_argument("--batch-size", type=int, default=256, metavar="N", help="of evaluation (default: 256)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    main = argparse.ArgumentParser(
+        prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen."
+    )
+    commands = main.add_subparsers(dest="command", required=True, metavar="demo | train | evaluate | merge | inspect")
+
+    demo = commands.add_parser(
+        "demo",
+        help="every method on handwritten digits in four looks; minutes on a CPU, no download",
+        description="Pretrains a tiny CLIP on digits, adapts it by every method on three looks, tests on a fourth it "
+        "never saw, and writes a report. Needs no download and no GPU.",
+    )
+    demo.add_argument(
+        "--target", default=None, metavar="DOMAIN", help="held out: ink, neon, photo, sketch (the default)"
+    )
+    demo.add_argument("--full", action="store_true", help="hold out every domain, with three seeds")
+    demo.add_argument(
+        "--tune", action="store_true", help="choose learning rates and lambda on source validation instead"
+    )
+    demo.add_argument("--steps", type=int, default=None, metavar="N", help="training steps per method (default: 200)")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    demo.add_argument(
+        "--cache", type=Path, default=None, metavar="DIR", help="of the pretrained model (default: --out)"
+    )
+
+    train = commands.add_parser(
+        "train",
+        help="leave one domain out of a folder of images, adapt, test on it",
+        description="Adapts an OpenCLIP model on all domains but one and tests it on that one (DomainBed's protocol: "
+        "the checkpoint is chosen on the sources' held-out images). A killed run goes on when started again.",
+        epilog="example: fastheads train --model ViT-B-16 --pretrained openai --data data/PACS --target sketch",
+    )
+    _model_options(train, pretrained="openai")
+    _data_options(train)
+    group = train.add_argument_group("the experiment")
+    group.add_argument(
+        "--target", nargs="+", default=["all"], metavar="DOMAIN", help='held out in turn, or "all" (the default)'
+    )
+    group.add_argument(
+        "--method",
+        nargs="+",
+        default=["hap"],
+        metavar="M",
+        help="zero-shot, linear-probe, fine-tune, car-ft, lora, ha-lora, dig, hap (default: hap)",
+    )
+    group.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N", help="one run each (default: 0)")
+    group.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
+    group = train.add_argument_group("the training")
+    group.add_argument("--steps", type=int, default=20_000, metavar="N", help="default: 20000, the published 40 × 500")
+    group.add_argument("--per-domain", type=int, default=12, metavar="N", help="images of each source in a step (12)")
+    group.add_argument(
+        "--lr", type=float, default=None, metavar="X", help="default: 2e-4; 1e-5 where the whole encoder is trained"
+    )
+    group.add_argument("--gate-lr", type=float, default=2e-3, metavar="X", help="of the gates (default: 2e-3)")
+    group.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="of all but gates (default: 0.1)")
+    group.add_argument("--mmd-weight", type=float, default=0.1, metavar="X", help="lambda of the MMD (default: 0.1)")
+    group.add_argument("--mmd-kernel", default="adaptive", metavar="K", help="adaptive (default), domainbed or dan")
+    group.add_argument("--mmd-features", default="heads", metavar="F", help="heads (default) or embedding")
+    group.add_argument(
+        "--context-weight", type=float, default=None, metavar="X", help="of CAR-FT's KL (default: 1 for car-ft, else 0)"
+    )
+    group.add_argument("--evaluate-every", type=int, default=500, metavar="N", help="steps (default: 500)")
+    group.add_argument("--save-every", type=int, default=500, metavar="N", help="steps, to resume from (default: 500)")
+    group.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)"
+    )
+    group.add_argument("--cache-images", action="store_true", help="keep decoded images in memory")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a model, with or without an adapter, on each domain",
+        description="Zero-shot accuracy on each domain of a folder: of a base model, a merged one, or one with an "
+        "adapter.",
+    )
+    _model_options(evaluate, pretrained="openai")
+    _data_options(evaluate)
+    evaluate.add_argument("--adapter", type=Path, default=None, metavar="DIR", help="written by train (…/adapter)")
+    evaluate.add_argument("--domain", nargs="+", default=None, metavar="DOMAIN", help="default: all")
+
+    merge = commands.add_parser(
+        "merge",
+        help="fold an adapter into the weights: a stock OpenCLIP checkpoint",
+        description="Folds an adapter's deltas and gates into its base model and writes a checkpoint with stock keys, "
+        "for open_clip.create_model(NAME, pretrained=FILE).",
+    )
+    _model_options(merge, pretrained="openai")
+    merge.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="written by train (…/adapter)")
+    merge.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint, .safetensors")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what an adapter holds, or how a model would be patched",
+        description="With --adapter: its base, sizes and gates. Without: the path each layer of --model would take, "
+        "and why.",
+    )
+    inspect.add_argument("--adapter", type=Path, default=None, metavar="DIR", help="written by train (…/adapter)")
+    _model_options(inspect, pretrained=None)
+    return main
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def _load_model(name: str, pretrained: str | None) -> tuple[nn.Module, Any]:
+    """An OpenCLIP model and its tokenizer; what goes wrong, in words."""
+    import open_clip
+
+    if name == "fastheads-demo":
+        from fastheads.demo.pretrain import register
+
+        register()
+    if name not in open_clip.list_models() and ":" not in name:
+        close = [m for m in open_clip.list_models() if name.lower().split("-")[0] in m.lower()][:6]
+        raise InputError(f"--model: OpenCLIP has no {name!r}; it has {', '.join(close) or 'others'} …")
+    if pretrained and (os.sep in pretrained or Path(pretrained).suffix) and not Path(pretrained).is_file():
+        raise InputError(f"--pretrained: {pretrained} does not exist")
+    if pretrained and not Path(pretrained).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if tags and pretrained not in tags:
+            raise InputError(
+                f"--pretrained: {name} has no weights {pretrained!r}; it has {', '.join(tags)}, or give a file"
+            )
+    try:
+        model = open_clip.create_model(name, pretrained=pretrained)
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if pretrained and Path(pretrained).is_file():
+            raise InputError(f"--pretrained: {pretrained} does not fit {name}: {reason}") from e
+        raise InputError(
+            f"--pretrained: could not get the weights {pretrained!r} of {name} ({reason}); without a network, give "
+            "--pretrained the path of a checkpoint you have"
+        ) from e
+    return model.eval(), open_clip.get_tokenizer(name)
+
+
+def _transforms(model: nn.Module) -> Any:
+    import open_clip
+
+    from fastheads.train.data import clip_transforms
+
+    visual: Any = model.visual
+    cfg = getattr(visual, "preprocess_cfg", {}) or {}
+    size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
+    constants = open_clip.constants
+    mean, std = cfg.get("mean", constants.OPENAI_DATASET_MEAN), cfg.get("std", constants.OPENAI_DATASET_STD)
+    return clip_transforms(size, mean, std)
+
+
+def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
+    for prompt in args.prompt or ():
+        if "{}" not in prompt:
+            raise InputError(f"--prompt: {prompt!r} has no place for the class; write it as {{}}")
+    return tuple(args.prompt or ("a photo of a {}.",))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from fastheads.demo.digits import DOMAINS
+    from fastheads.demo.run import TARGET, run_demo, tune_demo
+    from fastheads.train.experiment import table
+
+    if args.target is not None and args.target not in DOMAINS:
+        raise InputError(f"--target: got {args.target!r}; takes {', '.join(DOMAINS)}")
+    if args.target and args.full:
+        raise InputError("--target: --full holds out every domain; give one of the two")
+    cache = args.cache or args.out / "model"
+    targets = DOMAINS if args.full else (args.target or TARGET,)
+    if args.tune:
+        result = tune_demo(args.out, cache, target=targets[0], steps=args.steps)
+        print(f"chosen on source validation: {result['chosen']}\n{args.out / 'tuning.json'}")
+        return
+    command = " ".join(["fastheads", *sys.argv[1:]])
+    seeds = (0, 1, 2) if args.full else (0,)
+    experiment, page = run_demo(args.out, cache, targets=targets, seeds=seeds, steps=args.steps, command=command)
+    print("accuracy on the domain held out, %\n" + table(experiment))
+    print(f"\nreport: {page}")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from fastheads.train.data import read_domains
+    from fastheads.train.evaluation import make_problem
+    from fastheads.train.experiment import run_experiment, table
+    from fastheads.train.loop import Recipe
+    from fastheads.train.objectives import METHODS
+    from fastheads.train.progress import Bars
+    from fastheads.train.report import write_report
+
+    for name in args.method:
+        if name not in METHODS:
+            raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
+    folders = read_domains(args.data)
+    targets = list(folders.domains) if args.target == ["all"] else args.target
+    for name in targets:
+        if name not in folders.domains:
+            raise InputError(f"--target: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+
+    def recipe_of(method: str) -> Recipe:
+        encoder = METHODS[method].trains == "encoder"
+        context = float(METHODS[method].context) if args.context_weight is None else args.context_weight
+        return Recipe(
+            steps=args.steps,
+            per_domain=args.per_domain,
+            lr=args.lr if args.lr is not None else 1e-5 if encoder else 2e-4,
+            gate_lr=args.gate_lr,
+            weight_decay=args.weight_decay,
+            mmd_weight=args.mmd_weight,
+            context_weight=context,
+            mmd_kernel=args.mmd_kernel,
+            mmd_features=args.mmd_features,
+            evaluate_every=args.evaluate_every,
+            save_every=args.save_every,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            cache=args.cache_images,
+        )
+
+    for method in args.method:
+        recipe_of(method)  # bad numbers are told before the model is loaded
+    prompts = _prompts(args)
+    model, tokenizer = _load_model(args.model, args.pretrained)
+    problem_of = functools.lru_cache(maxsize=1)(
+        lambda target, seed: make_problem(
+            model,
+            tokenizer,
+            folders,
+            target,
+            _transforms(model),
+            prompts=prompts,
+            with_contexts=any(recipe_of(method).context_weight for method in args.method),
+            seed=seed,
+        )
+    )
+    with Bars() as bars:
+        experiment = run_experiment(
+            model,
+            problem_of,
+            folders,
+            methods=args.method,
+            targets=targets,
+            seeds=args.seed,
+            recipes=recipe_of,
+            out=args.out,
+            title=f"{args.model} on {args.data.name}",
+            command=" ".join(["fastheads", *sys.argv[1:]]),
+            base_name=f"{args.model} {args.pretrained}",
+            dataset_name=args.data.name,
+            precision=args.precision,
+            watch=bars.watch,
+        )
+    print("accuracy on the domain held out, %\n" + table(experiment))
+    shown = {name: [path for path, _ in files[:: max(1, len(files) // 8)]][:8] for name, files in _by_name(folders)}
+    print(f"\nreport: {write_report(experiment, args.out, samples=shown)}")
+
+
+def _by_name(folders: Any) -> Any:
+    return zip(folders.domains, folders.files, strict=True)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from fastheads.adapters import load_adapter, read_adapter
+    from fastheads.contexts import class_text_weights
+    from fastheads.train.data import evaluation_loader, read_domains
+    from fastheads.train.evaluation import image_features, score_logits
+
+    folders = read_domains(args.data)
+    for name in args.domain or ():
+        if name not in folders.domains:
+            raise InputError(f"--domain: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+    if args.adapter is not None:
+        read_adapter(args.adapter)
+    prompts = _prompts(args)
+    model, tokenizer = _load_model(args.model, args.pretrained)
+    if args.adapter is not None:
+        load_adapter(model, args.adapter)
+    names = [name.replace("_", " ") for name in folders.classes]
+    classifier = class_text_weights(model, tokenizer, names, prompts)
+    transform = _transforms(model)[1]
+    for name in args.domain or folders.domains:
+        loader = evaluation_loader(folders, name, None, transform, args.batch_size, workers=args.workers)
+        features, labels = image_features(model, loader)
+        result = score_logits(features @ classifier.T, labels)
+        print(f"{name:<16} {100 * result.accuracy:5.1f} %  of {result.images} images")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    import fastheads
+    from fastheads.adapters import read_adapter
+    from fastheads.train.experiment import save_stock
+
+    if args.out.suffix != ".safetensors":
+        raise InputError(f"--out: got {args.out}; takes a file name that ends in .safetensors")
+    read_adapter(args.adapter)
+    model, _ = _load_model(args.model, args.pretrained)
+    fastheads.load_adapter(model, args.adapter)
+    fastheads.merge(model)
+    print(f"{save_stock(model, args.out)}: open_clip.create_model({args.model!r}, pretrained={str(args.out)!r})")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    import fastheads
+    from fastheads.adapters import read_adapter
+    from fastheads.reference import GATES
+
+    if args.adapter is None:
+        model, _ = _load_model(args.model, args.pretrained)
+        print(fastheads.explain(model))
+        return
+    about, tensors = read_adapter(args.adapter)
+    size = sum(f.stat().st_size for f in args.adapter.iterdir() if f.is_file())
+    print(f"base     {about['base_model']} (sha256 {about['base_sha256'][:12]}…), {about['host']}")
+    print(
+        f"size     {about['lora_parameters']:,} LoRA and {about['gate_parameters']:,} gate parameters, {size:,} bytes"
+    )
+    print("config   " + ", ".join(f"{k}={v}" for k, v in about["config"].items()))
+    gate = about["config"]["gate"]
+    for name, theta in tensors.items():
+        if name.endswith(".theta"):
+            values = " ".join(f"{g:5.2f}" for g in GATES[gate](theta).tolist())
+            print(f"gates    {name.removesuffix('.attn.heads.theta'):<36} {values}")
+
+
+COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "merge": _merge, "inspect": _inspect}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. 0: done; 2: bad input, told in one line; 130: interrupted."""
+    args = parser().parse_args(argv)
+    warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)  # type: ignore[assignment]
+    try:
+        COMMANDS[args.command](args)
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
+        if os.environ.get("FASTHEADS_TRACEBACK"):
+            raise
+        print(f"fastheads {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastheads: interrupted; the same command goes on from the last saved state", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

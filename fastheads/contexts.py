@@ -1,0 +1,91 @@
+"""Class and context weights from the text tower: the classifier, and CAR-FT's contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Template = str | Callable[[str], str]
+
+
+def _prompt(template: Template, name: str) -> str:
+    if callable(template):
+        return template(name)
+    if "{" not in template:
+        raise ValueError(f"templates: {template!r} has no place for the class; write it as {{}}")
+    return template.format(name, **{"class": name})
+
+
+def prompt_embeddings(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[Template],
+    *,
+    batch_size: int = 256,
+) -> Tensor:
+    """`[T, C, E]`, at least float32: every class in every template through the text tower, L2-normalised.
+
+    The text tower runs without gradient and in evaluation mode. Raises ValueError for no class or no template, or a
+    template without a place for the class.
+    """
+    if isinstance(classnames, str) or not classnames:
+        raise ValueError(f"classnames: got {classnames!r}; takes a sequence of at least one class name")
+    if isinstance(templates, str) or not templates:
+        raise ValueError(
+            f"templates: got {templates!r}; takes a sequence of at least one template, as 'a photo of a {{}}.'"
+        )
+    prompts = [_prompt(template, name) for template in templates for name in classnames]
+    encode: Any = model.encode_text
+    device = next(model.parameters()).device
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [
+                encode(tokenizer(prompts[i : i + batch_size]).to(device)) for i in range(0, len(prompts), batch_size)
+            ]
+    finally:
+        for m, training in modes.items():
+            m.training = training
+    e = torch.cat(parts)
+    e = F.normalize(e.to(torch.promote_types(e.dtype, torch.float32)), dim=-1)
+    return e.view(len(templates), len(classnames), -1)
+
+
+def class_text_weights(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[Template] = ("a photo of a {}.",),
+) -> Tensor:
+    """`W_cls[c] = normalise(mean over templates)`, `[C, E]`: the zero-shot classifier.
+
+    Args:
+        model: an OpenCLIP model (its `encode_text` is used).
+        tokenizer: `open_clip.get_tokenizer(name)`.
+        classnames: C names.
+        templates: as `"a photo of a {}."`, or functions of the name, as OpenCLIP's OPENAI_IMAGENET_TEMPLATES.
+    """
+    return F.normalize(prompt_embeddings(model, tokenizer, classnames, templates).mean(0), dim=-1)
+
+
+def context_text_weights(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    classnames: Sequence[str],
+    templates: Sequence[Template] | None = None,
+) -> Tensor:
+    """`W_ctx[t] = normalise(mean over classes)`, `[T, E]`: CAR-FT's contexts. Arguments as `class_text_weights`.
+
+    templates: None: OpenCLIP's 80 ImageNet templates. Source: CAR-FT (arXiv 2211.16175).
+    """
+    if templates is None:
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        templates = OPENAI_IMAGENET_TEMPLATES
+    return F.normalize(prompt_embeddings(model, tokenizer, classnames, templates).mean(1), dim=-1)

@@ -1,0 +1,75 @@
+"""Where an OpenCLIP model keeps its attention layers, and which token its features come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+REFUSED = {
+    "TimmModel": "a timm tower",
+    "ModifiedResNet": "a ResNet tower (it has one attention layer, a pooling one)",
+    "HFTextEncoder": "a Hugging Face text tower",
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One tower of a model: its name, its attention modules in order, and how its tokens are pooled.
+
+    `pool`: `"first"`, `"last"`, `"mean"`, `"argmax"`, `"eos"`, or `"none"` where no token stands for the whole.
+    `embedding` is the module whose input are the token ids (text towers that pool by them), `eos` their end token.
+    """
+
+    name: str
+    module: nn.Module
+    attentions: tuple[nn.Module, ...]
+    pool: str
+    embedding: nn.Module | None = None
+    eos: int | None = None
+
+    def token_index(self, ids: Tensor) -> Tensor:
+        """`[B]` index of the pooled token from the token ids `[B, N]`, as OpenCLIP's text_global_pool."""
+        if self.pool == "argmax":
+            return ids.argmax(-1)
+        return torch.eq(ids, self.eos if self.eos is not None else -1).int().argmax(-1)
+
+
+def find_tower(model: nn.Module, name: str) -> Tower:
+    """The tower `name` ("visual" or "text") of an OpenCLIP model.
+
+    Raises TypeError for a model without such a tower, and for timm, Hugging Face and ResNet towers.
+    """
+    if name == "visual":
+        tower: Any = getattr(model, "visual", None)
+    else:
+        tower = getattr(model, "text", None)
+        if tower is None and hasattr(model, "token_embedding"):
+            tower = model  # OpenCLIP's CLIP keeps the text tower's parts itself
+    if not isinstance(tower, nn.Module):
+        raise TypeError(
+            f"model: {type(model).__name__} has no {name} tower; takes an OpenCLIP model "
+            "(open_clip.create_model …), with a `visual` and a text tower"
+        )
+    kind = REFUSED.get(type(tower).__name__)
+    if kind:
+        raise TypeError(
+            f"model: its {name} tower is {kind}, which fastheads does not patch yet; "
+            "takes OpenCLIP's own transformers (ViT-B-32, ViT-B-16, ViT-L-14 …)"
+        )
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+    if blocks is None or not all(isinstance(getattr(b, "attn", None), nn.Module) for b in blocks):
+        raise TypeError(f"model: its {name} tower ({type(tower).__name__}) has no transformer.resblocks[i].attn")
+    attentions = tuple(b.attn for b in blocks)
+    pool: str
+    if name == "visual":
+        pool = {"tok": "first", "avg": "mean"}.get(getattr(tower, "pool_type", "tok"), "none")
+        return Tower(name, tower, attentions, "mean" if getattr(tower, "attn_pool", None) is not None else pool)
+    pool = str(getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "argmax"))
+    if getattr(tower, "cls_emb", None) is not None:
+        pool = "last"
+    eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+    embedding: Any = tower.token_embedding
+    return Tower(name, tower, attentions, pool, embedding, eos)

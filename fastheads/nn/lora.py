@@ -1,0 +1,77 @@
+"""HeadLoRA: the trainable part of one attention layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastheads.config import HeadConfig
+from fastheads.reference import GATES
+
+if TYPE_CHECKING:
+    from fastheads.capture import CapturedHeads
+
+
+class HeadLoRA(nn.Module):
+    """Deltas and gates of one layer, and the switches its attention reads.
+
+    Parameters (float32; float64 under a float64 base): `lora_A [T, H, r, D]` (`[T, 1, r, D]` with
+    `per_head=False`), `lora_B [T, H, dh, r]`, `theta [H]`; None where the config has none. lora_A starts
+    Kaiming-uniform (a = sqrt 5: ± 1/sqrt(D)), lora_B and theta at zero, so that the layer starts as it was.
+    """
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        *,
+        rank: int,
+        dim: int,
+        num_heads: int,
+        tower: str,
+        layer: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        impl: str = "auto",
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.rank, self.tower, self.layer = num_heads, rank, tower, layer
+        self.targets, self.scale, self.dropout = config.targets, config.scale(rank), config.dropout
+        self.gate_kind, self.impl, self.recompute = config.gate, impl, recompute
+        self.enabled = True
+        self.recorder: CapturedHeads | None = None
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        T = len(config.targets)
+        self.lora_A: nn.Parameter | None = None
+        self.lora_B: nn.Parameter | None = None
+        self.theta: nn.Parameter | None = None
+        if rank:
+            a = torch.empty(T, num_heads if config.per_head else 1, rank, dim, device=device, dtype=dtype)
+            self.lora_A = nn.Parameter(a.uniform_(-(dim**-0.5), dim**-0.5))
+            b = torch.zeros(T, num_heads, dim // num_heads, rank, device=device, dtype=dtype)
+            self.lora_B = nn.Parameter(b)
+        if config.gate is not None:
+            self.theta = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+
+    def gate(self) -> Tensor | None:
+        """`[H]` gates, differentiable in theta; None without gating."""
+        if self.theta is None or self.gate_kind is None:
+            return None
+        return GATES[self.gate_kind](self.theta)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Follows `.to(device)` and `.double()`, but keeps its values when the model around it is cast to 16 bits."""
+        before = {name: p.data for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters(recurse=False):
+            if p.dtype.itemsize < before[name].dtype.itemsize:
+                p.data = before[name].to(p.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, rank={self.rank}, targets={self.targets}, gate={self.gate_kind}"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "recorder": None}

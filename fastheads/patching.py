@@ -1,0 +1,359 @@
+"""patch, unpatch, explain: putting adapters into a model's attention layers, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastheads import ops
+from fastheads.config import HeadConfig
+from fastheads.hosts import Host, find_tower, host_of
+from fastheads.nn import HeadAttention, HeadLoRA, head_class
+
+_STATE = "_fastheads"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One selected layer: where it is, its shape, who computes it, and why the others do not."""
+
+    name: str
+    host: str
+    num_heads: int
+    head_dim: int
+    rank: int
+    choice: ops.Choice
+
+    def __str__(self) -> str:
+        shape = f"{self.num_heads} heads × {self.head_dim}, rank {self.rank}"
+        return f"{self.name:<12} {self.host:<22} {shape:<28} → {self.choice.name}"
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did, or `explain` found. Printing it shows a line per layer, and why it runs where it runs."""
+
+    layers: tuple[LayerReport, ...]
+    lora_parameters: int
+    gate_parameters: int
+    model_parameters: int
+
+    def __str__(self) -> str:
+        total = self.lora_parameters + self.gate_parameters
+        lines = [
+            f"{len(self.layers)} attention layers adapted: {self.lora_parameters:,} LoRA and {self.gate_parameters:,} "
+            f"gate parameters, {total / self.model_parameters:.2%} of {self.model_parameters:,}"
+        ]
+        lines += [f"  {layer}" for layer in self.layers]
+        reasons: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for name, why in layer.choice.refused.items():
+                text = f"  {name}: {'; '.join(why) or 'not asked for'}"
+                reasons.setdefault(text, []).append(layer.name)
+        lines += [f"{text} ({_span(names, len(self.layers))})" for text, names in reasons.items()]
+        return "\n".join(lines)
+
+
+def _span(names: list[str], total: int) -> str:
+    return "all layers" if len(names) == total else ", ".join(names)
+
+
+@dataclass
+class _State:
+    """What a patched model remembers: its config, and its parameters' requires_grad from before."""
+
+    config: HeadConfig
+    required_grad: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One layer about to be patched."""
+
+    report: LayerReport
+    module: nn.Module
+    host: Host
+    tower: str
+    index: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# -------------------------------------------------------------------------------------------- looking inside
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP's or torch.compile's wrapper. Raises TypeError for what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; takes a torch.nn.Module")
+    while True:
+        if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = model.module  # type: ignore[assignment]
+        elif type(model).__name__ == "OptimizedModule":
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def patched_attentions(model: nn.Module) -> list[HeadAttention]:
+    """The patched attention modules of `model`, visual tower first, layers in order.
+
+    Raises ValueError for an unpatched model.
+    """
+    found = [m for m in unwrap(model).modules() if isinstance(m, HeadAttention)]
+    if not found:
+        raise ValueError("model: is not patched; call fastheads.patch(model) first")
+    return sorted(found, key=lambda m: (m.heads.tower != "visual", m.heads.layer))
+
+
+def head_modules(model: nn.Module) -> list[HeadLoRA]:
+    """The `attn.heads` of every patched layer, visual tower first, layers in order."""
+    return [attention.heads for attention in patched_attentions(model)]
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `model` (or the model inside its DDP wrapper) carries adapters."""
+    return any(isinstance(m, HeadAttention) for m in unwrap(model).modules())
+
+
+def config_of(model: nn.Module) -> HeadConfig:
+    """The config a model was patched with."""
+    patched_attentions(model)
+    state: _State = next(m.__dict__[_STATE] for m in unwrap(model).modules() if _STATE in m.__dict__)
+    return state.config
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    """Raises for a model that is patched already, wrapped, scripted or quantised."""
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model: is scripted; patch the eager model first, then script or compile")
+    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"):
+        raise TypeError(f"model: is wrapped in {kind}; patch first, then wrap")
+    for name, m in model.named_modules():
+        where = f" (at {name!r})" if name else ""
+        origin = type(m).__module__
+        if isinstance(m, HeadAttention):
+            raise ValueError(f"model: is patched already{where}; unpatch(model) or merge(model) first")
+        if origin.split(".")[0] == "peft" or hasattr(m, "peft_config"):
+            raise TypeError(f"model: is wrapped by PEFT{where}; merge or unload that adapter first (merge_and_unload)")
+        if type(m).__name__ == "FullyShardedDataParallel" or "FSDPModule" in (c.__name__ for c in type(m).__mro__):
+            raise TypeError(f"model: is wrapped in FSDP{where}; patch first, then wrap")
+        if "quantized" in origin or origin.split(".")[0] in ("bitsandbytes", "torchao"):
+            raise TypeError(f"model: is quantised{where}: {type(m).__name__}; patch takes float weights")
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TypeError(f"model: is scripted{where}; patch the eager model first, then script or compile")
+
+
+def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: bool) -> tuple[HeadConfig, list[_Plan]]:
+    """What patching would do. Raises, naming the argument, where it cannot; changes nothing."""
+    if config is not None and not isinstance(config, HeadConfig):
+        raise TypeError(f"config: got {type(config).__name__}; takes a fastheads.HeadConfig, or None for the default")
+    if config is None:
+        config = HeadConfig.hap(len(find_tower(model, "visual").attentions))
+    ops.dispatch.check_impl(impl)
+    plans = []
+    for tower_name in config.towers:
+        tower = find_tower(model, tower_name)
+        ranks = config.layer_ranks(len(tower.attentions), tower_name)
+        for index, rank in ranks.items():
+            module = tower.attentions[index]
+            name = f"{tower_name}.{index}"
+            host = host_of(module)
+            if host is None:
+                raise TypeError(
+                    f"model: layer {name} is a {type(module).__name__}; "
+                    "takes nn.MultiheadAttention or OpenCLIP's Attention"
+                )
+            reasons = host.refusals(module, gated=config.gate is not None)
+            weight = getattr(module, "in_proj_weight", None)
+            out_weight = getattr(module.out_proj, "weight", None)
+            for part in (weight, out_weight):
+                if not isinstance(part, Tensor) or not part.is_floating_point() or part.dtype.itemsize < 2:
+                    reasons.append("is quantised; patch takes float weights")
+                    break
+            if reasons or not isinstance(weight, Tensor):
+                raise TypeError(f"model: layer {name} ({host.name}) {'; '.join(reasons)}")
+            dim = weight.shape[1]
+            num_heads: int = module.num_heads  # type: ignore[assignment]
+            problem = ops.Problem(
+                weight.device.type, str(weight.dtype), num_heads, dim // num_heads, host.extras(module)
+            )
+            report = LayerReport(name, host.name, num_heads, dim // num_heads, rank, ops.choose(impl, problem))
+            options = {
+                "rank": rank,
+                "dim": dim,
+                "num_heads": num_heads,
+                "tower": tower_name,
+                "layer": index,
+                "device": weight.device,
+                "dtype": weight.dtype,
+                "impl": impl,
+                "recompute": recompute,
+            }
+            plans.append(_Plan(report, module, host, tower_name, index, options))
+    return config, plans
+
+
+def _report(model: nn.Module, layers: list[LayerReport], adapters: list[HeadLoRA]) -> PatchReport:
+    gate = sum(own.theta.numel() for own in adapters if own.theta is not None)
+    own_total = sum(p.numel() for own in adapters for p in own.parameters())
+    base = sum(p.numel() for name, p in model.named_parameters() if ".heads." not in name)
+    return PatchReport(tuple(layers), own_total - gate, gate, base)
+
+
+# ---------------------------------------------------------------------------------------------- in and out
+
+
+def patch(
+    model: nn.Module,
+    config: HeadConfig | None = None,
+    *,
+    impl: str = "auto",
+    strict: bool = False,
+    recompute: bool = False,
+) -> PatchReport:
+    """Puts per-head LoRA and gates into the attention layers of an OpenCLIP model, in place.
+
+    The model computes what it computed before until its adapters are trained. Everything but the adapters is frozen;
+    `unpatch` brings the flags back. No base parameter is replaced or written, and only this instance changes.
+
+    Args:
+        model: an OpenCLIP model (`open_clip.create_model …`), not wrapped or compiled yet.
+        config: what to adapt; None: `HeadConfig.hap(depth)`, the published ranks on the image tower.
+        impl: `"auto"` or the name of the implementation of every layer.
+        strict: raise where a selected layer runs on the plain reference path.
+        recompute: keep fewer activations for the backward pass, and compute the heads again there.
+
+    Returns a report; printing it shows each layer's path, and why.
+
+    Raises:
+        TypeError: a model, tower or layer that cannot be patched, and why; nothing is changed.
+        ValueError: a config that does not fit the model; an already patched model; `strict` and a fallback.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; takes an OpenCLIP model (a torch.nn.Module)")
+    _refuse_foreign(model)
+    config, plans = _plan(model, config, impl, recompute)
+    fallen = [plan.report for plan in plans if plan.report.choice.falls_back]
+    if strict and fallen:
+        refused = "; ".join(f"{k}: {', '.join(v)}" for k, v in fallen[0].choice.refused.items())
+        raise ValueError(
+            f"strict: {len(fallen)} layers fall back to the reference path, first {fallen[0].name} ({refused})"
+        )
+    adapters = [HeadLoRA(config, **plan.options) for plan in plans]
+    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    report = _report(model, [plan.report for plan in plans], adapters)
+
+    model.requires_grad_(False)
+    for plan, adapter in zip(plans, adapters, strict=True):
+        plan.module.heads = adapter.train(plan.module.training)
+        plan.module.__class__ = head_class(plan.host, type(plan.module))
+    model.__dict__[_STATE] = _State(config, required_grad)
+    return report
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Takes the adapters out of a patched model, in place: the original, bit for bit and flag for flag.
+
+    What was learned is lost (`save_adapter` keeps it, `merge` folds it in). Returns the model. Raises ValueError for an
+    unpatched model, TypeError for a wrapped one.
+    """
+    if unwrap(model) is not model:
+        raise TypeError(f"model: is wrapped in {type(model).__name__}; pass the model inside it")
+    attentions: list[Any] = patched_attentions(model)
+    for attention in attentions:
+        attention.__class__ = type(attention).__bases__[1]
+        del attention.heads
+    owner = next(m for m in model.modules() if _STATE in m.__dict__)
+    flags = owner.__dict__.pop(_STATE).required_grad
+    for name, p in owner.named_parameters():
+        p.requires_grad_(flags.get(name, p.requires_grad))
+    return model
+
+
+def explain(model: nn.Module, config: HeadConfig | None = None, *, impl: str = "auto") -> PatchReport:
+    """Per layer: host, shape, the implementation chosen and why each other was refused. Changes nothing.
+
+    For an unpatched model: what `patch(model, config, impl=impl)` would do, with the same errors.
+    """
+    inner = unwrap(model)
+    if not is_patched(inner):
+        _refuse_foreign(inner)
+        config, plans = _plan(inner, config, impl, False)
+        with torch.device("meta"):
+            adapters = [HeadLoRA(config, **{**plan.options, "device": torch.device("meta")}) for plan in plans]
+        return _report(inner, [plan.report for plan in plans], adapters)
+    layers, adapters = [], head_modules(inner)
+    for attention in patched_attentions(inner):
+        own, module, host = attention.heads, _as_any(attention), _as_any(type(attention).__bases__[0])
+        head_dim = module.in_proj_weight.shape[1] // own.num_heads
+        weight = module.in_proj_weight
+        problem = ops.Problem(weight.device.type, str(weight.dtype), own.num_heads, head_dim, host.extras(module))
+        choice = ops.choose(own.impl, problem)
+        layers.append(LayerReport(f"{own.tower}.{own.layer}", host.name, own.num_heads, head_dim, own.rank, choice))
+    return _report(inner, layers, adapters)
+
+
+def _as_any(x: Any) -> Any:
+    return x
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the patched `model` is the original: its stock forward, no delta, gates 1. For CAR-FT's teacher.
+
+    Nests; other contexts are left as they were. Raises ValueError for an unpatched model.
+    """
+    layers = head_modules(model)
+    before = [own.enabled for own in layers]
+    for own in layers:
+        own.enabled = False
+    try:
+        yield model
+    finally:
+        for own, enabled in zip(layers, before, strict=True):
+            own.enabled = enabled
+
+
+# -------------------------------------------------------------------------------------- parameters and states
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every lora_A and lora_B of a patched model."""
+    return [p for own in head_modules(model) for p in (own.lora_A, own.lora_B) if p is not None]
+
+
+def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every theta of a patched model. Give them no weight decay: it pulls the gates to uniform."""
+    return [own.theta for own in head_modules(model) if own.theta is not None]
+
+
+def gates(model: nn.Module) -> Tensor | dict[str, Tensor]:
+    """The gates' values `[L, H]`, detached, one row per adapted layer; with two towers a dict of them per tower.
+
+    A layer without gates has ones.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for own in head_modules(model):
+            gate = own.gate()
+            rows.setdefault(own.tower, []).append(torch.ones(own.num_heads) if gate is None else gate)
+    towers = {tower: torch.stack(values) for tower, values in rows.items()}
+    return towers if len(towers) > 1 else next(iter(towers.values()))
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors alone, under the model's own names (`….attn.heads.lora_A` …)."""
+    patched_attentions(model)
+    return {k: v for k, v in unwrap(model).state_dict().items() if ".attn.heads." in k}
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The original model's tensors under exactly the stock names, adapters left out and not folded in."""
+    patched_attentions(model)
+    return {k: v for k, v in unwrap(model).state_dict().items() if ".attn.heads." not in k}

@@ -1,0 +1,356 @@
+"""The maths of fastheads in plain PyTorch, for any dtype: the oracle of every test, and the fallback.
+
+Every formula is differentiable by autograd. Softmax, log-sum-exp, gates, distances and sums are computed in at
+least float32; float64 in gives float64 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TARGETS = ("q", "k", "v")
+
+# Bandwidths: DomainBed's gammas, TLlib's alphas (gamma = 1 / (2 alpha sigma²)), the DAN snippet's factors.
+DOMAINBED_GAMMAS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+ADAPTIVE_ALPHAS = (0.125, 0.25, 0.5, 1.0, 2.0)
+DAN_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _autocast_off(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear layer would compute in: autocast's where it is on, x's own elsewhere."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+# ---------------------------------------------------------------------------------------------- head attention
+
+
+class HeadAttentionOutput(NamedTuple):
+    """What `head_attention` returns.
+
+    o: `[B, N, D]` gated head outputs, concatenated, before the output projection, in the dtype of the computation.
+    lse: `[B, H, N]` log-sum-exp of the scaled, masked scores, at least float32.
+    cls: `[B, H, dh]` un-gated head outputs of the pooled token, at least float32; None where `pool` is None.
+    """
+
+    o: Tensor
+    lse: Tensor
+    cls: Tensor | None
+
+
+def up_matrix(lora_B: Tensor, targets: Sequence[str], scale: float, per_head: bool) -> Tensor:
+    """`[3D, T·(H|1)·r]`: every `s·B_h` at the rows of its target and head and the columns of its `A_h`.
+
+    So that the delta of all targets and heads is one product, `Δ = up_matrix @ A` with A `[T·(H|1)·r, D]`.
+    """
+    T, H, dh, r = lora_B.shape
+    eye = torch.eye(H, dtype=lora_B.dtype, device=lora_B.device) if per_head else lora_B.new_ones(H, 1)
+    blocks = (scale * lora_B).unsqueeze(3) * eye.view(1, H, 1, -1, 1)  # [T, H, dh, H|1, r]
+    blocks = blocks.reshape(T, H * dh, -1)
+    rows = []
+    for part in TARGETS:
+        row = blocks.new_zeros(H * dh, T, blocks.shape[-1])
+        if part in targets:
+            t = targets.index(part)
+            row = torch.cat((row[:, :t], blocks[t].unsqueeze(1), row[:, t + 1 :]), dim=1)
+        rows.append(row.reshape(H * dh, -1))
+    return torch.cat(rows)
+
+
+def project(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    *,
+    num_heads: int,
+    targets: Sequence[str] = ("q", "v"),
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, each `[B, H, N, dh]`: `q_h = (W_h + s·B_h A_h) x + b_h`, for the targets likewise.
+
+    In 16 bits the delta is added inside the product's accumulators, as columns beside W: added to an output that was
+    rounded already, anything under half a unit in the last place would vanish.
+    """
+    dtype = _compute_dtype(x)
+    x, w_in = x.to(dtype), w_in.to(dtype)
+    b_in = None if b_in is None else b_in.to(dtype)
+    if lora_A is None or lora_B is None:
+        y = F.linear(x, w_in, b_in)
+    else:
+        down = F.linear(F.dropout(x, dropout_p), lora_A.flatten(0, 2).to(dtype))  # [B, N, T·(H|1)·r]
+        up = up_matrix(lora_B, targets, scale, per_head=lora_A.shape[1] == num_heads).to(dtype)
+        if dtype in (torch.bfloat16, torch.float16):
+            y = F.linear(torch.cat((x, down), -1), torch.cat((w_in, up), 1), b_in)
+        else:
+            y = F.linear(x, w_in, b_in) + F.linear(down, up)
+    B, N, _ = x.shape
+    q, k, v = y.view(B, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    score_scale: float | Tensor | None = None,
+    attention_dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax attention: heads `[B, H, N, dh]`, log-sum-exp `[B, H, N]`, probabilities `[B, H, N, N]`; ≥ float32.
+
+    `mask` broadcasts to `[B, H, N, N]`: additive, or boolean with True = masked. `score_scale` is `1/sqrt(dh)` unless
+    given.
+    """
+    with _autocast_off(q):
+        q, k, v = _wide(q), _wide(k), _wide(v)
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if score_scale is None else score_scale)
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(mask, float("-inf"))
+        elif mask is not None:
+            scores = scores + mask
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        lse = scores.logsumexp(-1)
+        probabilities = scores.softmax(-1)
+        heads = F.dropout(probabilities, attention_dropout) @ v
+    return heads, lse, probabilities
+
+
+def gate_heads(heads: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[B, H, N, dh]` heads, each times its gate, concatenated to `[B, N, D]` and rounded once to `dtype`."""
+    if gate is not None:
+        heads = heads * gate.to(heads.dtype).view(1, -1, 1, 1)
+    return heads.transpose(1, 2).flatten(2).to(dtype)
+
+
+def pool_heads(heads: Tensor, pool: int | Tensor | str) -> Tensor:
+    """`[B, H, dh]`: the heads of one token (an index, or one per sample `[B]`), or `"mean"` over tokens 1 … N-1."""
+    if isinstance(pool, str):
+        if pool != "mean":
+            raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
+        return heads[:, :, 1:].mean(2)
+    if isinstance(pool, int):
+        return heads[:, :, pool]
+    index = pool.view(-1, 1, 1, 1).expand(-1, heads.shape[1], 1, heads.shape[3])
+    return heads.gather(2, index).squeeze(2)
+
+
+def head_attention(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    num_heads: int,
+    targets: Sequence[str] = ("q", "v"),
+    scale: float = 1.0,
+    gate: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    pool: int | Tensor | str | None = None,
+) -> HeadAttentionOutput:
+    """Self-attention with per-head low-rank deltas and per-head gates, before the output projection.
+
+        q_h = (W_q,h + s·B_q,h A_q,h) x + b_q,h        (the other targets likewise)
+        o_h = gate_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h
+
+    Args:
+        x: `[B, N, D]`.
+        w_in, b_in: `[3D, D]`, `[3D]` or None: query, key and value projection stacked, heads in order.
+        lora_A: `[T, H, r, D]`, or `[T, 1, r, D]` where all heads share the down-projection (plain LoRA).
+        lora_B: `[T, H, dh, r]`, one slice per target, in the order of `targets`.
+        num_heads: H.
+        targets: which of "q", "k", "v" have a delta.
+        scale: s.
+        gate: `[H]` or None for no gating.
+        causal: token i sees tokens 0 … i.
+        mask: broadcasts to `[B, H, N, N]`; additive, or boolean with True = masked.
+        dropout_p: probability of dropping an element of the low-rank path's input.
+        pool: which token's un-gated heads to return as `cls` (see `pool_heads`).
+
+    Source: the published descriptions of attention head purification (arXiv 2412.07226).
+    """
+    q, k, v = project(
+        x, w_in, b_in, lora_A, lora_B, num_heads=num_heads, targets=targets, scale=scale, dropout_p=dropout_p
+    )
+    heads, lse, _ = attend(q, k, v, mask=mask, causal=causal)
+    return HeadAttentionOutput(
+        o=gate_heads(heads, gate, q.dtype), lse=lse, cls=None if pool is None else pool_heads(heads, pool)
+    )
+
+
+def softmax_gate(theta: Tensor) -> Tensor:
+    """`g = H · softmax(theta)`, `[H]`, written so that theta = 0 gives exactly 1 for every H."""
+    e = (theta - theta.detach().amax()).exp()
+    return len(theta) * e / e.sum()
+
+
+def sigmoid_gate(theta: Tensor) -> Tensor:
+    """`g = 2 · sigmoid(theta)`, `[H]`: starts at 1, each head for itself (ours, not the paper's)."""
+    return 2 * theta.sigmoid()
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax_gate, "sigmoid": sigmoid_gate}
+
+
+# --------------------------------------------------------------------------------------- kernel sums and MMD
+
+
+def _centred(x: Tensor) -> Tensor:
+    """x `[..., N, D]` minus a constant near its mean: distances stay, rounding does not grow with the offset.
+
+    The first row goes first, so that identical rows become exactly zero.
+    """
+    with torch.no_grad():
+        first = x[..., :1, :]
+        shift = (x - first).mean(-2, keepdim=True) if x.shape[-2] else 0.0
+    return (x - first) - shift
+
+
+def squared_distances(x: Tensor, y: Tensor, row_offset: int | None = None) -> Tensor:
+    """`[L, N, M]` of `‖x_i − y_j‖²`, at least float32, never negative; the diagonal of shared rows exactly zero."""
+    with _autocast_off(x):
+        n = x.shape[-2]
+        both = _centred(torch.cat((_wide(x), _wide(y)), -2))
+        x, y = both[..., :n, :], both[..., n:, :]
+        d2 = x.square().sum(-1, keepdim=True) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
+        d2 = d2.clamp_min(0)
+        if row_offset is not None:
+            same = torch.arange(n, device=x.device).unsqueeze(1) + row_offset
+            d2 = d2.masked_fill(same == torch.arange(y.shape[-2], device=x.device), 0)
+    return d2
+
+
+def kernel_sums(
+    x: Tensor,
+    dom_x: Tensor,
+    y: Tensor,
+    dom_y: Tensor,
+    num_domains: int,
+    gammas: Tensor,
+    row_offset: int | None = None,
+) -> Tensor:
+    """`K[l, a, b] = Σ_{i∈a, j∈b} Σ_u exp(−γ_lu ‖x_li − y_lj‖²)`: all that any MMD needs.
+
+    Args:
+        x, y: `[L, N, D]`, `[L, M, D]`; dom_x, dom_y: int64 `[N]`, `[M]` with values in 0 … S-1.
+        num_domains: S.
+        gammas: `[L, U]`.
+        row_offset: x's row i is y's row `i + row_offset` (their distance is then exactly zero); None: unrelated rows.
+
+    Returns `[L, S, S]`, at least float32. Memory O(L·N·M).
+    """
+    d2 = squared_distances(x, y, row_offset)
+    with _autocast_off(x):
+        kernel = torch.zeros_like(d2)
+        for gamma in gammas.to(d2.dtype).unbind(-1):
+            kernel = kernel + torch.exp(-gamma.view(-1, 1, 1) * d2)
+        in_x = F.one_hot(dom_x, num_domains).to(d2.dtype)
+        in_y = F.one_hot(dom_y, num_domains).to(d2.dtype)
+        return in_x.T @ kernel @ in_y
+
+
+def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor) -> Tensor:
+    """The bandwidths γ `[L, U]` of a preset, detached, for features `[L, N, D]`, at least float32.
+
+    - `"domainbed"`: 1e-3 … 1e3, seven values.
+    - `"adaptive"` (TLlib): `γ_u = 1 / (2 α_u σ²)`, α from 1/8 to 2; σ² the mean squared distance over all pairs of all
+      samples, the zero diagonal included.
+    - `"dan"` (the common snippet): `γ_i = 1 / (bw·2^i)`, i = 0 … 4, `bw = Σd² / (n² − n) / 4`.
+    - numbers: these, for every layer.
+
+    `Σd² = 2n Σ‖x_i − x̄‖²` needs no pass over pairs. It is bounded below by what the features' own rounding resolves, so
+    that identical features give a finite kernel.
+    """
+    with torch.no_grad(), _autocast_off(features):
+        x = _wide(features.detach())
+        L, n, _ = x.shape
+        if not isinstance(kernel, str) or kernel == "domainbed":
+            values = DOMAINBED_GAMMAS if isinstance(kernel, str) else kernel
+            return torch.as_tensor(values, dtype=x.dtype, device=x.device).reshape(1, -1).expand(L, -1)
+        if kernel not in ("adaptive", "dan"):
+            raise ValueError(f'kernel: got {kernel!r}; takes "adaptive", "domainbed", "dan" or a sequence of gammas')
+        eps = torch.finfo(x.dtype).eps
+        floor = eps * eps * x.square().sum(-1).mean(-1) + torch.finfo(torch.float32).tiny * 1e6
+        mean_square = torch.maximum(2 / max(n, 1) * _centred(x).square().sum((-2, -1)), floor)  # [L]
+        if kernel == "adaptive":
+            return 1 / (2 * mean_square.unsqueeze(-1) * x.new_tensor(ADAPTIVE_ALPHAS))
+        bandwidth = mean_square * (n / max(n - 1, 1)) / 4
+        return 1 / (bandwidth.unsqueeze(-1) * x.new_tensor(DAN_FACTORS))
+
+
+def mmd_from_sums(K: Tensor, counts: Tensor, num_kernels: int, estimator: str) -> Tensor:
+    """MMD² of every pair of domains, `[L, S, S]`, from the kernel sums of one sample set with itself.
+
+    Args:
+        K: `[L, S, S]`; counts: `[S]` samples per domain; num_kernels: U.
+        estimator: `"biased"`: `K_aa/n_a² + K_bb/n_b² − 2 K_ab/(n_a n_b)`; `"unbiased"`: the diagonal `n_a·U` taken
+            out of K_aa, and `n_a (n_a − 1)` below.
+
+    The diagonal is zero; pairs with an absent domain (unbiased: or a domain of one sample) are NaN.
+    """
+    n = counts.to(K.dtype)
+    within = K.diagonal(dim1=-2, dim2=-1)  # [L, S]
+    if estimator == "biased":
+        present = counts > 0
+        within = within / n.clamp_min(1).square()
+    elif estimator == "unbiased":
+        present = counts > 1
+        within = (within - n * num_kernels) / (n * (n - 1)).clamp_min(1)
+    else:
+        raise ValueError(f'estimator: got {estimator!r}; takes "biased" or "unbiased"')
+    across = (K + K.mT) / (n.unsqueeze(-1) * n).clamp_min(1)  # 2 K_ab, symmetric also in rounding
+    pairs = within.unsqueeze(-1) + within.unsqueeze(-2) - across
+    diagonal = torch.eye(len(counts), dtype=torch.bool, device=K.device)
+    pairs = pairs.masked_fill(diagonal, 0.0)
+    return pairs.masked_fill(~(present.unsqueeze(-1) & present), float("nan"))
+
+
+# ------------------------------------------------------------------------------------------------ context KL
+
+
+def context_kl(
+    features: Tensor, teacher_features: Tensor, context_weights: Tensor, logit_scale: float | Tensor
+) -> Tensor:
+    """CAR-FT's loss: `KL( p_ctx of the original encoder ‖ p_ctx of the tuned one )`, mean over the batch.
+
+        p_ctx(x) = softmax(logit_scale · f(x) W_ctxᵀ), f L2-normalised
+
+    Args:
+        features, teacher_features: `[B, E]` of the tuned and of the original image encoder; no gradient to the latter.
+        context_weights: `[C, E]`, normalised.
+        logit_scale: the factor itself (100 for CLIP), not its logarithm. Without it the softmax is near uniform and
+            the loss near zero.
+
+    Source: CAR-FT (arXiv 2211.16175).
+    """
+    with _autocast_off(features):
+        w = _wide(context_weights)
+        student = F.normalize(_wide(features), dim=-1) @ w.to(_wide(features).dtype).T
+        teacher = F.normalize(_wide(teacher_features.detach()), dim=-1) @ w.to(_wide(teacher_features).dtype).T
+        student, teacher = (logit_scale * student).log_softmax(-1), (logit_scale * teacher).log_softmax(-1)
+        return F.kl_div(student, teacher.to(student.dtype), reduction="batchmean", log_target=True)

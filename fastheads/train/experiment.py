@@ -1,0 +1,274 @@
+"""Runs: methods × held-out domains × seeds, each saved when it is done, so that a killed experiment goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastheads.adapters import save_adapter
+from fastheads.folding import merge
+from fastheads.patching import is_patched
+from fastheads.train.data import DomainFolders
+from fastheads.train.evaluation import Problem, fit_probe, image_features, score
+from fastheads.train.loop import Recipe, Report, fit, trainable
+from fastheads.train.objectives import METHODS, Method
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def reset_peak_memory() -> None:
+    """Starts a new measurement of `peak_memory_mb`, where the system lets us."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):  # then the peak is that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """Peak memory since the reset, MB: allocated on the GPU where there is one, else resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    kilobytes = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * 1024 / 1e6
+
+
+def run_method(
+    base: nn.Module,
+    method: Method,
+    problem: Problem,
+    recipe: Recipe,
+    out: Path,
+    *,
+    base_name: str,
+    precision: str = "no",
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """One run: trains a copy of `base` by `method`, scores it, saves what was learned under `out`.
+
+    Returns the run's entry of the experiment (see `run_experiment`), read back from `out/result.json` where the same
+    run was done before.
+    """
+    key: dict[str, Any] = {"method": method.id, "target": problem.target, "base": base_name, "precision": precision}
+    key |= {"recipe": dataclasses.asdict(recipe)}
+    done = out / "result.json"
+    if done.is_file():
+        found = json.loads(done.read_text())
+        if found.get("key") == json.loads(json.dumps(key)):
+            return found["run"]
+    out.mkdir(parents=True, exist_ok=True)
+    reset_peak_memory()
+    run: dict[str, Any] = {
+        "method": method.id,
+        "target": problem.target,
+        "seed": recipe.seed,
+        "sources": list(problem.sources),
+        "trainable_parameters": 0,
+    }
+    run |= dict.fromkeys(
+        ("selected_step", "steps", "seconds", "images_per_second", "saved_bytes", "merge_max_difference", "history")
+    )
+    run["gates"] = None
+    model = copy.deepcopy(base)
+    scorer: Callable[..., Any] = score
+    if method.trains == "probe":
+        began = time.perf_counter()
+        probe = fit_probe(model, problem, recipe)
+        run["seconds"], run["trainable_parameters"], scorer = time.perf_counter() - began, probe.parameters, probe.score
+    elif method.trains != "nothing":
+        run |= fit(model, method, problem, recipe, out=out, precision=precision, report=report)
+        run["trainable_parameters"] = sum(p.numel() for p in trainable(model).values())
+    parts = [(name, "validation") for name in problem.sources] + [(problem.target, "all")]
+    run["accuracy"] = {name: scorer(model, problem, name, part, recipe).accuracy for name, part in parts}
+    run["peak_memory_mb"] = peak_memory_mb()
+    run |= _save(model, method, problem, recipe, out, base_name)
+    write_json(done, {"key": key, "run": run})
+    shutil.rmtree(out / "state", ignore_errors=True)
+    return run
+
+
+def _save(
+    model: nn.Module, method: Method, problem: Problem, recipe: Recipe, out: Path, base_name: str
+) -> dict[str, Any]:
+    """Saves an adapter, or a fine-tuned encoder's model; checks that merging an adapter keeps the features."""
+    if is_patched(model):
+        folder = save_adapter(model, out / "adapter", base=base_name)
+        loader = problem.evaluation_loader(problem.sources[0], "validation", recipe)
+        before, _ = image_features(model, loader)
+        after, _ = image_features(merge(copy.deepcopy(model)), loader)
+        difference = ((after - before).abs().max() / before.abs().max()).item()
+        return {
+            "saved_bytes": sum(f.stat().st_size for f in folder.iterdir()),
+            "merge_max_difference": difference,
+        }
+    if method.trains == "encoder":
+        path = save_stock(model, out / "model.safetensors")
+        return {"saved_bytes": path.stat().st_size}
+    return {}
+
+
+def save_stock(model: nn.Module, path: Path) -> Path:
+    """A model's weights as a file that `open_clip.create_model(name, pretrained=path)` loads."""
+    from safetensors.torch import save_file
+
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def run_experiment(
+    base: nn.Module,
+    problem_of: Callable[[str, int], Problem],
+    folders: DomainFolders,
+    *,
+    methods: Sequence[str],
+    targets: Sequence[str],
+    seeds: Sequence[int],
+    recipes: Callable[[str], Recipe],
+    out: Path,
+    title: str,
+    command: str,
+    base_name: str,
+    dataset_name: str,
+    precision: str = "no",
+    watch: Callable[[str], Report | None] | None = None,
+) -> dict[str, Any]:
+    """Every method on every held-out target with every seed; the results as one JSON-like dict, and `out/results.json`.
+
+    problem_of: (target, seed) → Problem. recipes: method id → Recipe (its seed is set here). watch: called with the
+    name of each run, gives the callback for its steps.
+    """
+    began, runs = time.perf_counter(), []
+    for target in targets:
+        for seed in seeds:
+            problem = problem_of(target, seed)
+            for name in methods:
+                method, recipe = METHODS[name], dataclasses.replace(recipes(name), seed=seed)
+                report = watch(f"{method.label} · {target} held out · seed {seed}") if watch else None
+                folder = out / target / f"seed{seed}" / name
+                run = run_method(
+                    base, method, problem, recipe, folder, base_name=base_name, precision=precision, report=report
+                )
+                runs.append(run)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    experiment = {
+        "title": title,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "device": device,
+        "wall_seconds": time.perf_counter() - began,
+        "peak_memory_mb": max(run["peak_memory_mb"] for run in runs),
+        "versions": _versions(),
+        "dataset": {
+            "name": dataset_name,
+            "root": folders.root.name,
+            "domains": list(folders.domains),
+            "classes": list(folders.classes),
+            "images": {name: len(files) for name, files in zip(folders.domains, folders.files, strict=True)},
+            "evaluation": "all",
+        },
+        "model": _about(base, base_name),
+        "methods": [_method_entry(METHODS[name], recipes(name)) for name in methods],
+        "runs": runs,
+        "tuning": None,
+    }
+    write_json(out / "results.json", experiment)
+    return experiment
+
+
+def _method_entry(method: Method, recipe: Recipe) -> dict[str, Any]:
+    trained = method.trains in ("encoder", "adapter")
+    return {
+        "id": method.id,
+        "label": method.label,
+        "description": method.description,
+        "lr": recipe.lr if trained and (method.lora or method.trains == "encoder") else None,
+        "gate_lr": recipe.gate_lr if method.gate else None,
+        "mmd_weight": recipe.mmd_weight if method.mmd else None,
+        "context_weight": recipe.context_weight if recipe.context_weight else None,
+    }
+
+
+def _about(model: nn.Module, name: str) -> dict[str, Any]:
+    blocks: Any = model.visual.transformer.resblocks  # type: ignore[union-attr]
+    architecture, _, pretrained = name.partition(" ")
+    return {
+        "name": architecture,
+        "pretrained": pretrained,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layers": len(blocks),
+        "heads": blocks[0].attn.num_heads,
+        "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "open_clip_torch", "fastheads", "accelerate", "scikit-learn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file is in, if it is in one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def table(experiment: dict[str, Any]) -> str:
+    """The results as text: target accuracy (%) per method and held-out domain, mean ± standard error over seeds."""
+    runs = experiment["runs"]
+    targets = list(dict.fromkeys(run["target"] for run in runs))
+    lines = [f"{'held out →':<22}" + "".join(f"{t:>16}" for t in targets) + f"{'mean':>9}"]
+    for method in experiment["methods"]:
+        cells, means = "", []
+        for target in targets:
+            values = [
+                100 * run["accuracy"][target]
+                for run in runs
+                if run["method"] == method["id"] and run["target"] == target
+            ]
+            mean = sum(values) / len(values)
+            means.append(mean)
+            spread = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values)) ** 0.5
+            cells += f"{mean:>9.1f} ± {spread:<4.1f}" if len(values) > 1 else f"{mean:>16.1f}"
+        lines.append(f"{method['label']:<22}{cells}{sum(means) / len(means):>9.1f}")
+    return "\n".join(lines)

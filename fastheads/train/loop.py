@@ -1,0 +1,322 @@
+"""fit: one training run, from any point at which it was killed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastheads.patching import gate_parameters, gates, is_patched, lora_parameters, patch
+from fastheads.train.evaluation import Problem, score
+from fastheads.train.objectives import ImageEncoder, Method, Objective
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a training run. Weights of 0 switch a loss off.
+
+    lr: of LoRA, or of the encoder under full fine-tuning. gate_lr: of the gates, which have no weight decay.
+    per_domain: images of each source domain in a step, on each process.
+    """
+
+    steps: int = 20_000
+    per_domain: int = 12
+    lr: float = 2e-4
+    gate_lr: float = 2e-3
+    weight_decay: float = 0.1
+    mmd_weight: float = 0.0
+    context_weight: float = 0.0
+    mmd_kernel: str = "adaptive"
+    mmd_features: str = "heads"
+    evaluate_every: int = 500
+    save_every: int = 500
+    batch_size: int = 256
+    workers: int = 0
+    cache: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "per_domain", "evaluate_every", "save_every", "batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes an integer ≥ 1")
+        for name in ("lr", "gate_lr"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number > 0")
+        for name in ("weight_decay", "mmd_weight", "context_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number ≥ 0")
+
+
+class _Progress:
+    """What a run has done so far, saved with accelerate's state: step, histories, best weights."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.seconds = 0.0
+        self.history: dict[str, list[Any]] = {"step": [], "validation": []}
+        self.gates: dict[str, list[Any]] = {"step": [], "values": []}
+        self.best: dict[str, Any] = {"step": 0, "accuracy": -1.0, "loss": math.inf, "weights": {}}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups: gates and vectors (norms, biases) without weight decay, which would pull gates to uniform."""
+    if is_patched(model):
+        groups = [
+            {"params": lora_parameters(model), "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+            {"params": gate_parameters(model), "lr": recipe.gate_lr, "weight_decay": 0.0},
+        ]
+    else:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+            {"params": [p for p in trained if p.dim() <= 1], "lr": recipe.lr, "weight_decay": 0.0},
+        ]
+    return [group for group in groups if group["params"]]
+
+
+def prepare(model: nn.Module, method: Method) -> nn.Module:
+    """Makes the parts of `model` trainable that the method trains, in place: patches it, or frees its image tower.
+
+    Returns the frozen original image tower where the method needs a copy as teacher, else an empty module.
+    """
+    visual: Any = model.visual
+    blocks: Any = getattr(getattr(visual, "transformer", None), "resblocks", ())
+    config = method.config(len(blocks), blocks[0].attn.num_heads if len(blocks) else 1)
+    if config is not None:
+        patch(model, config)
+        return nn.Identity()
+    model.requires_grad_(False)
+    teacher = copy.deepcopy(visual) if method.context else nn.Identity()
+    visual.requires_grad_(True)
+    return teacher.eval()
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """Name → parameter of everything that is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fit(
+    model: nn.Module,
+    method: Method,
+    problem: Problem,
+    recipe: Recipe,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    precision: str = "no",
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Trains `model` in place on the problem's source domains and leaves the best weights in it.
+
+    "Best" is the highest mean accuracy on the sources' held-out images, of equals the lower loss: training-domain
+    validation, the target is never looked at. With `out` the run saves its state every `save_every` steps and goes on
+    from there when called again with the same arguments; a resumed run ends with the same weights as one that was never
+    stopped.
+
+    Args:
+        model: an OpenCLIP model, not patched; the method says what of it is trained.
+        precision: accelerate's mixed precision: "no", "fp16" or "bf16".
+        report: called after every step with step, steps, loss, parts and images per second, for a progress bar.
+
+    Returns history, gates over time, selected step and its validation loss, seconds, images per second.
+    """
+    set_seed(recipe.seed)  # before the adapters draw their start
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs may differ in it
+    accelerator = Accelerator(mixed_precision=precision)
+    teacher = prepare(model, method)
+    inner = model.to(accelerator.device)
+    encoder = ImageEncoder(inner)
+    optimizer = torch.optim.AdamW(_groups(inner, recipe))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, recipe.steps) / recipe.steps))
+    )
+    wrapped, optimizer = accelerator.prepare(encoder, optimizer)
+    problem = problem.to(accelerator.device)
+    objective = Objective(
+        classifier=problem.classifier,
+        logit_scale=problem.logit_scale,
+        num_domains=len(problem.folders.domains),
+        contexts=problem.contexts,
+        mmd_weight=recipe.mmd_weight if method.mmd else 0.0,
+        context_weight=recipe.context_weight,
+        teacher=None if isinstance(teacher, nn.Identity) else teacher.to(accelerator.device),
+        mmd_features=recipe.mmd_features,
+        mmd_options={"kernel": recipe.mmd_kernel},
+    )
+    progress = _Progress()
+    state = _State(accelerator, inner, progress, schedule, out, key=_key(method, problem, recipe, precision))
+    state.resume()
+
+    if progress.step == 0:
+        _record_gates(progress, inner)
+    inner.train()
+    loader = problem.training_loader(recipe, start=progress.step, process=accelerator.process_index)
+    record_every = max(1, recipe.steps // 200)
+    began = time.perf_counter() - progress.seconds
+    for images, labels, domains in loader:
+        images, labels, domains = (t.to(accelerator.device, non_blocking=True) for t in (images, labels, domains))
+        with accelerator.autocast():
+            parts = objective(wrapped, inner, images, labels, domains)
+        accelerator.backward(parts["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress.step += 1
+        step, last = progress.step, progress.step == recipe.steps
+        progress.seconds = time.perf_counter() - began
+        if step % record_every == 0 or last or report is not None:
+            values = {name: part.item() for name, part in parts.items()}
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(
+                    f"loss: is {values['loss']} at step {step}; lower the learning rate ({recipe.lr})"
+                )
+            if step % record_every == 0 or last:
+                _record(progress, inner, step, values, with_gates=step % (10 * record_every) == 0 or last)
+            if report is not None:
+                rate = step * len(labels) * accelerator.num_processes / progress.seconds
+                report({"step": step, "steps": recipe.steps, "images_per_second": rate, **values})
+        if step % recipe.evaluate_every == 0 or last:
+            _select(progress, inner, problem, recipe, accelerator)
+            began = time.perf_counter() - progress.seconds  # evaluation is not training time
+        if step % recipe.save_every == 0 and not last:
+            state.save()
+    for name, p in trainable(inner).items():
+        p.data.copy_(progress.best["weights"][name])
+    state.save()
+    accelerator.free_memory()
+    images_seen = recipe.steps * recipe.per_domain * len(problem.sources) * accelerator.num_processes
+    return {
+        "selected_step": progress.best["step"],
+        "validation_loss": progress.best["loss"],
+        "steps": recipe.steps,
+        "seconds": progress.seconds,
+        "images_per_second": images_seen / max(progress.seconds, 1e-9),
+        "history": progress.history,
+        "gates": progress.gates if progress.gates["step"] else None,
+    }
+
+
+def _record(progress: _Progress, model: nn.Module, step: int, values: dict[str, float], with_gates: bool) -> None:
+    progress.history["step"].append(step)
+    for name, value in values.items():
+        progress.history.setdefault(name, []).append(value)
+    if with_gates:
+        _record_gates(progress, model)
+
+
+def _record_gates(progress: _Progress, model: nn.Module) -> None:
+    if is_patched(model) and gate_parameters(model):
+        now = gates(model)
+        assert isinstance(now, Tensor)
+        progress.gates["step"].append(progress.step)
+        progress.gates["values"].append(now.tolist())
+
+
+def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Scores the sources' held-out images and keeps the weights if they are the best so far."""
+    with accelerator.autocast():
+        scores = [score(model, problem, name, "validation", recipe) for name in problem.sources]
+    accuracy = sum(s.accuracy for s in scores) / len(scores)
+    loss = sum(s.loss for s in scores) / len(scores)
+    progress.history["validation"].append([progress.step, accuracy])
+    if (accuracy, -loss) > (progress.best["accuracy"], -progress.best["loss"]):
+        weights = {name: p.detach().clone() for name, p in trainable(model).items()}
+        progress.best = {"step": progress.step, "accuracy": accuracy, "loss": loss, "weights": weights}
+
+
+def _key(method: Method, problem: Problem, recipe: Recipe, precision: str) -> dict[str, Any]:
+    """What must be the same for a saved state to go on from."""
+    return {
+        "method": method.id,
+        "target": problem.target,
+        "sources": list(problem.sources),
+        "precision": precision,
+        "recipe": dataclasses.asdict(recipe),
+    }
+
+
+class _State:
+    """accelerate's saved state of one run, trained weights only, replaced as a whole."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        progress: _Progress,
+        schedule: torch.optim.lr_scheduler.LambdaLR,
+        out: str | os.PathLike[str] | None,
+        key: dict[str, Any],
+    ) -> None:
+        self.accelerator, self.model, self.progress, self.key = accelerator, model, progress, key
+        self.folder = None if out is None else Path(out) / "state"
+        accelerator.register_for_checkpointing(progress, schedule)
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def _save_weights(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        weights.clear()  # the frozen base is not saved again
+        if self.accelerator.is_main_process:
+            tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(self.model).items()}
+            save_file(tensors, Path(folder) / "trained.safetensors")
+            (Path(folder) / "run.json").write_text(json.dumps(self.key))
+
+    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        saved = load_file(Path(folder) / "trained.safetensors")
+        for name, p in trainable(self.model).items():
+            p.data.copy_(saved[name])
+
+    def save(self) -> None:
+        """Writes beside the old state, then takes its place: a kill leaves one of the two."""
+        if self.folder is None:
+            return
+        fresh, old = self.folder.with_name("state.new"), self.folder.with_name("state.old")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(fresh))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(old, ignore_errors=True)
+            if self.folder.exists():
+                os.replace(self.folder, old)
+            os.replace(fresh, self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self) -> None:
+        """Goes on from the saved state, if there is one. Raises ValueError where it is another run's."""
+        if self.folder is None:
+            return
+        folder = self.folder if self.folder.exists() else self.folder.with_name("state.old")
+        if not folder.exists():
+            return
+        found = json.loads((folder / "run.json").read_text())
+        if found != json.loads(json.dumps(self.key)):
+            raise ValueError(
+                f"out: {folder} holds the state of another run ({found}); name another folder, or remove it"
+            )
+        self.accelerator.load_state(str(folder))

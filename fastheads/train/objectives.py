@@ -1,0 +1,202 @@
+"""The methods that can be trained and compared, and the loss each of them minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastheads.capture import CapturedHeads, capture_heads
+from fastheads.config import HeadConfig
+from fastheads.losses import context_kl, head_mmd
+from fastheads.patching import disabled, is_patched
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of adapting CLIP. `trains`: "nothing", "probe" (a linear classifier), "encoder" or "adapter"."""
+
+    id: str
+    label: str
+    trains: str
+    description: str
+    lora: bool = False
+    per_head: bool = True
+    gate: str | None = None
+    mmd: bool = False
+    context: bool = False
+
+    def config(self, depth: int, num_heads: int) -> HeadConfig | None:
+        """The adapter's config for a tower of `depth` layers and `num_heads` heads; None where it has none.
+
+        Plain LoRA has as many parameters as HA-LoRA at the published ranks: rank · (H + 1) / 2, rounded.
+        """
+        if self.trains != "adapter":
+            return None
+        if not self.lora:
+            return HeadConfig(rank=0, gate=self.gate)
+        config = HeadConfig.hap(depth, gate=self.gate, per_head=self.per_head)
+        if self.per_head or not isinstance(config.rank, tuple):
+            return config
+        matched = tuple(max(1, round(r * (num_heads + 1) / 2)) for r in config.rank)
+        return HeadConfig(rank=matched, gate=self.gate, per_head=False)
+
+
+METHODS = {
+    method.id: method
+    for method in (
+        Method(
+            "zero-shot",
+            "Zero-shot CLIP",
+            "nothing",
+            "The pretrained model as it is, classifying by the text embeddings of the class names.",
+        ),
+        Method(
+            "linear-probe",
+            "Linear probe",
+            "probe",
+            "A logistic regression on the frozen image features of the source domains.",
+        ),
+        Method(
+            "fine-tune", "Full fine-tuning", "encoder", "Every weight of the image encoder is trained by cross-entropy."
+        ),
+        Method(
+            "car-ft",
+            "CAR-FT",
+            "encoder",
+            "Full fine-tuning, plus a KL term that keeps the original model's sense of an image's context.",
+            context=True,
+        ),
+        Method(
+            "lora",
+            "Plain LoRA",
+            "adapter",
+            "A low-rank delta on query and value, one down-projection shared by all heads, "
+            "at as many parameters as HA-LoRA.",
+            lora=True,
+            per_head=False,
+        ),
+        Method(
+            "ha-lora", "HA-LoRA", "adapter", "A low-rank delta on query and value for each head on its own.", lora=True
+        ),
+        Method(
+            "dig",
+            "DIG",
+            "adapter",
+            "Only the gates of the heads are trained: by cross-entropy, and by the MMD between source domains.",
+            gate="softmax",
+            mmd=True,
+        ),
+        Method(
+            "hap",
+            "HA-LoRA + DIG + MMD",
+            "adapter",
+            "Attention head purification: per-head deltas, and gates which the MMD between source domains pushes to "
+            "heads that look the same in every domain.",
+            lora=True,
+            gate="softmax",
+            mmd=True,
+        ),
+    )
+}
+
+
+class ImageEncoder(nn.Module):
+    """A model's image tower as a module whose forward DDP can wrap: images `[B, 3, h, w]` → features `[B, E]`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features `[B, E]`, not normalised."""
+        encode: Any = self.model.encode_image
+        return encode(images)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient inside; each module's own mode back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@dataclass
+class Objective:
+    """`CE + mmd_weight · MMD(gates) + context_weight · KL(original ‖ tuned)`, as far as the weights are above 0.
+
+    Args:
+        classifier: `[C, E]` class text weights, normalised. contexts: `[T, E]`, for the KL.
+        logit_scale: the factor of both softmaxes.
+        num_domains: S, domain ids are below it.
+        teacher: the frozen original image tower under full fine-tuning; None: the patched model under `disabled`.
+        mmd_features: "heads" or "embedding". mmd_options: of `fastheads.mmd`.
+    """
+
+    classifier: Tensor
+    logit_scale: float
+    num_domains: int
+    contexts: Tensor | None = None
+    mmd_weight: float = 0.0
+    context_weight: float = 0.0
+    teacher: nn.Module | None = None
+    mmd_features: str = "heads"
+    mmd_options: dict[str, Any] | None = None
+
+    def __call__(
+        self, encoder: nn.Module, model: nn.Module, images: Tensor, labels: Tensor, domains: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss and its parts: `encoder` is the (wrapped) ImageEncoder around `model`."""
+        heads: CapturedHeads | None = None
+        if self.mmd_weight:
+            with capture_heads(model) as heads:
+                features = encoder(images)
+        else:
+            features = encoder(images)
+        logits = self.logit_scale * F.normalize(features.float(), dim=-1) @ self.classifier.T
+        parts = {"cross_entropy": F.cross_entropy(logits, labels)}
+        loss = parts["cross_entropy"]
+        if heads is not None:
+            parts["mmd"] = head_mmd(
+                heads,
+                domains,
+                features=self.mmd_features,
+                embedding=features if self.mmd_features == "embedding" else None,
+                num_domains=self.num_domains,
+                **(self.mmd_options or {}),
+            )
+            loss = loss + self.mmd_weight * parts["mmd"]
+        if self.context_weight:
+            if self.contexts is None:
+                raise ValueError("contexts: are needed with a context_weight; pass context_text_weights(…)")
+            original = original_features(model, images, self.teacher)
+            parts["context_kl"] = context_kl(features, original, self.contexts, self.logit_scale)
+            loss = loss + self.context_weight * parts["context_kl"]
+        return {"loss": loss, **parts}
+
+
+def original_features(model: nn.Module, images: Tensor, teacher: nn.Module | None = None) -> Tensor:
+    """Features of the original image encoder, without gradient and in evaluation mode.
+
+    The frozen copy `teacher` where there is one; else the patched `model` itself with its adapters disabled, which is
+    the same as long as its base is frozen. Raises ValueError where there is neither.
+    """
+    if teacher is not None:
+        with evaluating(teacher):
+            return teacher(images)
+    if not is_patched(model):
+        raise ValueError("teacher: is needed where the model is not patched; pass a frozen copy of the image tower")
+    encode: Any = model.encode_image
+    with disabled(model), evaluating(model):
+        return encode(images)

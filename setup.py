@@ -1,0 +1,74 @@
+"""Everything about the package; the tools (ruff, mypy, pytest) are set up in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """`__version__` from fastheads/__init__.py, without importing it (that would need torch)."""
+    text = (ROOT / "fastheads" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('fastheads/__init__.py has no line `__version__ = "..."`')
+    return match.group(1)
+
+
+def read_readme() -> str:
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+TRAIN = ["accelerate", "torchvision", "scikit-learn", "matplotlib", "rich", "pillow"]
+BENCH = ["pytest-benchmark", "peft", 'xformers; platform_system == "Linux"', "pykeops"]
+# numpy<2.4: with a newer one, the interpreter of Triton 3.6 fails on every kernel.
+# setuptools: a test builds the package.
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "pytest-timeout",
+    "pytest-benchmark",
+    "numpy<2.4",
+    "setuptools>=64",
+]
+DEV = ["ruff", "mypy", "pre-commit", *TEST]
+
+setup(
+    name="fastheads",
+    version=read_version(),
+    description="Per-head LoRA and gates for fine-tuning OpenCLIP to unseen domains",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    author="the fastheads authors",
+    license="MIT",
+    python_requires=">=3.10",
+    # kernels/ stands at the top of the repository and is installed as fastheads.kernels: a public
+    # package called `kernels` exists, and must not be shadowed.
+    packages=[
+        *find_packages(include=["fastheads", "fastheads.*"]),
+        "fastheads.kernels",
+        *(f"fastheads.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"fastheads.kernels": "kernels"},
+    package_data={"": ["*.json", "*.html", "py.typed"]},
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.11",
+        'triton; platform_system == "Linux"',
+        "open_clip_torch>=3.3",
+        "safetensors",
+        "numpy",
+    ],
+    extras_require={"train": TRAIN, "bench": BENCH, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["fastheads = fastheads.cli:main"]},
+    zip_safe=False,
+    classifiers=[
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,46 @@
+"""A small problem to train on: two hundred digits-sized images, a random tiny CLIP."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from fastheads.demo.pretrain import CONFIG, MODEL, register
+from fastheads.train.data import clip_transforms, read_domains
+from fastheads.train.evaluation import make_problem
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Three domains × two classes × ten images: a bright or dark square on a background of the domain's colour."""
+    root = tmp_path_factory.mktemp("shapes")
+    rng = np.random.default_rng(0)
+    for colour, domain in enumerate(("blue", "green", "red")):
+        for bright, name in ((40, "dark"), (220, "light")):
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for i in range(10):
+                image = rng.integers(0, 60, (32, 32, 3))
+                image[..., colour] += 100
+                image[8:24, 8:24] = bright + rng.integers(-20, 20, (16, 16, 3))
+                Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return read_domains(root)
+
+
+@pytest.fixture
+def base():
+    """The demo's model with random weights."""
+    register()
+    torch.manual_seed(0)
+    return open_clip.CLIP(**json.loads(CONFIG.read_text())).eval()
+
+
+@pytest.fixture
+def problem(base, folders):
+    transforms = clip_transforms(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
+    templates = ("a {} square.", "a photo of a {} thing.", "a drawing of a {} box.")
+    tokenizer = open_clip.get_tokenizer(MODEL)
+    return make_problem(base, tokenizer, folders, "red", transforms, prompts=templates[:1], contexts=templates)

@@ -1,0 +1,207 @@
+"""Training: it learns, it is repeatable, and a killed run ends where one that was never killed ends."""
+
+import copy
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import fastheads
+from fastheads.train.evaluation import Score, fit_probe, score
+from fastheads.train.loop import Recipe, fit, trainable
+from fastheads.train.objectives import METHODS
+
+RECIPE = Recipe(steps=8, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=4, save_every=3, cache=True)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in trainable(model).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_training_lowers_the_loss_and_reports_each_step(base, problem):
+    seen = []
+    recipe = dataclasses.replace(RECIPE, steps=30, evaluate_every=30, lr=1e-3)
+    run = fit(base, METHODS["fine-tune"], problem, recipe, report=seen.append)
+    assert [values["step"] for values in seen] == list(range(1, 31))
+    assert {"loss", "cross_entropy", "images_per_second", "steps"} <= set(seen[0])
+    assert sum(v["loss"] for v in seen[-5:]) < 0.7 * sum(v["loss"] for v in seen[:5])
+    assert run["selected_step"] == 30 and len(run["history"]["validation"]) == 1
+
+
+def test_histories_hold_losses_and_gates_over_time(base, problem):
+    run = fit(base, METHODS["hap"], problem, RECIPE)
+    assert run["history"]["step"] == list(range(1, 9))
+    assert len(run["history"]["mmd"]) == len(run["history"]["loss"]) == 8
+    assert run["gates"]["step"][0] == 0 and torch.tensor(run["gates"]["values"][0]).eq(1).all()
+    assert torch.tensor(run["gates"]["values"][-1]).shape == (4, 4)
+    assert not torch.tensor(run["gates"]["values"][-1]).eq(1).any()
+
+
+def test_the_best_weights_on_source_validation_are_kept(base, problem, monkeypatch):
+    from fastheads.train import loop
+
+    accuracies = iter([0.5, 0.5, 0.9, 0.9, 0.9, 0.9, 0.4, 0.4])  # two sources, four evaluations; ties: lower loss
+    losses = iter([1.0, 1.0, 0.5, 0.5, 0.6, 0.6, 0.1, 0.1])
+    seen = []
+
+    def pretend(model, *_):
+        seen.append(weights(model))
+        return Score(next(accuracies), next(losses), 4)
+
+    monkeypatch.setattr(loop, "score", pretend)
+    run = fit(base, METHODS["hap"], problem, dataclasses.replace(RECIPE, evaluate_every=2))
+    assert run["selected_step"] == 4
+    assert same(weights(base), seen[2])
+
+
+def test_the_target_is_never_loaded_in_training(base, problem, monkeypatch):
+    from fastheads.train import data
+
+    opened = []
+    decode = data._decode
+    monkeypatch.setattr(data, "_decode", lambda path: opened.append(path) or decode(path))
+    fit(base, METHODS["hap"], problem, RECIPE)
+    assert {path.parts[-3] for path in opened} == {"blue", "green"}
+
+
+def test_gates_have_no_weight_decay(base, problem):
+    from fastheads.train.loop import _groups, prepare
+
+    prepare(base, METHODS["hap"])
+    decay = {id(p): group["weight_decay"] for group in _groups(base, RECIPE) for p in group["params"]}
+    assert all(decay[id(p)] == 0 for p in fastheads.gate_parameters(base))
+    assert all(decay[id(p)] == RECIPE.weight_decay for p in fastheads.lora_parameters(base))
+
+
+@pytest.mark.parametrize("method", ["hap", "car-ft"])
+def test_a_stopped_run_resumes_to_the_same_weights(base, problem, tmp_path, method):
+    """Stopped by an exception in step 6, after the state of step 3 was saved (with LoRA dropout's and torch's RNG)."""
+    recipe = dataclasses.replace(RECIPE, context_weight=0.5)
+    whole = copy.deepcopy(base)
+    run = fit(whole, METHODS[method], problem, recipe)
+
+    class Stop(Exception):
+        pass
+
+    def stop(values):
+        if values["step"] == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(copy.deepcopy(base), METHODS[method], problem, recipe, out=tmp_path, report=stop)
+    torch.manual_seed(99)
+    resumed = copy.deepcopy(base)
+    steps = []
+    again = fit(
+        resumed, METHODS[method], problem, recipe, out=tmp_path, report=lambda values: steps.append(values["step"])
+    )
+    assert steps == [4, 5, 6, 7, 8]
+    assert same(weights(resumed), weights(whole))
+    assert again["history"]["loss"] == run["history"]["loss"]
+    assert again["gates"] == run["gates"]
+
+
+def test_a_run_killed_by_the_system_resumes_to_the_same_weights(folders, tmp_path):
+    """SIGKILL in the middle of a step, in a process of its own; then the same command again."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import json, os, signal, sys, torch, open_clip
+            torch.set_num_threads(1)
+            from fastheads.demo.pretrain import CONFIG, MODEL, register
+            from fastheads.train.data import clip_transforms, read_domains
+            from fastheads.train.evaluation import make_problem
+            from fastheads.train.loop import Recipe, fit, trainable
+            from fastheads.train.objectives import METHODS
+            register()
+            torch.manual_seed(0)
+            base = open_clip.CLIP(**json.loads(CONFIG.read_text())).eval()
+            transforms = clip_transforms(32, (0.5,) * 3, (0.25,) * 3, flip=False)
+            folders = read_domains({str(folders.root)!r})
+            problem = make_problem(base, open_clip.get_tokenizer(MODEL), folders, "red", transforms, with_contexts=False)
+            recipe = Recipe(steps=7, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=3, save_every=2)
+            out, kill = sys.argv[1], int(sys.argv[2])
+            def report(values):
+                if values["step"] == kill:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            fit(base, METHODS["hap"], problem, recipe, out=out, report=report)
+            torch.save({{n: p.detach() for n, p in trainable(base).items()}}, out + "/final.pt")
+            """
+        )
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(out, kill):
+        (tmp_path / out).mkdir(exist_ok=True)
+        command = [sys.executable, str(script), str(tmp_path / out), str(kill)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+
+    whole = run("whole", -1)
+    assert whole.returncode == 0, whole.stderr
+    assert run("killed", 5).returncode == -signal.SIGKILL
+    again = run("killed", -1)
+    assert again.returncode == 0, again.stderr
+    assert same(torch.load(tmp_path / "whole/final.pt"), torch.load(tmp_path / "killed/final.pt"))
+
+
+def test_a_state_of_another_run_is_refused(base, problem, tmp_path):
+    fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
+    other = dataclasses.replace(RECIPE, gate_lr=1e-3)
+    with pytest.raises(ValueError, match="state of another run"):
+        fit(copy.deepcopy(base), METHODS["dig"], problem, other, out=tmp_path)
+
+
+def test_a_kill_while_the_state_is_replaced_leaves_one_to_resume_from(base, problem, tmp_path, monkeypatch):
+    """Between taking the old state away and putting the new one in its place."""
+    replace, calls = os.replace, []
+
+    def die(source, target):
+        calls.append(str(target))
+        if str(target).endswith("/state") and len([c for c in calls if c.endswith("/state")]) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        fit(copy.deepcopy(base), METHODS["hap"], problem, RECIPE, out=tmp_path)
+    monkeypatch.undo()
+    resumed, whole = copy.deepcopy(base), copy.deepcopy(base)
+    fit(resumed, METHODS["hap"], problem, RECIPE, out=tmp_path)
+    fit(whole, METHODS["hap"], problem, RECIPE)
+    assert same(weights(resumed), weights(whole))
+
+
+def test_bf16_mixed_precision_trains(base, problem):
+    run = fit(base, METHODS["hap"], problem, dataclasses.replace(RECIPE, steps=2), precision="bf16")
+    assert all(torch.isfinite(torch.tensor(run["history"]["loss"])))
+    assert all(p.dtype == torch.float32 for p in trainable(base).values())
+
+
+def test_linear_probe_learns_the_sources(base, problem):
+    probe = fit_probe(base, problem, RECIPE)
+    assert probe.parameters == problem.classifier.shape[1] + 1  # two classes: one row of weights and a bias
+    assert probe.score(base, problem, "blue", "training", RECIPE).accuracy > 0.9
+    assert score(base, problem, "red", "all", RECIPE).images == 20
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("steps", 0), ("per_domain", 1.5), ("lr", 0.0), ("gate_lr", float("nan")), ("mmd_weight", -1)]
+)
+def test_a_recipe_refuses_bad_numbers(option, value):
+    with pytest.raises(ValueError, match=option):
+        Recipe(**{option: value})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(base, problem):
+    with pytest.raises(FloatingPointError, match="step"):
+        fit(base, METHODS["fine-tune"], problem, dataclasses.replace(RECIPE, lr=1e30))
