@@ -226,7 +226,7 @@ def _demo(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from fastheads.train.data import read_domains
     from fastheads.train.evaluation import make_problem
-    from fastheads.train.experiment import run_experiment, table
+    from fastheads.train.experiment import is_main_process, run_experiment, table
     from fastheads.train.loop import Recipe
     from fastheads.train.objectives import METHODS
     from fastheads.train.progress import Bars
@@ -292,8 +292,10 @@ def _train(args: argparse.Namespace) -> None:
             base_name=f"{args.model} {args.pretrained}",
             dataset_name=args.data.name,
             precision=args.precision,
-            watch=bars.watch,
+            watch=bars.watch if is_main_process() else None,
         )
+    if not is_main_process():
+        return
     print("accuracy on the domain held out, %\n" + table(experiment))
     shown = {name: [path for path, _ in files[:: max(1, len(files) // 8)]][:8] for name, files in _by_name(folders)}
     print(f"\nreport: {write_report(experiment, args.out, samples=shown)}")

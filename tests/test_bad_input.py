@@ -358,7 +358,7 @@ for value in (0, -1, 2.0, True, "2"):
     row(f"mmd num_domains {value!r}", nothing, mmd(num_domains=value), ValueError, "num_domains", repr(value))
 row("mmd kernel", nothing, mmd(kernel="gauss"), ValueError, "kernel", "'gauss'", "'adaptive'")
 row("mmd kernel None", nothing, mmd(kernel=None), TypeError, "kernel", "None")
-row("mmd kernel empty", nothing, mmd(kernel=[]), TypeError, "kernel")
+row("mmd kernel empty", nothing, mmd(kernel=[]), ValueError, "kernel", "gammas")
 row("mmd kernel texts", nothing, mmd(kernel=["1"]), TypeError, "kernel", "'1'")
 for value in (NAN, float("inf"), 0.0, -1.0):
     row(f"mmd gamma {value}", nothing, mmd(kernel=[1.0, value]), ValueError, "kernel", str(value), "finite")

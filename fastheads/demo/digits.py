@@ -233,9 +233,7 @@ def _photo(mask: Array, rng: Generator) -> Array:
         photo = photographs[rng.integers(len(photographs))]
         side = int(rng.integers(60, 200))
         left, top = (int(rng.integers(0, length - side)) for length in photo.size)
-        crop = photo.resize(
-            (_FINE, _FINE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-        )
+        crop = photo.resize((_FINE, _FINE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
         scene = np.asarray(crop, dtype=np.float32) / 255
         # a mid-grey crop looks the same inverted: take another
         contrast = np.abs(1 - 2 * scene).mean(axis=-1)

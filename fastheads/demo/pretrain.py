@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
@@ -50,12 +49,14 @@ TEMPLATES: tuple[str, ...] = (PROMPT, "a handwritten {}.", *_STYLE_TEMPLATES.val
 class Recipe:
     """How the checkpoint is made; every field is part of its file name's hash."""
 
-    steps: int = 600
-    small: float = 0.75  # share of the steps on half-size images
+    steps: int = 1000
+    small: float = 0.85  # share of the steps on half-size images
     batch: int = 64
     views: int = 1  # drawings of each pretraining digit in each style
     shift: int = 2  # pixels, at most, by which a drawing is moved in a batch
     lr: float = 1e-3
+    full_lr: float = 1e-3
+    logit_scale: float = 30.0  # at the start; it moves little in so few steps
     warmup: float = 0.1  # share of the steps
     weight_decay: float = 0.1
     seed: int = 0
@@ -112,20 +113,25 @@ def _recipe_hash(recipe: Recipe) -> str:
 
 
 def _train(recipe: Recipe, progress: Progress | None) -> dict[str, Tensor]:
-    """Train from scratch; returns the state dict. Leaves torch's global random state alone.
+    """Train from scratch in two stages; returns the state dict. Leaves torch's random state alone.
 
-    Most steps are on half-size images, as in CLIPA (arXiv 2305.07017): they have a quarter of the
-    tokens and cost a quarter. The rest is at full size, after the positions have been interpolated.
+    First the image tower alone, on half-size images, which have a quarter of the tokens (as in CLIPA,
+    arXiv 2305.07017). The text tower stands still as in LiT (arXiv 2111.07991): if it moves before the
+    images tell classes apart, the captions of all classes collapse and nothing is learned for hundreds
+    of steps. Then both towers at full size, after the positions have been interpolated.
     """
     pool = _Pool(recipe)
     generator = torch.Generator().manual_seed(recipe.seed)
-    small_steps = round(recipe.small * recipe.steps)
     small, full = _new_model(recipe.seed, digits.SIZE // 2), _new_model(recipe.seed, digits.SIZE)
-    _train_stage(small, pool, recipe, range(small_steps), generator, progress)
+    small.lock_text_tower()
+    small.logit_scale.data.fill_(math.log(recipe.logit_scale))
+    split = round(recipe.small * recipe.steps)
+    _train_stage(small, pool, recipe, range(split), recipe.lr, generator, progress)
     state = small.state_dict()
     resize_pos_embed(state, full)
     full.load_state_dict(state)
-    _train_stage(full, pool, recipe, range(small_steps, recipe.steps), generator, progress)
+    full_steps = range(split, recipe.steps)
+    _train_stage(full, pool, recipe, full_steps, recipe.full_lr, generator, progress)
     return {name: value.contiguous() for name, value in full.state_dict().items()}
 
 
@@ -142,25 +148,25 @@ def _train_stage(
     pool: "_Pool",
     recipe: Recipe,
     steps: range,
+    lr: float,
     generator: torch.Generator,
     progress: Progress | None,
 ) -> None:
-    """Train in place for ``steps``, from a warm-up to a learning rate of zero."""
+    """Train what isn't locked, in place, from a warm-up to a learning rate of zero."""
     register()
     tokens = open_clip.get_tokenizer(MODEL)(pool.captions)
-    small = model.visual.image_size[0] != digits.SIZE
-    model.lock_text_tower()
-    if not small:
-        model.requires_grad_(True)
-    optimizer, schedule = _optimizer(model, recipe, len(steps))
+    locked = not model.text_projection.requires_grad
+    if locked:
+        with torch.no_grad():
+            encoded = model.encode_text(tokens, normalize=True)
+    optimizer, schedule = _optimizer(model, recipe, lr, len(steps))
     for step in steps:
         images, drawn, said = pool.batch(recipe, generator)
-        if small:
-            images = F.interpolate(images, model.visual.image_size, mode="area")
+        images = F.interpolate(images, model.visual.image_size, mode="area")
+        image_features = model.encode_image(images, normalize=True)
         # several images may share a caption: each is encoded once
         distinct = said.unique()
-        image_features = model.encode_image(images, normalize=True)
-        text_features = model.encode_text(tokens[distinct], normalize=True)
+        text_features = encoded[distinct] if locked else model.encode_text(tokens[distinct], normalize=True)
         logits = model.logit_scale.exp() * image_features @ text_features.T
         loss = matching_loss(logits, pool.true_of[drawn][:, distinct])
         optimizer.zero_grad(set_to_none=True)
@@ -219,10 +225,7 @@ class _Pool:
         kinds = self.kinds[picked]
         said = torch.multinomial(self.true_of[kinds].float(), 1, generator=generator)[:, 0]
         images = _shifted(self.drawings[picked].float() / 255, recipe.shift, generator)
-        mean, std = (
-            torch.tensor(values).view(3, 1, 1)
-            for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-        )
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
         return (images - mean) / std, kinds, said
 
 
@@ -237,16 +240,18 @@ def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 def _optimizer(
-    model: torch.nn.Module, recipe: Recipe, steps: int
-) -> tuple[torch.optim.AdamW, Any]:
+    model: torch.nn.Module, recipe: Recipe, lr: float, steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW without decay on vectors and embeddings; linear warm-up, then a cosine to zero."""
-    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
-    decayed = [p for n, p in model.named_parameters() if not (p.ndim < 2 or "embedding" in n)]
+    plain, decayed = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim < 2 or "embedding" in name else decayed).append(parameter)
     groups = [
         {"params": plain, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": recipe.weight_decay},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
     warmup = max(1, round(recipe.warmup * steps))
 
     def factor(step: int) -> float:

@@ -39,6 +39,11 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def is_main_process() -> bool:
+    """Whether this process writes: the only one, or the first that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def reset_peak_memory() -> None:
     """Starts a new measurement of `peak_memory_mb`, where the system lets us."""
     if torch.cuda.is_available():
@@ -108,9 +113,10 @@ def run_method(
     parts = [(name, "validation") for name in problem.sources] + [(problem.target, "all")]
     run["accuracy"] = {name: scorer(model, problem, name, part, recipe).accuracy for name, part in parts}
     run["peak_memory_mb"] = peak_memory_mb()
-    run |= _save(model, method, problem, recipe, out, base_name)
-    write_json(done, {"key": key, "run": run})
-    shutil.rmtree(out / "state", ignore_errors=True)
+    if is_main_process():
+        run |= _save(model, method, problem, recipe, out, base_name)
+        write_json(done, {"key": key, "run": run})
+        shutil.rmtree(out / "state", ignore_errors=True)
     return run
 
 
@@ -203,7 +209,8 @@ def run_experiment(
         "runs": runs,
         "tuning": None,
     }
-    write_json(out / "results.json", experiment)
+    if is_main_process():
+        write_json(out / "results.json", experiment)
     return experiment
 
 

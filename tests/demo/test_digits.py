@@ -75,9 +75,7 @@ def test_a_damaged_folder_is_written_again_with_the_same_bytes(written: Path) ->
     assert [path.name for path in written.parent.iterdir()] == [written.name]
 
 
-def test_an_interrupted_writing_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = 0
     draw = digits.draw
 
@@ -104,9 +102,7 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
 @pytest.mark.parametrize("style", digits.DOMAINS + digits.STYLES)
 def test_a_drawing_follows_its_generator(style: str) -> None:
     images, _ = digits.handwritten()
-    first, again, other = (
-        digits.draw(images[3], style, np.random.default_rng(seed)) for seed in (0, 0, 1)
-    )
+    first, again, other = (digits.draw(images[3], style, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert first.shape == (32, 32, 3)
     assert first.dtype == np.uint8
     assert np.array_equal(first, again)

@@ -57,9 +57,7 @@ def test_no_template_names_a_domain() -> None:
 
 
 def test_stock_open_clip_loads_the_checkpoint(checkpoint: Path) -> None:
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        pretrain.MODEL, pretrained=str(checkpoint)
-    )
+    model, _, preprocess = open_clip.create_model_and_transforms(pretrain.MODEL, pretrained=str(checkpoint))
     saved = load_file(checkpoint)
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
@@ -68,9 +66,7 @@ def test_stock_open_clip_loads_the_checkpoint(checkpoint: Path) -> None:
     assert tuple(normalize.std) == pretrain.OPENAI_DATASET_STD
 
 
-def test_a_second_call_takes_the_checkpoint_from_the_cache(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_call_takes_the_checkpoint_from_the_cache(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "_train", lambda *_: pytest.fail("trained again"))
     assert pretrain.pretrain(checkpoint.parent, steps=3) == checkpoint
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
@@ -112,10 +108,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
 def test_matching_loss_equals_clips_where_every_partner_is_single() -> None:
     logits = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     target = torch.arange(5)
-    clip = (
-        torch.nn.functional.cross_entropy(logits, target)
-        + torch.nn.functional.cross_entropy(logits.T, target)
-    ) / 2
+    clip = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
     torch.testing.assert_close(pretrain.matching_loss(logits, torch.eye(5).bool()), clip)
 
 

@@ -16,7 +16,9 @@ from fastheads.train.evaluation import Score, fit_probe, score
 from fastheads.train.loop import Recipe, fit, trainable
 from fastheads.train.objectives import METHODS
 
-RECIPE = Recipe(steps=8, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=4, save_every=3, cache=True)
+RECIPE = Recipe(
+    steps=8, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=4, save_every=3, cache=True
+)
 
 
 def weights(model):
@@ -89,14 +91,14 @@ def test_a_stopped_run_resumes_to_the_same_weights(base, problem, tmp_path, meth
     whole = copy.deepcopy(base)
     run = fit(whole, METHODS[method], problem, recipe)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(values):
         if values["step"] == 6:
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         fit(copy.deepcopy(base), METHODS[method], problem, recipe, out=tmp_path, report=stop)
     torch.manual_seed(99)
     resumed = copy.deepcopy(base)
@@ -128,8 +130,9 @@ def test_a_run_killed_by_the_system_resumes_to_the_same_weights(folders, tmp_pat
             base = open_clip.CLIP(**json.loads(CONFIG.read_text())).eval()
             transforms = clip_transforms(32, (0.5,) * 3, (0.25,) * 3, flip=False)
             folders = read_domains({str(folders.root)!r})
-            problem = make_problem(base, open_clip.get_tokenizer(MODEL), folders, "red", transforms, with_contexts=False)
-            recipe = Recipe(steps=7, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=3, save_every=2)
+            tokenizer = open_clip.get_tokenizer(MODEL)
+            problem = make_problem(base, tokenizer, folders, "red", transforms, with_contexts=False)
+            recipe = Recipe(steps=7, per_domain=2, lr=5e-3, mmd_weight=0.1, evaluate_every=3, save_every=2)
             out, kill = sys.argv[1], int(sys.argv[2])
             def report(values):
                 if values["step"] == kill:

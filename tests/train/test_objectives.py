@@ -56,9 +56,7 @@ def test_each_method_trains_what_it_says(base, name):
 def test_the_objective_adds_up_its_parts(base, problem):
     prepare(base, METHODS["hap"])
     noise(base)
-    parts = objective(problem, mmd_weight=0.7, context_weight=0.3)(
-        ImageEncoder(base), base, images(), LABELS, DOMAINS
-    )
+    parts = objective(problem, mmd_weight=0.7, context_weight=0.3)(ImageEncoder(base), base, images(), LABELS, DOMAINS)
     expected = parts["cross_entropy"] + 0.7 * parts["mmd"] + 0.3 * parts["context_kl"]
     assert parts["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert parts["context_kl"] > 0

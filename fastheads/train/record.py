@@ -1,0 +1,181 @@
+"""The numbers a leave-one-domain-out experiment's record holds, and the statistics over its runs."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Run = Mapping[str, Any]
+Grid = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy in per cent and its standard error (None: not known)."""
+
+    mean: float
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
+
+
+def _number(value: Any) -> float | None:
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if known else None
+
+
+def _present(values: Iterable[Any]) -> list[float]:
+    return [found for found in map(_number, values) if found is not None]
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    found = _present(values)
+    return float(np.mean(found)) if found else None
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    """Over the values; None for fewer than two, or where nothing varies (zero-shot has no seed)."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return spread / math.sqrt(len(values)) if spread > 1e-12 else None
+
+
+def _target_accuracy(run: Run) -> float | None:
+    return _number((run.get("accuracy") or {}).get(run["target"]))
+
+
+def _gates(run: Run) -> dict[int, Grid]:
+    """The run's gates `[L, H]` by step."""
+    gates = run.get("gates") or {}
+    grids = [np.asarray(grid, dtype=np.float64) for grid in gates.get("values") or []]
+    steps = gates.get("step") or []
+    return {int(step): grid for step, grid in zip(steps, grids, strict=False) if grid.ndim == 2}
+
+
+def _near(first: Score, other: Score) -> bool:
+    """Whether `other` lies within two standard errors of the difference below `first`."""
+    return first.mean - other.mean < 2 * math.hypot(first.error or 0.0, other.error or 0.0)
+
+
+def _validation_and_target(run: Run) -> tuple[float, float] | None:
+    accuracy, target = run.get("accuracy") or {}, _target_accuracy(run)
+    source = _mean(accuracy.get(domain) for domain in run.get("sources") or [])
+    return None if source is None or target is None else (source, target)
+
+
+def _curve(runs: Sequence[Run], key: str) -> tuple[Grid, Grid] | None:
+    """The mean of the runs' histories of `key` on the longest run's steps, lightly smoothed."""
+    lines = []
+    for run in runs:
+        history = run.get("history") or {}
+        pairs = history.get(key) or []
+        if key != "validation":
+            pairs = zip(history.get("step") or [], pairs, strict=False)
+        known = [(float(x), float(y)) for x, y in pairs if _number(y) is not None]
+        lines += [np.array(known).T] if known else []
+    if not lines:
+        return None
+    x = max(lines, key=lambda line: line.shape[1])[0]
+    # A run that stopped early takes no part in the mean after its last step.
+    every = np.array([np.interp(x, line[0], line[1], left=np.nan, right=np.nan) for line in lines])
+    seen = ~np.isnan(every)
+    x, y = x[seen.any(0)], (np.nansum(every, 0)[seen.any(0)] / seen.sum(0)[seen.any(0)])
+    half = len(y) // 50 if key != "validation" else 0
+    smooth = [y[max(0, at - half) : at + half + 1].mean() for at in range(len(y))]
+    return x, np.array(smooth)
+
+
+class Record:
+    """The experiment's record, and the statistics taken over its runs."""
+
+    def __init__(self, experiment: Mapping[str, Any]) -> None:
+        self.experiment = experiment
+        self.runs: list[Run] = experiment["runs"]
+        self.dataset = experiment.get("dataset") or {}
+        self.model = experiment.get("model") or {}
+        self.images = self.dataset.get("images") or {}
+        self.entries = {m["id"]: m for m in experiment.get("methods") or []}
+        used = list(dict.fromkeys(run["method"] for run in self.runs))
+        self.ids = [m for m in self.entries if m in used]
+        self.ids += [m for m in used if m not in self.entries]
+        held = list(dict.fromkeys(run["target"] for run in self.runs))
+        domains = self.dataset.get("domains") or []
+        self.targets = sorted(held, key=lambda d: domains.index(d) if d in domains else len(held))
+        self.seeds = list(dict.fromkeys(run.get("seed") for run in self.runs))
+        self.over_seeds = len(self.seeds) > 1
+        scores = {method: self.average(method) for method in self.ids}
+        known = {m: score for m, score in scores.items() if score is not None}
+        self.ranked = dict(sorted(known.items(), key=lambda pair: -pair[1].mean))
+
+    def label(self, method: str) -> str:
+        return str(self.entries.get(method, {}).get("label") or method)
+
+    def brief(self, method: str) -> str:
+        """The label for pictures: without a remark in brackets, unless only that tells it apart."""
+        names = [figures.name(self.label(other)) for other in self.ids]
+        mine = figures.name(self.label(method))
+        return mine if names.count(mine) == 1 else self.label(method)
+
+    def colour(self, method: str) -> str:
+        return figures.colour(method, self.ids)
+
+    def of(self, method: str, **match: Any) -> list[Run]:
+        chosen = [run for run in self.runs if run["method"] == method]
+        return [run for run in chosen if all(run.get(k) == v for k, v in match.items())]
+
+    def score(self, method: str, target: str) -> Score | None:
+        """Accuracy on `target`; its error is over seeds, or binomial where there is one seed."""
+        hits = _present(map(_target_accuracy, self.of(method, target=target)))
+        if not hits:
+            return None
+        mean, error = float(np.mean(hits)), _standard_error(hits)
+        images = _number(self.images.get(target))
+        if not self.over_seeds and images and self.dataset.get("evaluation", "all") == "all":
+            error = math.sqrt(mean * (1 - mean) / images)
+        return Score(100 * mean, None if error is None else 100 * error)
+
+    def average(self, method: str) -> Score | None:
+        """The mean over all targets; None while one of them is missing.
+
+        Over seeds, its error is that of the per-seed means; for one seed, the targets' binomial
+        errors are combined.
+        """
+        scores = [self.score(method, target) for target in self.targets]
+        found = [score for score in scores if score is not None]
+        if len(found) < len(scores):
+            return None
+        mean = float(np.mean([score.mean for score in found]))
+        errors = [score.error for score in found if score.error is not None]
+        if len(scores) == 1 or not self.over_seeds:
+            combined = math.sqrt(sum(e * e for e in errors)) / len(scores)
+            return Score(mean, combined if len(errors) == len(scores) else None)
+        per_seed = []
+        for seed in self.seeds:
+            runs = {run["target"]: _target_accuracy(run) for run in self.of(method, seed=seed)}
+            hits = _present(runs.get(target) for target in self.targets)
+            per_seed += [100 * float(np.mean(hits))] if len(hits) == len(scores) else []
+        return Score(mean, _standard_error(per_seed))
+
+    def error_kind(self) -> str:
+        if self.over_seeds:
+            return f"± and error bars: standard error over {len(self.seeds)} seeds; none where seeds change nothing."
+        if any(score.error is not None for score in self.ranked.values()):
+            return (
+                "± and error bars: binomial standard error of the target accuracy, from the number "
+                "of images. One seed: the spread between training runs is not known."
+            )
+        return "No error bars: one seed, and the number of scored images is not known."
+
+    def adapter(self) -> str | None:
+        """The method whose adapter stands for all: HAP where it ran."""
+        return next((m for m in ("hap", "ha-lora", "lora", "dig") if m in self.ids), None)
+
+    def mean_of(self, method: str, key: str) -> float | None:
+        return _mean(run.get(key) for run in self.of(method))
+
+    def names(self, methods: Iterable[str]) -> str:
+        return ", ".join(map(self.label, methods))
