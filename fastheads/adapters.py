@@ -110,6 +110,8 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
             listed = json.loads((path / CONFIG).read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"directory: {path / CONFIG} is corrupt ({e})") from None
+        if not isinstance(listed, dict):
+            raise ValueError(f"directory: {path / CONFIG} is corrupt (it holds no object)")
         if "peft_type" in listed:
             raise ValueError(f"directory: {path} holds a PEFT adapter ({listed['peft_type']}); load it with PEFT")
     if not (path / TENSORS).is_file():
@@ -123,8 +125,17 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
         raise ValueError(f"directory: {path / TENSORS} is corrupt ({e})") from None
     except KeyError:
         raise ValueError(f"directory: {path / TENSORS} was not written by fastheads") from None
-    if about.get("format_version") != 1:
-        raise ValueError(f"directory: {path} has format {about.get('format_version')}; this fastheads reads 1")
+    version = about.get("format_version") if isinstance(about, dict) else None
+    if version != 1:
+        raise ValueError(f"directory: {path} has format {version}; this fastheads reads 1")
+    missing = [key for key in ("config", "base_sha256", "base_model") if key not in about]
+    if missing or not isinstance(about["config"], dict):
+        raise ValueError(
+            f"directory: {path / TENSORS} is corrupt (its description lacks {', '.join(missing) or 'config'})"
+        )
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise ValueError(f"directory: {path / TENSORS} is not finite, first at {bad[0]!r}")
     return about, tensors
 
 
@@ -154,6 +165,8 @@ def load_adapter(
             raise ValueError(f"directory: {text}; check_base=False loads it all the same")
         warnings.warn(text, stacklevel=2)
     fresh = not is_patched(inner)
+    if fresh and inner is not model:
+        raise TypeError(f"model: is wrapped in {type(model).__name__}; patch first (load_adapter does), then wrap")
     if fresh:
         patch(inner, config, impl=impl)
     elif config_of(inner) != config:

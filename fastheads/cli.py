@@ -374,7 +374,7 @@ COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "merge": _mer
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0: done; 2: bad input, told in one line; 130: interrupted."""
     args = parser().parse_args(argv)
-    warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)
     try:
         COMMANDS[args.command](args)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:

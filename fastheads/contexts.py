@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from string import Formatter
 from typing import Any
 
 import torch
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 Template = str | Callable[[str], str]
 
 
-def _prompt(template: Template, name: str) -> str:
+def fill(template: Template, name: str) -> str:
+    """The prompt of a class. Raises ValueError for a template without a place for it, or with one for anything else."""
     if callable(template):
         return template(name)
-    if "{" not in template:
+    try:
+        places = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError:
+        places = []
+    if not places or not set(places) <= {"", "0", "class"}:
         raise ValueError(f"templates: {template!r} has no place for the class; write it as {{}}")
-    return template.format(name, **{"class": name})
+    return template.format(*[name] * len(places), **{"class": name})
 
 
 def prompt_embeddings(
@@ -39,8 +45,10 @@ def prompt_embeddings(
         raise ValueError(
             f"templates: got {templates!r}; takes a sequence of at least one template, as 'a photo of a {{}}.'"
         )
-    prompts = [_prompt(template, name) for template in templates for name in classnames]
-    encode: Any = model.encode_text
+    prompts = [fill(template, name) for template in templates for name in classnames]
+    encode: Any = getattr(model, "encode_text", None)
+    if encode is None:
+        raise TypeError(f"model: {type(model).__name__} has no encode_text; takes an OpenCLIP model")
     device = next(model.parameters()).device
     modes = {m: m.training for m in model.modules()}
     model.eval()

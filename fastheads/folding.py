@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.nn import HeadAttention
-from fastheads.patching import is_patched, patched_attentions, unpatch, unwrap
+from fastheads.patching import is_patched, patched_attentions, patched_models, unpatch, unwrap
 from fastheads.reference import up_matrix
 
 
@@ -47,16 +47,17 @@ def merge(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: is wrapped in {type(model).__name__}; pass the model inside it")
     writes: list[tuple[Tensor, Tensor]] = []
     lost, change = 0.0, 0.0
+    patched_models(model)  # raises for a part of one, whose flags couldn't be put back
     for attention in patched_attentions(model):
-        module = _module(attention)
+        module, own = _module(attention), attention.heads
+        where = f"model: the adapter of layer {own.tower}.{own.layer}"
+        if not all(bool(torch.isfinite(p).all()) for p in own.parameters()):
+            raise ValueError(f"{where} is not finite; it can't be merged")
         for name, new in folded_weights(attention).items():
-            if not bool(torch.isfinite(new).all()):
-                own = attention.heads
-                raise ValueError(
-                    f"model: the adapter of layer {own.tower}.{own.layer} is not finite; it can't be merged"
-                )
             old = module.in_proj_weight if name == "in_proj_weight" else module.out_proj.weight
             rounded = new.to(old.dtype)
+            if not bool(torch.isfinite(rounded).all()):
+                raise ValueError(f"{where} overflows {old.dtype} in {name}; merge into a float32 copy of the base")
             if rounded.dtype != new.dtype:
                 lost += float((rounded.to(new.dtype) - new).square().sum())
                 change += float((new - old.to(new.dtype)).square().sum())
@@ -90,6 +91,8 @@ def wise_ft(model: nn.Module, original: nn.Module | Mapping[str, Tensor], alpha:
         raise ValueError("model: is patched; merge(model) first, then average its weights")
     if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha: got {alpha!r}; takes a number from 0 (the original) to 1 (the tuned model)")
+    if not isinstance(original, (nn.Module, Mapping)):
+        raise TypeError(f"original: got {type(original).__name__}; takes the model before tuning, or its state dict")
     before = original.state_dict() if isinstance(original, nn.Module) else original
     after = model.state_dict()
     wrong = sorted(set(before) ^ set(after)) or [k for k in after if before[k].shape != after[k].shape]

@@ -158,6 +158,8 @@ def head_mmd(
     if embedding is None:
         raise ValueError('embedding: is needed with features="embedding": pass model.encode_image(images)')
     thetas = heads.thetas
+    if not isinstance(embedding, Tensor):
+        raise TypeError(f"embedding: got {type(embedding).__name__}; takes a tensor [B, E]")
     if not embedding.requires_grad:
         raise ValueError("embedding: carries no gradient; compute it with gradients on, inside the capture")
     loss = mmd(embedding, domains, **mmd_options)
@@ -180,8 +182,20 @@ def context_kl(
         context_weights: `[C, E]` of `context_text_weights`.
         logit_scale: the factor, `model.logit_scale.exp()` (100 for CLIP): without it the loss is near zero.
 
-    Returns a scalar. Raises ValueError naming the argument whose shape does not fit.
+    Returns a scalar. Raises TypeError or ValueError naming the argument.
     """
+    named = {"features": features, "teacher_features": teacher_features, "context_weights": context_weights}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}; takes a tensor")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: got dtype {value.dtype}; takes floating point")
+        if value.device != features.device:
+            raise ValueError(f"{name}: is on {value.device}, features on {features.device}; put both on one device")
+    if not isinstance(logit_scale, (int, float, Tensor)):
+        raise TypeError(f"logit_scale: got {logit_scale!r}; takes a number, model.logit_scale.exp()")
+    if not isinstance(logit_scale, Tensor) and not (math.isfinite(logit_scale) and logit_scale > 0):
+        raise ValueError(f"logit_scale: got {logit_scale}; takes a finite number > 0")
     if features.dim() != 2:
         raise ValueError(f"features: got shape {tuple(features.shape)}; takes [B, E]")
     if teacher_features.shape != features.shape:

@@ -120,10 +120,24 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(m, HeadAttention) for m in unwrap(model).modules())
 
 
-def config_of(model: nn.Module) -> HeadConfig:
-    """The config a model was patched with."""
+def patched_models(model: nn.Module) -> list[nn.Module]:
+    """The modules that `patch` was called with, inside `model` or `model` itself.
+
+    Raises ValueError where `model` is not patched, or is only a part of a patched model.
+    """
     patched_attentions(model)
-    state: _State = next(m.__dict__[_STATE] for m in unwrap(model).modules() if _STATE in m.__dict__)
+    owners = [m for m in unwrap(model).modules() if _STATE in m.__dict__]
+    if not owners:
+        raise ValueError("model: is a part of a patched model; pass the whole model that was patched")
+    return owners
+
+
+def config_of(model: nn.Module) -> HeadConfig:
+    """The config a model was patched with. Raises ValueError as `patched_models`, and where it holds several."""
+    owners = patched_models(model)
+    if len(owners) > 1:
+        raise ValueError(f"model: holds {len(owners)} patched models; pass one of them")
+    state: _State = owners[0].__dict__[_STATE]
     return state.config
 
 
@@ -265,14 +279,14 @@ def unpatch(model: nn.Module) -> nn.Module:
     """
     if unwrap(model) is not model:
         raise TypeError(f"model: is wrapped in {type(model).__name__}; pass the model inside it")
-    attentions: list[Any] = patched_attentions(model)
-    for attention in attentions:
-        attention.__class__ = type(attention).__bases__[1]
-        del attention.heads
-    owner = next(m for m in model.modules() if _STATE in m.__dict__)
-    flags = owner.__dict__.pop(_STATE).required_grad
-    for name, p in owner.named_parameters():
-        p.requires_grad_(flags.get(name, p.requires_grad))
+    for owner in patched_models(model):
+        attentions: list[Any] = patched_attentions(owner)
+        for attention in attentions:
+            attention.__class__ = type(attention).__bases__[1]
+            del attention.heads
+        flags = owner.__dict__.pop(_STATE).required_grad
+        for name, p in owner.named_parameters():
+            p.requires_grad_(flags.get(name, p.requires_grad))
     return model
 
 

@@ -46,7 +46,7 @@ class HeadAttentionOutput(NamedTuple):
 
     o: `[B, N, D]` gated head outputs, concatenated, before the output projection, in the dtype of the computation.
     lse: `[B, H, N]` log-sum-exp of the scaled, masked scores, at least float32.
-    cls: `[B, H, dh]` un-gated head outputs of the pooled token, at least float32; None where `pool` is None.
+    cls: `[B, H, dh]` un-gated head outputs of the pooled token, detached, at least float32; None where `pool` is None.
     """
 
     o: Tensor
@@ -199,7 +199,7 @@ def head_attention(
     )
     heads, lse, _ = attend(q, k, v, mask=mask, causal=causal)
     return HeadAttentionOutput(
-        o=gate_heads(heads, gate, q.dtype), lse=lse, cls=None if pool is None else pool_heads(heads, pool)
+        o=gate_heads(heads, gate, q.dtype), lse=lse, cls=None if pool is None else pool_heads(heads.detach(), pool)
     )
 
 

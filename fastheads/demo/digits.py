@@ -267,7 +267,8 @@ def _blocks(mask: Array, rng: Generator) -> Array:
     hue = rng.random()
     ground = _hue(hue, rng.uniform(0.2, 0.5), rng.uniform(0.8, 0.95))
     figure = _hue(hue + rng.uniform(0.3, 0.7), rng.uniform(0.6, 0.9), rng.uniform(0.3, 0.55))
-    mosaic = _mix(share, ground, figure) * rng.uniform(0.85, 1.15, size=(across, across, 1))
+    shade = rng.uniform(0.85, 1.15, size=(across, across, 1)).astype(np.float32)
+    mosaic = _mix(share, ground, figure) * shade
     big: Array = mosaic.repeat(tile, axis=0).repeat(tile, axis=1)
     return big
 
@@ -308,8 +309,9 @@ def _stripes(mask: Array, rng: Generator) -> Array:
     for turn in (0, np.pi / 2):
         phase = x * np.cos(angle + turn) + y * np.sin(angle + turn)
         wave = _step(np.sin(frequency * phase), 0.0, 0.4)
-        depth = 0.2 if turn == 0 else 0.75
-        painted.append(_mix(wave, _hue(hue, depth, 1.1 - 0.5 * depth), _hue(hue, depth + 0.2, 1.0 - 0.7 * depth)))
+        depth = 0.75 if turn else 0.2
+        light, dark = _hue(hue, depth, 1.1 - 0.5 * depth), _hue(hue, depth + 0.2, 1 - 0.7 * depth)
+        painted.append(_mix(wave, light, dark))
         hue += rng.uniform(0.15, 0.4)
     return _mix(mask, painted[0], painted[1])
 

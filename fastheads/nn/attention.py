@@ -62,9 +62,9 @@ class HeadAttention:
             if head_scale is not None:
                 each = each * head_scale
             o = reference.gate_heads(each, gate, q.dtype)
-            cls = None if pool is None else reference.pool_heads(each, pool)
+            cls = None if pool is None else reference.pool_heads(each.detach(), pool)
         else:
-            run = functools.partial(ops.head_attention, impl=own.impl, mask=mask, pool=pool, **lora)
+            run: Any = functools.partial(ops.head_attention, impl=own.impl, mask=mask, pool=pool, **lora)
             tensors = (x, self.in_proj_weight, self.in_proj_bias, own.lora_A, own.lora_B)
             if own.recompute and torch.is_grad_enabled():
                 o, _, cls = checkpoint(lambda g, *t: run(*t, gate=g), gate, *tensors, use_reentrant=False)

@@ -62,12 +62,14 @@ class HeadLoRA(nn.Module):
         return GATES[self.gate_kind](self.theta)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Follows `.to(device)` and `.double()`, but keeps its values when the model around it is cast to 16 bits."""
-        before = {name: p.data for name, p in self.named_parameters(recurse=False)}
+        """Follows `.to(device)`, `.double()` and `.float()`, but stays float32 when the model is cast to 16 bits."""
+        before = {name: (p.data, p.grad) for name, p in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
         for name, p in self.named_parameters(recurse=False):
-            if p.dtype.itemsize < before[name].dtype.itemsize:
-                p.data = before[name].to(p.device)
+            if p.dtype.itemsize < 4:
+                data, grad = before[name]
+                p.data, p.grad = data.to(p.device, torch.float32), None
+                p.grad = None if grad is None else grad.to(p.device, torch.float32)
         return self
 
     def extra_repr(self) -> str:

@@ -23,12 +23,14 @@ import torch
 from torch import nn
 
 from fastheads.adapters import save_adapter
-from fastheads.folding import merge
+from fastheads.folding import merge, wise_ft
 from fastheads.patching import is_patched
 from fastheads.train.data import DomainFolders
 from fastheads.train.evaluation import Problem, fit_probe, image_features, score
 from fastheads.train.loop import Recipe, Report, fit, trainable
 from fastheads.train.objectives import METHODS, Method
+
+WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the original too
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -112,6 +114,9 @@ def run_method(
         run["trainable_parameters"] = sum(p.numel() for p in trainable(model).values())
     parts = [(name, "validation") for name in problem.sources] + [(problem.target, "all")]
     run["accuracy"] = {name: scorer(model, problem, name, part, recipe).accuracy for name, part in parts}
+    if method.trains == "encoder":
+        averaged = wise_ft(copy.deepcopy(model), base, WISE_FT_ALPHA)
+        run["wise_ft_accuracy"] = {name: score(averaged, problem, name, part, recipe).accuracy for name, part in parts}
     run["peak_memory_mb"] = peak_memory_mb()
     if is_main_process():
         run |= _save(model, method, problem, recipe, out, base_name)
@@ -186,7 +191,9 @@ def run_experiment(
                     base, method, problem, recipe, folder, base_name=base_name, precision=precision, report=report
                 )
                 runs.append(run)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     experiment = {
         "title": title,
         "command": command,
@@ -264,18 +271,18 @@ def table(experiment: dict[str, Any]) -> str:
     """The results as text: target accuracy (%) per method and held-out domain, mean ± standard error over seeds."""
     runs = experiment["runs"]
     targets = list(dict.fromkeys(run["target"] for run in runs))
-    lines = [f"{'held out →':<22}" + "".join(f"{t:>16}" for t in targets) + f"{'mean':>9}"]
-    for method in experiment["methods"]:
+    rows = [(method["label"], method["id"], "accuracy") for method in experiment["methods"]]
+    averaged = {run["method"] for run in runs if "wise_ft_accuracy" in run}
+    rows += [(f"{label} + WiSE-FT", id_, "wise_ft_accuracy") for label, id_, _ in rows if id_ in averaged]
+    width = max(len(label) for label in ["held out →", *(label for label, _, _ in rows)])
+    lines = [f"{'held out →':<{width}}" + "".join(f"{t:>16}" for t in targets) + f"{'mean':>9}"]
+    for label, method, part in rows:
         cells, means = "", []
         for target in targets:
-            values = [
-                100 * run["accuracy"][target]
-                for run in runs
-                if run["method"] == method["id"] and run["target"] == target
-            ]
+            values = [100 * run[part][target] for run in runs if run["method"] == method and run["target"] == target]
             mean = sum(values) / len(values)
             means.append(mean)
             spread = (sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1) / len(values)) ** 0.5
             cells += f"{mean:>9.1f} ± {spread:<4.1f}" if len(values) > 1 else f"{mean:>16.1f}"
-        lines.append(f"{method['label']:<22}{cells}{sum(means) / len(means):>9.1f}")
+        lines.append(f"{label:<{width}}{cells}{sum(means) / len(means):>9.1f}")
     return "\n".join(lines)

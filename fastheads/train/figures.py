@@ -5,7 +5,6 @@ its full width. Only matplotlib's object interface is used; no pyplot, no state 
 """
 
 import io
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,7 +112,7 @@ def short(label: str, width: int = 14) -> str:
 
 
 def _ticks(count: int, *, integer: bool = False) -> MaxNLocator:
-    return MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=integer)
+    return MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=integer, min_n_ticks=1 if integer else 2)
 
 
 def _render(height: float, paint: Callable[[Figure], None]) -> bytes:
@@ -125,11 +124,6 @@ def _render(height: float, paint: Callable[[Figure], None]) -> bytes:
         buffer = io.BytesIO()
         canvas.print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def name(label: str) -> str:
-    """`label` without a remark in brackets at its end."""
-    return re.sub(r"\s*\([^()]*\)$", "", label) or label
 
 
 def compact(value: float) -> str:
@@ -146,6 +140,14 @@ def size(count: float) -> str:
         if count >= start:
             return f"{count / start:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+def percent(part: float, whole: float) -> str:
+    """`part` of `whole`: `98 %`, `1.2 %`, `0.64 %`, `< 0.01 %`."""
+    share = 100 * part / whole
+    if share < 0.01:
+        return "< 0.01 %"
+    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
 
 
 def duration(seconds: float) -> str:

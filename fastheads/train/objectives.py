@@ -94,10 +94,10 @@ METHODS = {
         ),
         Method(
             "hap",
-            "HA-LoRA + DIG + MMD",
+            "HAP (HA-LoRA + DIG + MMD)",
             "adapter",
-            "Attention head purification: per-head deltas, and gates which the MMD between source domains pushes to "
-            "heads that look the same in every domain.",
+            "Per-head deltas, and gates which the MMD between source domains pushes to heads that look the same in "
+            "every domain.",
             lora=True,
             gate="softmax",
             mmd=True,

@@ -23,18 +23,24 @@ class Score:
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
 
+    def near(self, other: "Score") -> bool:
+        """Whether `other` lies within two standard errors of the difference below this one."""
+        return self.mean - other.mean < 2 * math.hypot(self.error or 0.0, other.error or 0.0)
 
-def _number(value: Any) -> float | None:
+
+def number(value: Any) -> float | None:
+    """`value` if it is a finite number."""
     known = isinstance(value, int | float) and math.isfinite(value)
     return float(value) if known else None
 
 
-def _present(values: Iterable[Any]) -> list[float]:
-    return [found for found in map(_number, values) if found is not None]
+def present(values: Iterable[Any]) -> list[float]:
+    """The finite numbers among `values`."""
+    return [found for found in map(number, values) if found is not None]
 
 
 def _mean(values: Iterable[Any]) -> float | None:
-    found = _present(values)
+    found = present(values)
     return float(np.mean(found)) if found else None
 
 
@@ -44,30 +50,26 @@ def _standard_error(values: Sequence[float]) -> float | None:
     return spread / math.sqrt(len(values)) if spread > 1e-12 else None
 
 
-def _target_accuracy(run: Run) -> float | None:
-    return _number((run.get("accuracy") or {}).get(run["target"]))
+def target_accuracy(run: Run) -> float | None:
+    """The run's accuracy on the domain held out, 0 to 1."""
+    return number((run.get("accuracy") or {}).get(run["target"]))
 
 
-def _gates(run: Run) -> dict[int, Grid]:
+def gates_by_step(run: Run) -> dict[int, Grid]:
     """The run's gates `[L, H]` by step."""
-    gates = run.get("gates") or {}
-    grids = [np.asarray(grid, dtype=np.float64) for grid in gates.get("values") or []]
-    steps = gates.get("step") or []
-    return {int(step): grid for step, grid in zip(steps, grids, strict=False) if grid.ndim == 2}
+    kept = run.get("gates") or {}
+    grids = [np.asarray(grid, dtype=np.float64) for grid in kept.get("values") or []]
+    return {int(step): grid for step, grid in zip(kept.get("step") or [], grids, strict=False) if grid.ndim == 2}
 
 
-def _near(first: Score, other: Score) -> bool:
-    """Whether `other` lies within two standard errors of the difference below `first`."""
-    return first.mean - other.mean < 2 * math.hypot(first.error or 0.0, other.error or 0.0)
-
-
-def _validation_and_target(run: Run) -> tuple[float, float] | None:
-    accuracy, target = run.get("accuracy") or {}, _target_accuracy(run)
+def validation_and_target(run: Run) -> tuple[float, float] | None:
+    """Mean accuracy on the sources' validation images, and accuracy on the target; 0 to 1."""
+    accuracy, target = run.get("accuracy") or {}, target_accuracy(run)
     source = _mean(accuracy.get(domain) for domain in run.get("sources") or [])
     return None if source is None or target is None else (source, target)
 
 
-def _curve(runs: Sequence[Run], key: str) -> tuple[Grid, Grid] | None:
+def curve(runs: Sequence[Run], key: str) -> tuple[Grid, Grid] | None:
     """The mean of the runs' histories of `key` on the longest run's steps, lightly smoothed."""
     lines = []
     for run in runs:
@@ -75,7 +77,7 @@ def _curve(runs: Sequence[Run], key: str) -> tuple[Grid, Grid] | None:
         pairs = history.get(key) or []
         if key != "validation":
             pairs = zip(history.get("step") or [], pairs, strict=False)
-        known = [(float(x), float(y)) for x, y in pairs if _number(y) is not None]
+        known = [(float(x), float(y)) for x, y in pairs if number(y) is not None]
         lines += [np.array(known).T] if known else []
     if not lines:
         return None
@@ -89,6 +91,11 @@ def _curve(runs: Sequence[Run], key: str) -> tuple[Grid, Grid] | None:
     return x, np.array(smooth)
 
 
+def _name(label: str) -> str:
+    """`label` without a remark in brackets at its end."""
+    return re.sub(r"\s*\([^()]*\)$", "", label) or label
+
+
 class Record:
     """The experiment's record, and the statistics taken over its runs."""
 
@@ -100,8 +107,7 @@ class Record:
         self.images = self.dataset.get("images") or {}
         self.entries = {m["id"]: m for m in experiment.get("methods") or []}
         used = list(dict.fromkeys(run["method"] for run in self.runs))
-        self.ids = [m for m in self.entries if m in used]
-        self.ids += [m for m in used if m not in self.entries]
+        self.ids = sorted(used, key=lambda m: list(self.entries).index(m) if m in self.entries else len(self.entries))
         held = list(dict.fromkeys(run["target"] for run in self.runs))
         domains = self.dataset.get("domains") or []
         self.targets = sorted(held, key=lambda d: domains.index(d) if d in domains else len(held))
@@ -115,13 +121,10 @@ class Record:
         return str(self.entries.get(method, {}).get("label") or method)
 
     def brief(self, method: str) -> str:
-        """The label for pictures: without a remark in brackets, unless only that tells it apart."""
-        names = [figures.name(self.label(other)) for other in self.ids]
-        mine = figures.name(self.label(method))
+        """The label for pictures and small tables: without a remark in brackets, unless only that tells it apart."""
+        names = [_name(self.label(other)) for other in self.ids]
+        mine = _name(self.label(method))
         return mine if names.count(mine) == 1 else self.label(method)
-
-    def colour(self, method: str) -> str:
-        return figures.colour(method, self.ids)
 
     def of(self, method: str, **match: Any) -> list[Run]:
         chosen = [run for run in self.runs if run["method"] == method]
@@ -129,11 +132,11 @@ class Record:
 
     def score(self, method: str, target: str) -> Score | None:
         """Accuracy on `target`; its error is over seeds, or binomial where there is one seed."""
-        hits = _present(map(_target_accuracy, self.of(method, target=target)))
+        hits = present(map(target_accuracy, self.of(method, target=target)))
         if not hits:
             return None
         mean, error = float(np.mean(hits)), _standard_error(hits)
-        images = _number(self.images.get(target))
+        images = number(self.images.get(target))
         if not self.over_seeds and images and self.dataset.get("evaluation", "all") == "all":
             error = math.sqrt(mean * (1 - mean) / images)
         return Score(100 * mean, None if error is None else 100 * error)
@@ -144,19 +147,17 @@ class Record:
         Over seeds, its error is that of the per-seed means; for one seed, the targets' binomial
         errors are combined.
         """
-        scores = [self.score(method, target) for target in self.targets]
-        found = [score for score in scores if score is not None]
-        if len(found) < len(scores):
+        scores = [score for target in self.targets if (score := self.score(method, target))]
+        if len(scores) < len(self.targets):
             return None
-        mean = float(np.mean([score.mean for score in found]))
-        errors = [score.error for score in found if score.error is not None]
+        mean = float(np.mean([score.mean for score in scores]))
+        errors = [score.error for score in scores if score.error is not None]
         if len(scores) == 1 or not self.over_seeds:
-            combined = math.sqrt(sum(e * e for e in errors)) / len(scores)
-            return Score(mean, combined if len(errors) == len(scores) else None)
+            return Score(mean, math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None)
         per_seed = []
         for seed in self.seeds:
-            runs = {run["target"]: _target_accuracy(run) for run in self.of(method, seed=seed)}
-            hits = _present(runs.get(target) for target in self.targets)
+            runs = {run["target"]: target_accuracy(run) for run in self.of(method, seed=seed)}
+            hits = present(runs.get(target) for target in self.targets)
             per_seed += [100 * float(np.mean(hits))] if len(hits) == len(scores) else []
         return Score(mean, _standard_error(per_seed))
 
@@ -169,6 +170,10 @@ class Record:
                 "of images. One seed: the spread between training runs is not known."
             )
         return "No error bars: one seed, and the number of scored images is not known."
+
+    def place(self, method: str) -> int:
+        """From 1; methods with the same accuracy share a place."""
+        return 1 + sum(score.mean > self.ranked[method].mean for score in self.ranked.values())
 
     def adapter(self) -> str | None:
         """The method whose adapter stands for all: HAP where it ran."""

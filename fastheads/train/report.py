@@ -1,9 +1,8 @@
 """One HTML file that tells what a leave-one-domain-out experiment found.
 
-`write_report` turns the experiment's record (plain JSON values) into `report.html`, with its style
-and pictures inside, and `figures/*.png`. The numbers are worked out in `record.py`, the page's sections
-written in `sections.py` and the pictures painted in `figures.py`; the page's fixed words and its style
-are in `report.html` beside this file.
+`write_report` turns the experiment's record (plain JSON values) into `report.html`, with its style and pictures inside,
+and `figures/*.png`. `record.py` works out the numbers, `figures.py` paints the pictures, `sections.py` and `markup.py`
+write the page's sections; its fixed words and its style are in `report.html` beside this file.
 """
 
 import os
@@ -39,7 +38,7 @@ def write_report(
     """
     if not experiment.get("runs"):
         raise ValueError("experiment: 'runs' is empty, there is nothing to report")
-    page = _Page(experiment)
+    page = Page(experiment)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     html = template.substitute(
         title=escape(str(experiment.get("title") or "Experiment")),

@@ -1,20 +1,26 @@
 """The sections of an experiment's report: its numbers as HTML, and its pictures."""
 
-import base64
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from fastheads.train import figures
+from fastheads.train import figures, markup
 from fastheads.train.figures import Bar, Curve, Pair
-from fastheads.train.record import Grid, Record, Run, Score
+from fastheads.train.markup import NONE
+from fastheads.train.record import (
+    Grid,
+    Record,
+    curve,
+    gates_by_step,
+    number,
+    present,
+    target_accuracy,
+    validation_and_target,
+)
 
-NONE = "–"
 PLAIN_WORDS = {
     "zero-shot": "CLIP as it comes: an image gets the class whose sentence it matches best. Nothing is trained; "
     "every other method starts from here.",
@@ -30,54 +36,49 @@ PLAIN_WORDS = {
     "hap": "Attention head purification: head-aware LoRA and the gates, trained together. The wish that domains "
     "look alike moves the gates only, not the corrections.",
 }
+# The settings and the histories of the record that are shown, and how each is called.
+SETTINGS = {
+    "lr": "learning rate",
+    "gate_lr": "gate learning rate",
+    "mmd_weight": "MMD weight",
+    "context_weight": "context weight",
+}
+HISTORIES = {
+    "loss": ("Loss", "whole loss"),
+    "cross_entropy": ("Cross-entropy", "cross-entropy, nats"),
+    "mmd": ("Domain discrepancy (MMD)", "MMD between sources"),
+    "context_kl": ("Context divergence", "KL from original CLIP, nats"),
+    "validation": ("Source validation", "accuracy, %"),
+}
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """A table of ready HTML cells in a box of its own that scrolls; column 1 names the row."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = ""
-    for first, *rest in rows:
-        cells = "".join(c if c.startswith("<td") else f"<td>{c}</td>" for c in rest)
-        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
-    foot = f"<caption><span>{caption}</span></caption>" if caption else ""
-    table = f"<table>{foot}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    known = {name: value for name, value in facts.items() if value not in (None, "")}
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in known.items())
-    return f"<dl>{rows}</dl>"
-
-
-def _absent(what: str) -> str:
-    return f'<p class="note">{what}</p>'
-
-
-def _source(content: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-class _Page(Record):
+class Page(Record):
     """The sections of the page, each a method that returns HTML; pictures gather on the way."""
 
     def __init__(self, experiment: Mapping[str, Any]) -> None:
         super().__init__(experiment)
         self.pictures: dict[str, bytes] = {}
 
-    def key(self, method: str) -> str:
-        square = f'<i class="key" style="background:{self.colour(method)}"></i>'
-        return square + escape(self.label(method))
+    def colour(self, method: str) -> str:
+        return figures.colour(method, self.ids)
+
+    def key(self, method: str, *, full: bool = False) -> str:
+        """The method's colour and its name, brief as on the pictures or `full`."""
+        name = self.label(method) if full else self.brief(method)
+        return f'<i class="key" style="background:{self.colour(method)}"></i>{escape(name)}'
 
     def picture(self, name: str, png: bytes, alt: str, caption: str) -> str:
         """Keeps the picture for `figures/` and returns it as HTML; `alt` and `caption` are text."""
         self.pictures[name] = png
-        image = f'<img src="{_source(png)}" alt="{escape(alt)}">'
+        image = f'<img src="{markup.source(png)}" alt="{escape(alt)}">'
         return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
-    def bars(self, name: str, rows: Sequence[Bar], caption: str = "", **options: Any) -> str:
+    def bars(self, name: str, rows: Sequence[Bar], **options: Any) -> str:
         alt = f"Bar chart. {options['title']}: " + "; ".join(f"{r.label} {r.text}" for r in rows)
-        return self.picture(name, figures.bars(rows, **options), alt, caption)
+        return self.picture(name, figures.bars(rows, **options), alt, "")
+
+    def bar(self, method: str, value: float, text: str, error: float | None = None) -> Bar:
+        return Bar(self.brief(method), value, self.colour(method), text, error)
 
     def headline(self) -> str:
         names = ", ".join(self.targets)
@@ -88,19 +89,15 @@ class _Page(Record):
             return f'<p class="lead">{escape(held)} No method has a run on all of them.</p>'
         (best, top), base = next(iter(self.ranked.items())), self.ranked.get("zero-shot")
         others = [m for m in self.ranked if m not in (best, "zero-shot")]
-        lead, rest = f"{held} {self.label(best)} came first with {top} %.", ""
+        first, rest = self.label(best), ""
+        lead = f"{first} came first with {top} %."
         if base and best != "zero-shot":
-            gain = top.mean - base.mean
-            lead = (
-                f"{held} Zero-shot CLIP got {base} %. {self.label(best)} did best with {top} %, "
-                f"{gain:.1f} points above it."
-            )
+            gain = f"{top.mean - base.mean:.1f} points above it."
+            lead = f"Zero-shot CLIP got {base} %. {first} did best with {top} %, {gain}"
         elif base and others:
-            lead = (
-                f"{held} Zero-shot CLIP got {base} %, and no trained method did better; "
-                f"{self.label(others[0])} came closest with {self.ranked[others[0]]} %."
-            )
-        close = [m for m in self.ranked if m != best and _near(top, self.ranked[m])]
+            closest = f"{self.label(others[0])} came closest with {self.ranked[others[0]]} %."
+            lead = f"Zero-shot CLIP got {base} %, and no trained method did better; {closest}"
+        close = [m for m in self.ranked if m != best and top.near(self.ranked[m])]
         if close:
             rest += f"Within two standard errors of the first, so too close to call: {self.names(close)}. "
         below = [m for m in others if base and self.ranked[m].mean < base.mean]
@@ -108,7 +105,7 @@ class _Page(Record):
             rest += f"Below zero-shot: {self.names(below)}. "
         order = ", ".join(f"{self.label(m)} {score.mean:.1f}" for m, score in self.ranked.items())
         rest += f"In order, in per cent: {order}."
-        lead = escape(lead).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
+        lead = escape(f"{held} {lead}").replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
         return f'<p class="lead">{lead}</p><p>{escape(rest)}</p>'
 
     def meta(self) -> str:
@@ -126,14 +123,14 @@ class _Page(Record):
         shown = [("Held out", whole, "in turn" if len(self.targets) > 1 else "never trained on")]
         best = next((m for m in self.ranked if m != "zero-shot"), "zero-shot")
         for method in dict.fromkeys(m for m in ("zero-shot", best, "hap") if m in self.ranked):
-            place = f"place {list(self.ranked).index(method) + 1} of {len(self.ranked)} on the target"
+            place = f"place {self.place(method)} of {len(self.ranked)} on the target"
             shown.append((self.label(method), f"{self.ranked[method].mean:.1f} %", place))
-        adapter, full = self.adapter(), _number(self.model.get("bytes"))
+        adapter, full = self.adapter(), number(self.model.get("bytes"))
         saved = self.mean_of(adapter, "saved_bytes") if adapter else None
         if adapter and saved and full:
-            note = f"on disk, {100 * saved / full:.2g} % of the model's {figures.size(full)}"
+            note = f"on disk, {figures.percent(saved, full)} of the model's {figures.size(full)}"
             shown.append((f"{self.brief(adapter)} adapter", figures.size(saved), note))
-        wall = _number(self.experiment.get("wall_seconds"))
+        wall = number(self.experiment.get("wall_seconds"))
         if wall is not None:
             shown.append(("Whole experiment", figures.duration(wall), f"{len(self.runs)} runs"))
         return "".join(
@@ -151,12 +148,12 @@ class _Page(Record):
         }
         strips = ""
         for domain, paths in samples.items():
-            cells = "".join(_sample(Path(path), domain, at + 1) for at, path in enumerate(paths))
+            cells = "".join(markup.sample(Path(path), domain, at + 1) for at, path in enumerate(paths))
             held = ", held out" if [domain] == self.targets else ""
             note = (counts.get(domain, "") + held).removeprefix(", ")
             caption = f"{escape(domain)} <small>{escape(note)}</small>"
             strips += f"<figure><figcaption>{caption}</figcaption><div>{cells}</div></figure>"
-        return _facts(facts if samples else {**facts, **counts}) + f'<div class="samples">{strips}</div>'
+        return markup.facts(facts if samples else {**facts, **counts}) + f'<div class="samples">{strips}</div>'
 
     def accuracy(self) -> str:
         several = len(self.targets) > 1
@@ -165,13 +162,12 @@ class _Page(Record):
             columns["Average"] = {m: self.average(m) for m in self.ids}
         base, rows = self.ranked.get("zero-shot"), []
         for method in self.ids:
-            cells = [self.key(method)]
+            cells = [self.key(method, full=True)]
             for name, scores in columns.items():
                 best = max((s.mean for s in scores.values() if s), default=None)
-                cells.append(_cell(scores[method], best, split=several and name == "Average"))
-            mine = self.ranked.get(method)
-            gain = f"{mine.mean - base.mean:+.1f}" if mine and base and mine != base else NONE
-            rows.append([*cells, gain.replace("-", "−")])
+                cells.append(markup.cell(scores[method], best, split=several and name == "Average"))
+            mine = self.ranked.get(method) if method != "zero-shot" else None
+            rows.append([*cells, markup.signed(mine.mean - base.mean) if mine and base else NONE])
         head = ["Method", *map(escape, columns), "vs zero-shot"]
         caption = f"Accuracy in per cent on each held-out domain. {self.error_kind()} Bold: best."
         charts = ""
@@ -187,53 +183,36 @@ class _Page(Record):
                 full=100.0,
                 guide=(chance, f"chance {chance:.3g} %") if chance < 100 else None,
             )
-        return _table(head, rows, escape(caption)) + f'<div class="figures">{charts}</div>' + self.every()
-
-    def bar(self, method: str, value: float, text: str, error: float | None = None) -> Bar:
-        return Bar(self.brief(method), value, self.colour(method), text, error)
+        return markup.table(head, rows, escape(caption)) + f'<div class="figures">{charts}</div>' + self.every()
 
     def every(self) -> str:
         rows = []
         for run in self.runs:
-            hit, kept = _target_accuracy(run), run.get("selected_step")
-            rows.append(
-                [
-                    self.key(run["method"]),
-                    escape(run["target"]),
-                    escape(str(run.get("seed", NONE))),
-                    NONE if hit is None else f"{100 * hit:.2f}",
-                    NONE if kept is None else f"{kept:,}",
-                ]
-            )
+            hit, kept = target_accuracy(run), run.get("selected_step")
+            cells = [escape(run["target"]), escape(str(run.get("seed", NONE)))]
+            cells += [NONE if hit is None else f"{100 * hit:.2f}", NONE if kept is None else f"{kept:,}"]
+            rows.append([self.key(run["method"]), *cells])
         head = ["Method", "Held out", "Seed", "Accuracy, %", "Step kept"]
-        return f"<details><summary>All {len(rows)} runs</summary>{_table(head, rows)}</details>"
+        return f"<details><summary>All {len(rows)} runs</summary>{markup.table(head, rows)}</details>"
 
     def methods(self) -> str:
         parts = ""
-        for method in [*self.entries, *(m for m in self.ids if m not in self.entries)]:
+        for method in dict.fromkeys([*self.entries, *self.ids]):
             entry = self.entries.get(method, {})
-            settings = [
-                f"{name} {value:g}"
-                for key, name in (
-                    ("lr", "learning rate"),
-                    ("gate_lr", "gate learning rate"),
-                    ("mmd_weight", "MMD weight"),
-                    ("context_weight", "context weight"),
-                )
-                if (value := _number(entry.get(key))) is not None
-            ]
+            values = {name: number(entry.get(key)) for key, name in SETTINGS.items()}
+            settings = [f"{name} {value:g}" for name, value in values.items() if value is not None]
             settings += [] if method in self.ids else ["no run in this experiment"]
             words = [PLAIN_WORDS.get(method), entry.get("description")]
             body = "".join(f"<p>{escape(text)}</p>" for text in words if text)
-            parts += f"<div><h3>{self.key(method)}</h3>{body}"
+            parts += f"<div><h3>{self.key(method, full=True)}</h3>{body}"
             parts += f'<p class="note">{escape(", ".join(settings))}</p></div>'
         return parts
 
     def gates(self) -> str:
-        found = {(m, r["target"], r.get("seed")): _gates(r) for m in self.ids for r in self.of(m)}
+        found = {(m, r["target"], r.get("seed")): gates_by_step(r) for m in self.ids for r in self.of(m)}
         found = {key: grids for key, grids in found.items() if grids}
         if not found:
-            return _absent("No gates were recorded in this experiment.")
+            return markup.absent("No gates were recorded in this experiment.")
         last = {key: list(grids.values())[-1] for key, grids in found.items()}
         norm = figures.gate_norm([grid for grids in found.values() for grid in grids.values()])
         gated = sorted({m for m, _, _ in found}, key=lambda m: (m != "hap", self.ids.index(m)))
@@ -275,83 +254,60 @@ class _Page(Record):
     def training(self) -> str:
         charts = ""
         several = f"Mean over {len(self.targets)} held-out domains × {len(self.seeds)} seeds. "
-        for key, title, ylabel in (
-            ("loss", "Loss", "whole loss"),
-            ("cross_entropy", "Cross-entropy", "cross-entropy, nats"),
-            ("mmd", "Domain discrepancy (MMD)", "MMD between sources"),
-            ("context_kl", "Context divergence", "KL from original CLIP, nats"),
-            ("validation", "Source validation", "accuracy, %"),
-        ):
-            lines = []
+        for key, (title, ylabel) in HISTORIES.items():
+            lines, percent = [], key == "validation"
             for method in self.ids:
                 runs = self.of(method)
-                curve = _curve(runs, key)
-                if curve is not None:
-                    x, y = curve
-                    kept = _number(runs[0].get("selected_step")) if len(runs) == 1 else None
-                    lines.append(
-                        Curve(
-                            self.brief(method),
-                            self.colour(method),
-                            x,
-                            100 * y if key == "validation" else y,
-                            method == "hap",
-                            kept if key == "validation" else None,
-                        )
-                    )
+                if found := curve(runs, key):
+                    x, y = found
+                    kept = number(runs[0].get("selected_step")) if percent and len(runs) == 1 else None
+                    y = 100 * y if percent else y
+                    lines.append(Curve(self.brief(method), self.colour(method), x, y, method == "hap", kept))
             if lines:
                 names = ", ".join(f"{line.label} ends at {line.y[-1]:.3g}" for line in lines)
-                png = figures.curves(lines, title=title, ylabel=ylabel, percent=key == "validation")
+                png = figures.curves(lines, title=title, ylabel=ylabel, percent=percent)
                 note = several if len(self.targets) * len(self.seeds) > 1 else ""
                 note += "The point marks the step that was kept." if any(c.mark for c in lines) else ""
                 charts += self.picture(f"training-{key}", png, f"Line chart, {title}: {names}.", note)
-        return f'<div class="figures">{charts}</div>' if charts else _absent("No history was kept.")
+        return f'<div class="figures">{charts}</div>' if charts else markup.absent("No history was kept.")
 
     def selection(self) -> str:
         pairs, rows = [], []
         for method in self.ids:
-            points = [p for run in self.of(method) if (p := _validation_and_target(run))]
+            points = [p for run in self.of(method) if (p := validation_and_target(run))]
             if points:
                 source, target = (100 * float(v) for v in np.mean(points, axis=0))
                 pairs.append(Pair(self.brief(method), self.colour(method), source, target))
-                gap = f"{target - source:+.1f}".replace("-", "−")
-                rows.append([self.key(method), f"{source:.1f}", f"{target:.1f}", gap])
+                rows.append([self.key(method), f"{source:.1f}", f"{target:.1f}", markup.signed(target - source)])
         if not pairs:
-            return _absent("No source validation accuracy was recorded.")
+            return markup.absent("No source validation accuracy was recorded.")
         alt = "; ".join(f"{p.label} {p.source:.1f} to {p.target:.1f} %" for p in pairs)
         png = figures.source_and_target(pairs)
         chart = self.picture("source-and-target", png, f"Source validation to target: {alt}.", "")
-        table = _table(["Method", "Sources, %", "Target, %", "Gap"], rows)
+        table = markup.table(["Method", "Sources, %", "Target, %", "Gap"], rows)
         return f'<div class="figures">{chart}</div>{table}'
 
     def size(self) -> str:
         html = ""
-        for key, whole, title, unit, text in (
-            (
-                "trainable_parameters",
-                "parameters",
-                "Trained parameters",
-                "parameters",
-                "{:,.0f}".format,
-            ),
-            ("saved_bytes", "bytes", "What is saved", "bytes", figures.size),
+        for key, unit, title, text in (
+            ("trainable_parameters", "parameters", "Trained parameters", "{:,.0f}".format),
+            ("saved_bytes", "bytes", "What is saved", figures.size),
         ):
-            full = _number(self.model.get(whole))
+            full = number(self.model.get(unit))
             rows = [Bar("Whole model", full, "#d0d3d7", text(full))] if full else []
             for method in self.ids:
-                value = self.mean_of(method, key)
-                if value:
-                    share = f" ({100 * value / full:.2g} %)" if full else ""
+                if value := self.mean_of(method, key):
+                    share = f" ({figures.percent(value, full)})" if full else ""
                     rows.append(self.bar(method, value, text(value) + share))
             if rows:
-                html += self.bars(f"size-{whole}", rows, title=title, unit=unit)
-        return f'<div class="figures">{html}</div>' if html else _absent("No sizes were recorded.")
+                html += self.bars(f"size-{unit}", rows, title=title, unit=unit)
+        return f'<div class="figures">{html}</div>' if html else markup.absent("No sizes were recorded.")
 
     def merge(self) -> str:
-        worst = {m: _present(r.get("merge_max_difference") for r in self.of(m)) for m in self.ids}
-        rows = [[self.key(m), _power(max(v)), str(len(v))] for m, v in worst.items() if v]
+        worst = {m: present(r.get("merge_max_difference") for r in self.of(m)) for m in self.ids}
+        rows = [[self.key(m), markup.power(max(v)), str(len(v))] for m, v in worst.items() if v]
         head = ["Method", "Largest relative difference", "Runs checked"]
-        return _table(head, rows) if rows else _absent("The merge was not checked.")
+        return markup.table(head, rows) if rows else markup.absent("The merge was not checked.")
 
     def time(self) -> str:
         rows, charts = [], ""
@@ -367,14 +323,13 @@ class _Page(Record):
             rows.append([self.key(method), *cells])
         for key in ("seconds", "images_per_second"):
             title, unit, text = columns[key]
-            found = {m: v[key] for m, v in table.items() if v[key]}
-            bars = [self.bar(m, v, text(v)) for m, v in found.items() if v]
+            bars = [self.bar(m, value, text(value)) for m, v in table.items() if (value := v[key])]
             charts += self.bars(f"time-{key}", bars, title=title, unit=unit) if bars else ""
-        memory = _number(self.experiment.get("peak_memory_mb"))
+        memory = number(self.experiment.get("peak_memory_mb"))
         caption = f"Means over runs, on {self.experiment.get('device', 'an unnamed device')}."
         caption += f" Peak memory of the whole experiment: {memory:,.0f} MB." if memory else ""
         head = ["Method", *(title for title, _, _ in columns.values())]
-        return _table(head, rows, escape(caption)) + f'<div class="figures">{charts}</div>'
+        return markup.table(head, rows, escape(caption)) + f'<div class="figures">{charts}</div>'
 
     def evaluation(self) -> str:
         part = self.dataset.get("evaluation", "all")
@@ -405,34 +360,4 @@ class _Page(Record):
             "Seeds": ", ".join(map(str, self.seeds)),
             **{str(name): version for name, version in (e.get("versions") or {}).items()},
         }
-        return f"<pre><code>{escape(str(e.get('command') or ''))}</code></pre>{_facts(facts)}"
-
-
-def _cell(score: Score | None, best: float | None, *, split: bool) -> str:
-    if score is None:
-        return f"<td>{NONE}</td>"
-    names = " ".join(["best"] * (score.mean == best) + ["split"] * split)
-    error = "" if score.error is None else f" <small>± {score.error:.1f}</small>"
-    return f'<td class="{names}">{score.mean:.1f}{error}</td>'
-
-
-def _power(value: float) -> str:
-    """For example 2.4 · 10⁻⁷, as HTML."""
-    digits, exponent = f"{value:.1e}".split("e")
-    return f"{digits} · 10<sup>{int(exponent)}</sup>".replace("-", "−") if value else "0"
-
-
-def _sample(path: Path, domain: str, at: int) -> str:
-    """One image with its class, the name of its folder; small ones are shown pixel by pixel."""
-    try:
-        image = Image.open(path).convert("RGB")
-    except OSError:
-        return ""
-    tiny = max(image.size) <= 64
-    image.thumbnail((240, 240))
-    buffer, kind = io.BytesIO(), "png" if tiny else "jpeg"
-    image.save(buffer, kind)
-    alt = escape(f"{domain}, sample {at}: {path.parent.name}")
-    style = ' class="tiny"' if tiny else ""
-    label = escape(path.parent.name)
-    return f'<div><img src="{_source(buffer.getvalue(), kind)}" alt="{alt}"{style}><span>{label}</span></div>'
+        return f"<pre><code>{escape(str(e.get('command') or ''))}</code></pre>{markup.facts(facts)}"

@@ -67,12 +67,24 @@ def test_writing_again_leaves_a_complete_folder_alone(written: Path) -> None:
     assert [path.name for path in written.parent.iterdir()] == [written.name]
 
 
-def test_a_damaged_folder_is_written_again_with_the_same_bytes(written: Path) -> None:
-    before = _files(written)
-    next(written.glob("sketch/*/*.png")).unlink()
-    digits.write_domains(written)
-    assert _files(written) == before
-    assert [path.name for path in written.parent.iterdir()] == [written.name]
+def test_a_damaged_folder_is_written_again_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "PER_CLASS", 2)
+    root = digits.write_domains(tmp_path / "digits")
+    before = _files(root)
+    next(root.glob("sketch/*/*.png")).unlink()
+    digits.write_domains(root)
+    assert len(before) == 80
+    assert _files(root) == before
+    assert list(tmp_path.iterdir()) == [root]
+
+
+def test_a_folder_of_another_seed_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "PER_CLASS", 2)
+    first = _files(digits.write_domains(tmp_path / "digits", seed=0))
+    second = _files(digits.write_domains(tmp_path / "digits", seed=1))
+    assert len(first) == len(second) == 80
+    assert first.keys() != second.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
 def test_an_interrupted_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

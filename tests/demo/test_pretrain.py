@@ -1,6 +1,7 @@
 """The demo's CLIP: a stock OpenCLIP model that learns, is cached, and never sees the domains."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import open_clip
@@ -12,17 +13,18 @@ from fastheads.demo import digits, pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_recipe() -> object:
+def small_recipe() -> Iterator[None]:
     """Few drawings and small batches: these tests are about the steps, not about accuracy."""
+    partition = digits.partition
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "PER_CLASS", 40)  # leaves 197 digits for pretraining
+        patch.setattr(digits, "partition", lambda seed: {"pretraining": partition(seed)["pretraining"][::8]})
         patch.setattr(pretrain, "Recipe", _SmallRecipe)
         yield
 
 
 class _SmallRecipe(pretrain.Recipe):
     def __init__(self, **fields: int) -> None:
-        super().__init__(**{"batch": 16, "views": 1, **fields})  # type: ignore[arg-type]
+        super().__init__(**{"batch": 16, **fields})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastheads.train import figures, report
+from fastheads.train import figures
+from fastheads.train.experiment import table
+from fastheads.train.record import curve
 from fastheads.train.report import write_report
 
 METHODS = {
@@ -255,6 +257,15 @@ def test_headline_admits_what_errors_cannot_tell_apart(quick: None, tmp_path: Pa
     assert "Below zero-shot: Linear probe, Fine-tuning, CAR-FT, HA-LoRA, DIG." in text
 
 
+def test_methods_with_one_accuracy_share_a_place(quick: None, tmp_path: Path) -> None:
+    experiment = fake_experiment()
+    for run in experiment["runs"]:
+        run["accuracy"]["noisy"] = 0.6 if run["method"] == "lora" else 0.5
+    text = _Page(write_report(experiment, tmp_path)).text
+    assert text.count("place 2 of 8") == 2 and "place 1 of 8" in text  # zero-shot's tile and HAP's
+    assert text.count("+0.0") == 6 and text.count("+10.0") == 1
+
+
 def test_names_are_escaped(quick: None, tmp_path: Path) -> None:
     evil = "<script>alert('$x$ & \"y\"')</script>"
     experiment = json.loads(json.dumps(fake_experiment()).replace("noisy", json.dumps(evil)[1:-1]))
@@ -305,10 +316,10 @@ def test_a_method_without_all_targets_has_no_average(quick: None, tmp_path: Path
 
 def test_curves_end_where_their_run_ended() -> None:
     short, long = {"step": [1, 2], "loss": [4.0, 2.0]}, {"step": [1, 2, 3], "loss": [2.0, 2.0, 1.0]}
-    curve = report._curve([{"history": short}, {"history": long}], "loss")
-    assert curve is not None
-    np.testing.assert_allclose(curve[0], [1, 2, 3])
-    np.testing.assert_allclose(curve[1], [3.0, 2.0, 1.0])
+    found = curve([{"history": short}, {"history": long}], "loss")
+    assert found is not None
+    np.testing.assert_allclose(found[0], [1, 2, 3])
+    np.testing.assert_allclose(found[1], [3.0, 2.0, 1.0])
 
 
 def test_gates_of_one_step_are_painted() -> None:
@@ -359,5 +370,12 @@ def test_painting_takes_any_name_and_leaves_matplotlib_as_it_was() -> None:
 
 def test_numbers_are_printed_with_their_units() -> None:
     assert [figures.size(n) for n in (950, 37_828, 4_821_004)] == ["950 B", "37.8 kB", "4.82 MB"]
+    assert [figures.percent(part, 1e4) for part in (1e4, 1996, 64.4, 0.3)] == ["100 %", "20 %", "0.64 %", "< 0.01 %"]
     seconds = (0.84, 9.96, 59.7, 184.0, 4330.0)
     assert [figures.duration(s) for s in seconds] == ["0.8 s", "10 s", "1 min 0 s", "3 min 4 s", "1 h 12 min"]
+
+
+def test_the_text_table_fits_its_longest_label() -> None:
+    experiment = fake_experiment(["noisy", "clean"])
+    experiment["methods"][-1]["label"] = "a label that is longer than all the others"
+    assert len({len(line) for line in table(experiment).split("\n")}) == 1
