@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
+import logging
+import math
 import os
+import shlex
 import sys
+import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +23,44 @@ if TYPE_CHECKING:
 
 class InputError(ValueError):
     """Bad input: one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but what is wrong is told in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}; takes an integer ≥ {least}")
+        return value
+
+    return convert
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"got {text!r}; takes a finite number ≥ 0")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = _number(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"got {text!r}; takes a finite number > 0")
+    return value
 
 
 def _model_options(parser: argparse.ArgumentParser, *, pretrained: str | None) -> None:
@@ -41,15 +85,13 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help='template of the classifier, {} for the class; repeat for an ensemble (default: "a photo of a {}.")',
     )
-    group.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes (default: 2)")
-    group.add_argument("--batch-size", type=int, default=256, metavar="N", help="of evaluation (default: 256)")
+    group.add_argument("--workers", type=_whole(0), default=2, metavar="N", help="loader processes (default: 2)")
+    group.add_argument("--batch-size", type=_whole(1), default=256, metavar="N", help="of evaluation (default: 256)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    main = argparse.ArgumentParser(
-        prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen."
-    )
+    main = Parser(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
     commands = main.add_subparsers(dest="command", required=True, metavar="demo | train | evaluate | merge | inspect")
 
     demo = commands.add_parser(
@@ -65,7 +107,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--tune", action="store_true", help="choose learning rates and lambda on source validation instead"
     )
-    demo.add_argument("--steps", type=int, default=None, metavar="N", help="training steps per method (default: 200)")
+    demo.add_argument(
+        "--steps", type=_whole(1), default=None, metavar="N", help="training steps per method (default: 200)"
+    )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     demo.add_argument(
         "--cache", type=Path, default=None, metavar="DIR", help="of the pretrained model (default: --out)"
@@ -91,24 +135,34 @@ def parser() -> argparse.ArgumentParser:
         metavar="M",
         help="zero-shot, linear-probe, fine-tune, car-ft, lora, ha-lora, dig, hap (default: hap)",
     )
-    group.add_argument("--seed", nargs="+", type=int, default=[0], metavar="N", help="one run each (default: 0)")
+    group.add_argument("--seed", nargs="+", type=_whole(0), default=[0], metavar="N", help="one run each (default: 0)")
     group.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     group = train.add_argument_group("the training")
-    group.add_argument("--steps", type=int, default=20_000, metavar="N", help="default: 20000, the published 40 × 500")
-    group.add_argument("--per-domain", type=int, default=12, metavar="N", help="images of each source in a step (12)")
+    count = _whole(1)
     group.add_argument(
-        "--lr", type=float, default=None, metavar="X", help="default: 2e-4; 1e-5 where the whole encoder is trained"
+        "--steps", type=count, default=20_000, metavar="N", help="default: 20000, the published 40 × 500"
     )
-    group.add_argument("--gate-lr", type=float, default=2e-3, metavar="X", help="of the gates (default: 2e-3)")
-    group.add_argument("--weight-decay", type=float, default=0.1, metavar="X", help="of all but gates (default: 0.1)")
-    group.add_argument("--mmd-weight", type=float, default=0.1, metavar="X", help="lambda of the MMD (default: 0.1)")
-    group.add_argument("--mmd-kernel", default="adaptive", metavar="K", help="adaptive (default), domainbed or dan")
-    group.add_argument("--mmd-features", default="heads", metavar="F", help="heads (default) or embedding")
+    group.add_argument("--per-domain", type=count, default=12, metavar="N", help="images of each source in a step (12)")
     group.add_argument(
-        "--context-weight", type=float, default=None, metavar="X", help="of CAR-FT's KL (default: 1 for car-ft, else 0)"
+        "--lr", type=_rate, default=None, metavar="X", help="default: 2e-4; 1e-5 where the whole encoder is trained"
     )
-    group.add_argument("--evaluate-every", type=int, default=500, metavar="N", help="steps (default: 500)")
-    group.add_argument("--save-every", type=int, default=500, metavar="N", help="steps, to resume from (default: 500)")
+    group.add_argument("--gate-lr", type=_rate, default=2e-3, metavar="X", help="of the gates (default: 2e-3)")
+    group.add_argument("--weight-decay", type=_number, default=0.1, metavar="X", help="of all but gates (default: 0.1)")
+    group.add_argument("--mmd-weight", type=_number, default=0.1, metavar="X", help="lambda of the MMD (default: 0.1)")
+    kernels, features = ("adaptive", "domainbed", "dan"), ("heads", "embedding")
+    group.add_argument("--mmd-kernel", choices=kernels, default="adaptive", help="of the MMD (default: adaptive)")
+    group.add_argument("--mmd-features", choices=features, default="heads", help="of the MMD (default: heads)")
+    group.add_argument(
+        "--context-weight",
+        type=_number,
+        default=None,
+        metavar="X",
+        help="of CAR-FT's KL (default: 1 for car-ft, else 0)",
+    )
+    group.add_argument("--evaluate-every", type=count, default=500, metavar="N", help="steps (default: 500)")
+    group.add_argument(
+        "--save-every", type=count, default=500, metavar="N", help="steps, to resume from (default: 500)"
+    )
     group.add_argument(
         "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)"
     )
@@ -149,35 +203,64 @@ def parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------- commands
 
 
-def _load_model(name: str, pretrained: str | None) -> tuple[nn.Module, Any]:
-    """An OpenCLIP model and its tokenizer; what goes wrong, in words."""
+@contextmanager
+def _no_logging() -> Iterator[None]:
+    """OpenCLIP logs what it then raises, and what nobody asked."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """An OpenCLIP model and its tokenizer; what goes wrong, in words.
+
+    Where the weights were trained with QuickGELU and the model named has none (OpenCLIP only warns), `args.model`
+    becomes the name of the one that has.
+    """
     import open_clip
 
+    name, pretrained = args.model, args.pretrained
     if name == "fastheads-demo":
         from fastheads.demo.pretrain import register
 
         register()
-    if name not in open_clip.list_models() and ":" not in name:
-        close = [m for m in open_clip.list_models() if name.lower().split("-")[0] in m.lower()][:6]
-        raise InputError(f"--model: OpenCLIP has no {name!r}; it has {', '.join(close) or 'others'} …")
-    if pretrained and (os.sep in pretrained or Path(pretrained).suffix) and not Path(pretrained).is_file():
-        raise InputError(f"--pretrained: {pretrained} does not exist")
-    if pretrained and not Path(pretrained).is_file():
+    known = {model.lower(): model for model in open_clip.list_models()}
+    if name not in known.values() and ":" not in name:
+        close = [known[m] for m in difflib.get_close_matches(name.lower(), known, n=5)]
+        raise InputError(f"--model: OpenCLIP has no {name!r}; it has {', '.join([*close, 'others'])} …")
+    local = bool(pretrained) and Path(pretrained).is_file()
+    if pretrained and not local:
+        if Path(pretrained).exists():
+            raise InputError(f"--pretrained: {pretrained} is not a file")
+        if os.sep in pretrained or Path(pretrained).suffix:
+            raise InputError(f"--pretrained: {pretrained} does not exist")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if tags and pretrained not in tags:
             raise InputError(
                 f"--pretrained: {name} has no weights {pretrained!r}; it has {', '.join(tags)}, or give a file"
             )
+        quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        if quick and not open_clip.get_model_config(name).get("quick_gelu", False):
+            name = f"{name}-quickgelu"
     try:
-        model = open_clip.create_model(name, pretrained=pretrained)
+        with _no_logging():
+            model = open_clip.create_model(name, pretrained=pretrained)
     except Exception as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        if pretrained and Path(pretrained).is_file():
+        reason = textwrap.shorten(str(e) or type(e).__name__, 300, placeholder=" …")
+        if local:
             raise InputError(f"--pretrained: {pretrained} does not fit {name}: {reason}") from e
         raise InputError(
             f"--pretrained: could not get the weights {pretrained!r} of {name} ({reason}); without a network, give "
             "--pretrained the path of a checkpoint you have"
         ) from e
+    if name != args.model:
+        warnings.warn(
+            f"the weights {pretrained!r} of {args.model} were trained with QuickGELU, so this is {name}", stacklevel=2
+        )
+        args.model = name
     return model.eval(), open_clip.get_tokenizer(name)
 
 
@@ -195,9 +278,13 @@ def _transforms(model: nn.Module) -> Any:
 
 
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
+    from fastheads.contexts import fill
+
     for prompt in args.prompt or ():
-        if "{}" not in prompt:
-            raise InputError(f"--prompt: {prompt!r} has no place for the class; write it as {{}}")
+        try:
+            fill(prompt, "class")
+        except ValueError as e:
+            raise InputError(f"--prompt: {str(e).removeprefix('templates: ')}") from e
     return tuple(args.prompt or ("a photo of a {}.",))
 
 
@@ -210,15 +297,16 @@ def _demo(args: argparse.Namespace) -> None:
         raise InputError(f"--target: got {args.target!r}; takes {', '.join(DOMAINS)}")
     if args.target and args.full:
         raise InputError("--target: --full holds out every domain; give one of the two")
+    if args.tune and args.full:
+        raise InputError("--tune: --full holds out every domain, and the choice is made on one; give one of the two")
     cache = args.cache or args.out / "model"
     targets = DOMAINS if args.full else (args.target or TARGET,)
     if args.tune:
         result = tune_demo(args.out, cache, target=targets[0], steps=args.steps)
         print(f"chosen on source validation: {result['chosen']}\n{args.out / 'tuning.json'}")
         return
-    command = " ".join(["fastheads", *sys.argv[1:]])
     seeds = (0, 1, 2) if args.full else (0,)
-    experiment, page = run_demo(args.out, cache, targets=targets, seeds=seeds, steps=args.steps, command=command)
+    experiment, page = run_demo(args.out, cache, targets=targets, seeds=seeds, steps=args.steps, command=args.typed)
     print("accuracy on the domain held out, %\n" + table(experiment))
     print(f"\nreport: {page}")
 
@@ -264,7 +352,7 @@ def _train(args: argparse.Namespace) -> None:
     for method in args.method:
         recipe_of(method)  # bad numbers are told before the model is loaded
     prompts = _prompts(args)
-    model, tokenizer = _load_model(args.model, args.pretrained)
+    model, tokenizer = _load_model(args)
     problem_of = functools.lru_cache(maxsize=1)(
         lambda target, seed: make_problem(
             model,
@@ -288,7 +376,7 @@ def _train(args: argparse.Namespace) -> None:
             recipes=recipe_of,
             out=args.out,
             title=f"{args.model} on {args.data.name}",
-            command=" ".join(["fastheads", *sys.argv[1:]]),
+            command=args.typed,
             base_name=f"{args.model} {args.pretrained}",
             dataset_name=args.data.name,
             precision=args.precision,
@@ -318,7 +406,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.adapter is not None:
         read_adapter(args.adapter)
     prompts = _prompts(args)
-    model, tokenizer = _load_model(args.model, args.pretrained)
+    model, tokenizer = _load_model(args)
     if args.adapter is not None:
         load_adapter(model, args.adapter)
     names = [name.replace("_", " ") for name in folders.classes]
@@ -339,7 +427,7 @@ def _merge(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise InputError(f"--out: got {args.out}; takes a file name that ends in .safetensors")
     read_adapter(args.adapter)
-    model, _ = _load_model(args.model, args.pretrained)
+    model, _ = _load_model(args)
     fastheads.load_adapter(model, args.adapter)
     fastheads.merge(model)
     print(f"{save_stock(model, args.out)}: open_clip.create_model({args.model!r}, pretrained={str(args.out)!r})")
@@ -351,7 +439,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from fastheads.reference import GATES
 
     if args.adapter is None:
-        model, _ = _load_model(args.model, args.pretrained)
+        model, _ = _load_model(args)
         print(fastheads.explain(model))
         return
     about, tensors = read_adapter(args.adapter)
@@ -374,9 +462,14 @@ COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "merge": _mer
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0: done; 2: bad input, told in one line; 130: interrupted."""
     args = parser().parse_args(argv)
-    warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)
+    args.typed = shlex.join(["fastheads", *(sys.argv[1:] if argv is None else argv)])
+    for name in ("target", "method", "seed", "domain"):
+        if isinstance(getattr(args, name, None), list):
+            setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # named twice, done once
     try:
-        COMMANDS[args.command](args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)
+            COMMANDS[args.command](args)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("FASTHEADS_TRACEBACK"):
             raise

@@ -321,6 +321,7 @@ def _as_any(x: Any) -> Any:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the patched `model` is the original: its stock forward, no delta, gates 1. For CAR-FT's teacher.
 
+    Bit for bit the original with its weights frozen (torch itself takes other code paths where weights require grad).
     Nests; other contexts are left as they were. Raises ValueError for an unpatched model.
     """
     layers = head_modules(model)

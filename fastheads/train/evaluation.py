@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastheads.contexts import class_text_weights, context_text_weights
+from fastheads.contexts import class_text_weights, context_text_weights, fill
 from fastheads.train.data import DomainFolders, Transform, evaluation_loader, split, training_loader
 from fastheads.train.objectives import evaluating
 
@@ -34,7 +34,7 @@ class Problem:
     """One leave-one-domain-out problem: sources to learn from, a target to be tested on, text to classify by.
 
     training, validation: file indices per source, an 80/20 split. classifier `[C, E]` and contexts `[T, E]` come from
-    the frozen text tower; logit_scale is the factor itself.
+    the frozen text tower; logit_scale is the factor itself; prompts are the classifier's templates, written out.
     """
 
     folders: DomainFolders
@@ -46,6 +46,7 @@ class Problem:
     classifier: Tensor
     contexts: Tensor | None
     logit_scale: float
+    prompts: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Problem:
         """The same with its tensors on `device`."""
@@ -113,6 +114,7 @@ def make_problem(
         class_text_weights(model, tokenizer, names, prompts),
         context_text_weights(model, tokenizer, names, contexts) if with_contexts else None,
         float(logit_scale.detach().exp()),
+        tuple(fill(template, "{}") for template in prompts),
     )
 
 

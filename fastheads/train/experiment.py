@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -67,6 +68,18 @@ def peak_memory_mb() -> float:
     return kilobytes * 1024 / 1e6
 
 
+def _fingerprint(base: nn.Module, problem: Problem) -> dict[str, Any]:
+    """What a result also depends on: the base's weights, the prompts, and which images there are."""
+    weights, images = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in base.state_dict().items():
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for files in problem.folders.files:
+        for path, _ in files:
+            images.update("/".join(path.parts[-3:]).encode() + b"\n")
+    return {"weights": weights.hexdigest(), "images": images.hexdigest(), "prompts": list(problem.prompts)}
+
+
 def run_method(
     base: nn.Module,
     method: Method,
@@ -81,10 +94,10 @@ def run_method(
     """One run: trains a copy of `base` by `method`, scores it, saves what was learned under `out`.
 
     Returns the run's entry of the experiment (see `run_experiment`), read back from `out/result.json` where the same
-    run was done before.
+    run, on the same weights, images and prompts, was done before.
     """
     key: dict[str, Any] = {"method": method.id, "target": problem.target, "base": base_name, "precision": precision}
-    key |= {"recipe": dataclasses.asdict(recipe)}
+    key |= {"recipe": dataclasses.asdict(recipe), **_fingerprint(base, problem)}
     done = out / "result.json"
     if done.is_file():
         found = json.loads(done.read_text())
@@ -235,14 +248,14 @@ def _method_entry(method: Method, recipe: Recipe) -> dict[str, Any]:
 
 
 def _about(model: nn.Module, name: str) -> dict[str, Any]:
-    blocks: Any = model.visual.transformer.resblocks  # type: ignore[union-attr]
+    blocks: Any = getattr(getattr(model.visual, "transformer", None), "resblocks", ())
     architecture, _, pretrained = name.partition(" ")
     return {
         "name": architecture,
         "pretrained": pretrained,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "layers": len(blocks),
-        "heads": blocks[0].attn.num_heads,
+        "layers": len(blocks) or None,
+        "heads": blocks[0].attn.num_heads if blocks else None,
         "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
     }
 
