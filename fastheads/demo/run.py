@@ -150,7 +150,7 @@ def tune_demo(out: Path, cache: Path, *, target: str = TARGET, steps: int | None
                     rows.append({"method": name, **changed, "steps": recipe.steps, "validation": best[1]})
                     rows[-1]["validation_loss"] = run["validation_loss"]
             mine = [row for row in rows if row["method"] == name]
-            won = max(mine, key=lambda row: (row["validation"], -row["validation_loss"]))
+            won = max(mine, key=lambda row: (round(row["validation"], 6), -row["validation_loss"]))
             settled[name] = {k: won[k] for k in ("lr", "gate_lr", "mmd_weight") if k in won}
     result: dict[str, Any] = {
         "target_held_out_and_never_scored": target,

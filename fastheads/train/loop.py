@@ -240,7 +240,7 @@ def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Rec
     """Scores the sources' held-out images and keeps the weights if they are the best so far."""
     with accelerator.autocast():
         scores = [score(model, problem, name, "validation", recipe) for name in problem.sources]
-    accuracy = sum(s.accuracy for s in scores) / len(scores)
+    accuracy = round(sum(s.accuracy for s in scores) / len(scores), 6)  # equals stay equal
     loss = sum(s.loss for s in scores) / len(scores)
     progress.history["validation"].append([progress.step, accuracy])
     if (accuracy, -loss) > (progress.best["accuracy"], -progress.best["loss"]):

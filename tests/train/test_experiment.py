@@ -15,13 +15,13 @@ from fastheads.demo import digits
 from fastheads.demo import run as demo
 from fastheads.demo.pretrain import CONFIG, MODEL
 from fastheads.train import experiment
-from fastheads.train.data import read_domains
+from fastheads.train.data import clip_transforms, read_domains
 from fastheads.train.evaluation import make_problem
 from fastheads.train.loop import Recipe
 from fastheads.train.objectives import METHODS
 from fastheads.train.report import write_report
 
-RECIPE = Recipe(steps=2, per_domain=2, lr=5e-3, gate_lr=5e-2, evaluate_every=1, save_every=1, cache=True)
+RECIPE = Recipe(steps=2, per_domain=2, lr=5e-3, gate_lr=5e-2, evaluate_every=2, save_every=1, cache=True)
 TIMES = {"seconds", "images_per_second", "peak_memory_mb"}
 KEYS = {
     *("method", "target", "seed", "sources", "accuracy", "selected_step", "steps", "seconds", "images_per_second"),
@@ -82,10 +82,10 @@ def test_every_run_is_recorded_with_what_the_report_reads(whole, base):
         assert set(run) >= KEYS
         assert run["sources"] == ["blue", "green"] and set(run["accuracy"]) == {"blue", "green", "red"}
         assert all(0 <= value <= 1 for value in run["accuracy"].values())
-        assert run["steps"] == 2 and run["selected_step"] in (1, 2)
+        assert run["steps"] == run["selected_step"] == 2
         assert run["seconds"] > 0 and run["images_per_second"] > 0
         assert len(run["history"]["loss"]) == len(run["history"]["mmd"]) == 2
-        assert len(run["history"]["validation"]) == 2
+        assert [step for step, _ in run["history"]["validation"]] == [2]
         assert torch.tensor(run["gates"]["values"][-1]).shape == (4, 4)
     assert [run["trainable_parameters"] for run in result["runs"][:2]] == [16, 25_616]
     assert [entry["id"] for entry in result["methods"]] == ["dig", "hap"]
@@ -95,7 +95,7 @@ def test_every_run_is_recorded_with_what_the_report_reads(whole, base):
     assert result["model"]["name"] == MODEL and result["model"]["pretrained"] == "at random"
     assert result["model"]["parameters"] == sum(p.numel() for p in base.parameters())
     assert (result["model"]["layers"], result["model"]["heads"]) == (4, 4)
-    assert result["wall_seconds"] > 0 and result["versions"]["torch"] == torch.__version__
+    assert result["wall_seconds"] > 0 and torch.__version__.startswith(result["versions"]["torch"])
     assert [name.count("red held out") for name in whole["watched"]] == [1] * 4
 
 
@@ -127,10 +127,7 @@ def test_an_adapter_is_saved_per_run_and_no_state_is_left(whole, base):
     folder = whole["out"] / "red/seed1/hap/adapter"
     fastheads.load_adapter(base, folder)
     now = fastheads.gates(base)
-    steps = whole["result"]["runs"][3]["gates"]["step"]
-    kept = whole["result"]["runs"][3]["selected_step"]
-    if kept in steps:
-        assert now.tolist() == whole["result"]["runs"][3]["gates"]["values"][steps.index(kept)]
+    assert now.tolist() == whole["result"]["runs"][3]["gates"]["values"][-1]  # of the last step, the one kept
     assert (now - 1).abs().max() > 1e-3
 
 
@@ -300,17 +297,11 @@ def test_a_resnet_is_scored_and_described_without_layers(folders, tmp_path):
     text = json.loads(CONFIG.read_text())["text_cfg"]
     torch.manual_seed(0)
     base = open_clip.CLIP(32, vision, text).eval()
-    transforms = experiment_transforms()
+    transforms = clip_transforms(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
     problem = make_problem(base, open_clip.get_tokenizer(MODEL), folders, "red", transforms, with_contexts=False)
     result = run_all(base, problem, tmp_path, methods=["zero-shot"], seeds=[0])
     assert result["model"]["layers"] is None and result["model"]["heads"] is None
     assert write_report(result, tmp_path).is_file()
-
-
-def experiment_transforms():
-    from fastheads.train.data import clip_transforms
-
-    return clip_transforms(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
 
 
 # ------------------------------------------------------------------------------------------------------- demo
