@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.config import HeadConfig
+from fastheads.files import write_whole
 from fastheads.hosts import find_tower
 from fastheads.patching import (
     adapter_state_dict,
@@ -29,10 +30,13 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def base_hash(model: nn.Module, towers: tuple[str, ...]) -> str:
-    """SHA-256 over the original weights of the adapted towers, names and values, whatever device they are on."""
+    """SHA-256 over the original weights of the adapted towers and their activation, whatever device they are on."""
     digest = hashlib.sha256()
     for tower in towers:
         module = find_tower(model, tower).module
+        # OpenCLIP gives "ViT-B-16" plain GELU also with weights that were trained with QuickGELU
+        activations = {type(m).__name__ for m in module.modules() if "GELU" in type(m).__name__}
+        digest.update(f"{tower} {sorted(activations)}".encode())
         for name, p in sorted(module.named_parameters()):
             if ".heads." in name or (tower == "text" and name.startswith("visual.")):
                 continue
@@ -76,23 +80,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base: s
     }
     text = json.dumps(about, indent=2)
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    _replace(path / TENSORS, save(tensors, metadata={"fastheads": text}))
-    _replace(path / CONFIG, text.encode())
+    write_whole(path / TENSORS, save(tensors, metadata={"fastheads": text}))
+    write_whole(path / CONFIG, text.encode())
     return path
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a kill, sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

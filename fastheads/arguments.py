@@ -30,19 +30,21 @@ def _whole(least: int) -> Callable[[str], int]:
     return convert
 
 
-def _number(text: str) -> float:
+def _finite(text: str) -> float:
     try:
-        value = float(text)
+        return float(text) if math.isfinite(float(text)) else -1.0
     except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
+        return -1.0
+
+
+def _number(text: str) -> float:
+    if (value := _finite(text)) < 0:
         raise argparse.ArgumentTypeError(f"got {text!r}; takes a finite number ≥ 0")
     return value
 
 
 def _rate(text: str) -> float:
-    value = _number(text)
-    if not value:
+    if (value := _finite(text)) <= 0:
         raise argparse.ArgumentTypeError(f"got {text!r}; takes a finite number > 0")
     return value
 

@@ -157,7 +157,9 @@ def head_mmd(
         raise ValueError(f'features: got {features!r}; takes "heads" or "embedding"')
     if embedding is None:
         raise ValueError('embedding: is needed with features="embedding": pass model.encode_image(images)')
-    thetas = heads.thetas
+    thetas = [theta for theta in heads.thetas if theta.requires_grad]
+    if not thetas:
+        raise ValueError("heads: its gates are all frozen (requires_grad=False), so the MMD could train nothing")
     if not isinstance(embedding, Tensor):
         raise TypeError(f"embedding: got {type(embedding).__name__}; takes a tensor [B, E]")
     if not embedding.requires_grad:

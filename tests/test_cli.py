@@ -216,7 +216,7 @@ BAD = {
     "a prompt with another place": (f"{EVALUATE} --prompt {{}}_{{name}}", ["--prompt", "'{}_{name}'"]),
     "no steps": (f"{TRAIN} --steps 0", ["--steps", "0"]),
     "no images": (f"{TRAIN} --per-domain 0", ["--per-domain", "0"]),
-    "lr nan": (f"{TRAIN} --lr nan", ["--lr", "nan"]),
+    "lr nan": (f"{TRAIN} --lr nan", ["--lr", "nan", "> 0"]),
     "gate-lr 0": (f"{TRAIN} --gate-lr 0", ["--gate-lr", "0"]),
     "weight-decay inf": (f"{TRAIN} --weight-decay inf", ["--weight-decay", "inf"]),
     "mmd-weight negative": (f"{TRAIN} --mmd-weight -1", ["--mmd-weight", "-1"]),

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from fastheads.adapters import save_adapter
+from fastheads.files import whole, write_whole
 from fastheads.folding import merge, wise_ft
 from fastheads.patching import is_patched
 from fastheads.train.data import DomainFolders
@@ -35,11 +36,8 @@ WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the or
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    """Writes JSON, whole."""
+    write_whole(path, json.dumps(content, indent=1).encode())
 
 
 def is_main_process() -> bool:
@@ -163,10 +161,8 @@ def save_stock(model: nn.Module, path: Path) -> Path:
     from safetensors.torch import save_file
 
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        save_file(tensors, temporary)
     return path
 
 

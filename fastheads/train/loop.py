@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -250,12 +251,15 @@ def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Rec
 
 def _key(method: Method, problem: Problem, recipe: Recipe, precision: str) -> dict[str, Any]:
     """What must be the same for a saved state to go on from."""
+    recipe_key = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("workers", "batch_size", "cache")}
+    text = problem.classifier if problem.contexts is None else torch.cat((problem.classifier, problem.contexts))
     return {
         "method": method.id,
         "target": problem.target,
         "sources": list(problem.sources),
+        "text": hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest(),  # of the prompts and the text tower
         "precision": precision,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe_key,
     }
 
 

@@ -5,14 +5,13 @@ and `figures/*.png`. `record.py` works out the numbers, `figures.py` paints the 
 write the page's sections; its fixed words and its style are in `report.html` beside this file.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from fastheads.files import write_whole
 from fastheads.train.sections import Page
 
 
@@ -59,19 +58,5 @@ def write_report(
         repeat=page.repeat(),
     )
     for name, png in page.pictures.items():
-        _replace(Path(out, "figures", f"{name}.png"), png)
-    return _replace(Path(out, "report.html"), html.encode())
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp's own mode lets nobody else read the report
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+        write_whole(Path(out, "figures", f"{name}.png"), png)
+    return write_whole(Path(out, "report.html"), html.encode())
