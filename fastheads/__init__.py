@@ -1,4 +1,4 @@
-"""fastheads: adapting CLIP's attention heads to unseen domains, as cheap as the frozen model.
+"""fastheads: adapting CLIP's attention heads to unseen domains.
 
 report = fastheads.patch(model)                                  # in place: per-head LoRA and gates
 with fastheads.capture_heads(model) as heads:

@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     demo.add_argument(
-        "--cache", type=Path, default=None, metavar="DIR", help="of the pretrained model (default: --out)"
+        "--cache", type=Path, default=None, metavar="DIR", help="of the pretrained model (default: model/ in --out)"
     )
 
     train = commands.add_parser(
@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
         type=_number,
         default=None,
         metavar="X",
-        help="of CAR-FT's KL (default: 1 for car-ft, else 0)",
+        help="of CAR-FT's KL, for every trained method (default: 1 for car-ft, else 0)",
     )
     group.add_argument("--evaluate-every", type=count, default=500, metavar="N", help="steps (default: 500)")
     group.add_argument(

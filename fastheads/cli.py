@@ -84,7 +84,9 @@ def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
             f"the weights {pretrained!r} of {args.model} were trained with QuickGELU, so this is {name}", stacklevel=2
         )
         args.model = name
-    return model.eval(), open_clip.get_tokenizer(name)
+    from fastheads.train.experiment import device
+
+    return model.to(device()).eval(), open_clip.get_tokenizer(name)
 
 
 def _transforms(model: nn.Module) -> Any:
@@ -279,6 +281,7 @@ def _inspect(args: argparse.Namespace) -> None:
             print(f"gates    {name.removesuffix('.attn.heads.theta'):<36} {values}")
 
 
+EXTRA = ("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
 COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "merge": _merge, "inspect": _inspect}
 
 
@@ -296,7 +299,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("FASTHEADS_TRACEBACK"):
             raise
-        print(f"fastheads {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
+        hint = ""
+        if isinstance(e, ModuleNotFoundError) and (e.name or "").split(".")[0] in EXTRA:
+            hint = "; it comes with: pip install 'fastheads[train]'"
+        print(f"fastheads {args.command}: {' '.join(str(e).split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastheads: interrupted; the same command goes on from the last saved state", file=sys.stderr)

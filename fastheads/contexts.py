@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from string import Formatter
 from typing import Any
 
@@ -24,6 +25,19 @@ def fill(template: Template, name: str) -> str:
     if not places or not set(places) <= {"", "0", "class"}:
         raise ValueError(f"templates: {template!r} has no place for the class; write it as {{}}")
     return template.format(*[name] * len(places), **{"class": name})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient inside; each module's own mode back afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def prompt_embeddings(
@@ -50,16 +64,8 @@ def prompt_embeddings(
     if encode is None:
         raise TypeError(f"model: {type(model).__name__} has no encode_text; takes an OpenCLIP model")
     device = next(model.parameters()).device
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            parts = [
-                encode(tokenizer(prompts[i : i + batch_size]).to(device)) for i in range(0, len(prompts), batch_size)
-            ]
-    finally:
-        for m, training in modes.items():
-            m.training = training
+    with evaluating(model):
+        parts = [encode(tokenizer(prompts[i : i + batch_size]).to(device)) for i in range(0, len(prompts), batch_size)]
     e = torch.cat(parts)
     e = F.normalize(e.to(torch.promote_types(e.dtype, torch.float32)), dim=-1)
     return e.view(len(templates), len(classnames), -1)

@@ -463,14 +463,19 @@ def test_weights_trained_with_quickgelu_get_the_model_that_has_it(world, tmp_pat
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"web": {"url": "x", "quick_gelu": True}})
     file = str(world.root / "demo.safetensors")
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: file)
-    out = tmp_path / "merged.safetensors"
-    text = done("merge", "--model", "small", "--pretrained", "web", "--adapter", world.adapter, "--out", out)
+    out, adapter = tmp_path / "merged.safetensors", tmp_path / "adapter"
+    model = open_clip.create_model("small-quickgelu", pretrained=file)
+    fastheads.patch(model)
+    for p in fastheads.lora_parameters(model) + fastheads.gate_parameters(model):
+        torch.nn.init.normal_(p, std=0.1)
+    fastheads.save_adapter(model, adapter)
+    text = done("merge", "--model", "small", "--pretrained", "web", "--adapter", adapter, "--out", out)
     name = re.search(r"create_model\('([^']+)'", text)[1]
 
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted, other = (
-            fastheads.load_adapter(open_clip.create_model(n, pretrained=file), world.adapter)
+            fastheads.load_adapter(open_clip.create_model(n, pretrained=file), adapter, check_base=n != "small")
             .eval()
             .encode_image(images)
             for n in ("small-quickgelu", "small")

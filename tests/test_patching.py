@@ -131,7 +131,10 @@ def test_real_configs_start_merge_and_unpatch(name):
         fastheads.patch(model, HeadConfig(towers=BOTH))
         assert relative(model.encode_image(x), stock_image) < 1e-5
         assert relative(model.encode_text(ids), stock_text) < 1e-5
-        fastheads.unpatch(model)
+        assert (
+            relative(model.train().encode_image(x), stock_image) < 1e-5
+        )  # no dropout: stock is the same in both modes
+        fastheads.unpatch(model.eval())
         assert_unchanged(model, before)
         assert torch.equal(model.encode_image(x), stock_image)
         keys, classes = before["keys"], before["classes"]
@@ -145,6 +148,7 @@ def test_real_configs_start_merge_and_unpatch(name):
         assert torch.equal(model.encode_text(ids), frozen_text)
         fastheads.merge(model)
         assert relative(model.encode_image(x), trained) < 1e-5
+        assert relative(model.train().encode_image(x), trained) < 1e-5
         assert list(model.state_dict()) == keys
         assert {n: type(m) for n, m in model.named_modules()} == classes
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastheads.demo import digits
+from fastheads.files import whole
 
 Progress = Callable[[int, int, float], None]
 
@@ -92,13 +92,8 @@ def pretrain(
     if path.is_file():
         return path
     state = _train(recipe, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
+    with whole(path) as fresh:
         save_file(state, fresh)
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
     return path
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastheads.contexts import class_text_weights, context_text_weights, fill
+from fastheads.contexts import class_text_weights, context_text_weights, evaluating, fill
 from fastheads.train.data import DomainFolders, Transform, evaluation_loader, split, training_loader
-from fastheads.train.objectives import evaluating
+from fastheads.train.objectives import class_logits
 
 if TYPE_CHECKING:
     from fastheads.train.loop import Recipe
@@ -34,7 +34,8 @@ class Problem:
     """One leave-one-domain-out problem: sources to learn from, a target to be tested on, text to classify by.
 
     training, validation: file indices per source, an 80/20 split. classifier `[C, E]` and contexts `[T, E]` come from
-    the frozen text tower; logit_scale is the factor itself; prompts are the classifier's templates, written out.
+    the frozen text tower; logit_scale is the factor itself; prompts are the classifier's templates, written out;
+    loaders keeps the evaluation loaders, and with them their cached images.
     """
 
     folders: DomainFolders
@@ -47,6 +48,7 @@ class Problem:
     contexts: Tensor | None
     logit_scale: float
     prompts: tuple[str, ...] = ()
+    loaders: dict[Any, DataLoader[Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Problem:
         """The same with its tensors on `device`."""
@@ -70,16 +72,19 @@ class Problem:
 
     def evaluation_loader(self, domain: str, part: str, recipe: Recipe) -> DataLoader[Any]:
         """The images of a domain in order; `part`: "training", "validation" or "all"."""
-        indices = {"training": self.training, "validation": self.validation, "all": {}}[part].get(domain)
-        return evaluation_loader(
-            self.folders,
-            domain,
-            indices,
-            self.transforms[1],
-            recipe.batch_size,
-            workers=recipe.workers,
-            cache=recipe.cache,
-        )
+        key = (domain, part, recipe.batch_size, recipe.workers, recipe.cache)
+        if key not in self.loaders:
+            indices = {"training": self.training, "validation": self.validation, "all": {}}[part].get(domain)
+            self.loaders[key] = evaluation_loader(
+                self.folders,
+                domain,
+                indices,
+                self.transforms[1],
+                recipe.batch_size,
+                workers=recipe.workers,
+                cache=recipe.cache,
+            )
+        return self.loaders[key]
 
 
 def make_problem(
@@ -133,7 +138,7 @@ def image_features(model: nn.Module, loader: DataLoader[Any]) -> tuple[Tensor, T
 def score(model: nn.Module, problem: Problem, domain: str, part: str, recipe: Recipe) -> Score:
     """How the text classifier does on a domain's images; `part`: "training", "validation" or "all"."""
     features, labels = image_features(model, problem.evaluation_loader(domain, part, recipe))
-    return score_logits(problem.logit_scale * features @ problem.classifier.to(features.device).T, labels)
+    return score_logits(class_logits(features, problem.classifier.to(features.device), problem.logit_scale), labels)
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> Score:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -29,7 +28,7 @@ from fastheads.folding import merge, wise_ft
 from fastheads.patching import is_patched
 from fastheads.train.data import DomainFolders
 from fastheads.train.evaluation import Problem, fit_probe, image_features, score
-from fastheads.train.loop import Recipe, Report, fit, trainable
+from fastheads.train.loop import Recipe, Report, fit, run_key, trainable
 from fastheads.train.objectives import METHODS, Method
 
 WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the original too
@@ -38,6 +37,13 @@ WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the or
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, whole."""
     write_whole(path, json.dumps(content, indent=1).encode())
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU where there is one, as accelerate will choose it, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def is_main_process() -> bool:
@@ -66,18 +72,6 @@ def peak_memory_mb() -> float:
     return kilobytes * 1024 / 1e6
 
 
-def _fingerprint(base: nn.Module, problem: Problem) -> dict[str, Any]:
-    """What a result also depends on: the base's weights, the prompts, and which images there are."""
-    weights, images = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in base.state_dict().items():
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    for files in problem.folders.files:
-        for path, _ in files:
-            images.update("/".join(path.parts[-3:]).encode() + b"\n")
-    return {"weights": weights.hexdigest(), "images": images.hexdigest(), "prompts": list(problem.prompts)}
-
-
 def run_method(
     base: nn.Module,
     method: Method,
@@ -94,8 +88,7 @@ def run_method(
     Returns the run's entry of the experiment (see `run_experiment`), read back from `out/result.json` where the same
     run, on the same weights, images and prompts, was done before.
     """
-    key: dict[str, Any] = {"method": method.id, "target": problem.target, "base": base_name, "precision": precision}
-    key |= {"recipe": dataclasses.asdict(recipe), **_fingerprint(base, problem)}
+    key = run_key(base, method, problem, recipe, precision) | {"base": base_name}
     done = out / "result.json"
     if done.is_file():
         found = json.loads(done.read_text())
@@ -202,16 +195,16 @@ def run_experiment(
                 runs.append(run)
     threads = torch.get_num_threads()
     cpu = "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     experiment = {
         "title": title,
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "device": device,
+        "device": where,
         "wall_seconds": time.perf_counter() - began,
         "peak_memory_mb": max(run["peak_memory_mb"] for run in runs),
-        "versions": _versions(),
+        "versions": versions(),
         "dataset": {
             "name": dataset_name,
             "root": folders.root.name,
@@ -232,14 +225,15 @@ def run_experiment(
 
 def _method_entry(method: Method, recipe: Recipe) -> dict[str, Any]:
     trained = method.trains in ("encoder", "adapter")
+    with_context = bool(trained and recipe.context_weight and not method.context)
     return {
         "id": method.id,
-        "label": method.label,
+        "label": method.label + " + context KL" * with_context,
         "description": method.description,
         "lr": recipe.lr if trained and (method.lora or method.trains == "encoder") else None,
         "gate_lr": recipe.gate_lr if method.gate else None,
         "mmd_weight": recipe.mmd_weight if method.mmd else None,
-        "context_weight": recipe.context_weight if recipe.context_weight else None,
+        "context_weight": recipe.context_weight if trained and recipe.context_weight else None,
     }
 
 
@@ -256,7 +250,7 @@ def _about(model: nn.Module, name: str) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("torch", "open_clip_torch", "fastheads", "accelerate", "scikit-learn"):
         try:

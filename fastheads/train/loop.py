@@ -98,10 +98,11 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def prepare(model: nn.Module, method: Method) -> nn.Module:
+def prepare(model: nn.Module, method: Method, *, teacher: bool = False) -> nn.Module:
     """Makes the parts of `model` trainable that the method trains, in place: patches it, or frees its image tower.
 
-    Returns the frozen original image tower where the method needs a copy as teacher, else an empty module.
+    Returns a frozen copy of the original image tower where a `teacher` is asked for and the model can't be its own (a
+    patched model can, under `disabled`), else an empty module.
     """
     visual: Any = model.visual
     blocks: Any = getattr(getattr(visual, "transformer", None), "resblocks", ())
@@ -110,9 +111,9 @@ def prepare(model: nn.Module, method: Method) -> nn.Module:
         patch(model, config)
         return nn.Identity()
     model.requires_grad_(False)
-    teacher = copy.deepcopy(visual) if method.context else nn.Identity()
+    original = copy.deepcopy(visual) if teacher else nn.Identity()
     visual.requires_grad_(True)
-    return teacher.eval()
+    return original.eval()
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -144,11 +145,17 @@ def fit(
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second.
     """
+    if precision == "fp16" and recipe.mmd_features == "embedding" and method.mmd and recipe.mmd_weight:
+        raise ValueError(
+            'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
+            'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
+        )
     set_seed(recipe.seed)  # before the adapters draw their start
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs may differ in it
     accelerator = Accelerator(mixed_precision=precision)
-    teacher = prepare(model, method)
+    key = run_key(model, method, problem, recipe, precision) | {"processes": accelerator.num_processes}
+    teacher = prepare(model, method, teacher=recipe.context_weight > 0)
     inner = model.to(accelerator.device)
     encoder = ImageEncoder(inner)
     optimizer = torch.optim.AdamW(_groups(inner, recipe))
@@ -169,7 +176,7 @@ def fit(
         mmd_options={"kernel": recipe.mmd_kernel},
     )
     progress = _Progress()
-    state = _State(accelerator, inner, progress, schedule, out, key=_key(method, problem, recipe, precision))
+    state = _State(accelerator, inner, progress, schedule, out, key=key)
     state.resume()
 
     if progress.step == 0:
@@ -189,22 +196,19 @@ def fit(
         progress.step += 1
         step, last = progress.step, progress.step == recipe.steps
         progress.seconds = time.perf_counter() - began
-        if step % record_every == 0 or last or report is not None:
-            values = {name: part.item() for name, part in parts.items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"loss: is {values['loss']} at step {step}; lower the learning rate ({recipe.lr})"
-                )
-            if step % record_every == 0 or last:
-                _record(progress, inner, step, values, with_gates=step % (10 * record_every) == 0 or last)
-            if report is not None:
-                rate = step * len(labels) * accelerator.num_processes / progress.seconds
-                report({"step": step, "steps": recipe.steps, "images_per_second": rate, **values})
+        values = {name: part.item() for name, part in parts.items()}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"loss: is {values['loss']} at step {step}; lower the learning rate ({recipe.lr})")
+        if step % record_every == 0 or last:
+            _record(progress, inner, step, values, with_gates=step % (10 * record_every) == 0 or last)
+        if report is not None:
+            rate = step * len(labels) * accelerator.num_processes / progress.seconds
+            report({"step": step, "steps": recipe.steps, "images_per_second": rate, **values})
         if step % recipe.evaluate_every == 0 or last:
-            _select(progress, inner, problem, recipe, accelerator)
-            began = time.perf_counter() - progress.seconds  # evaluation is not training time
+            _select(progress, inner, problem, recipe)
         if step % recipe.save_every == 0 and not last:
             state.save()
+        began = time.perf_counter() - progress.seconds  # evaluating and saving is not training time
     for name, p in trainable(inner).items():
         p.data.copy_(progress.best["weights"][name])
     state.save()
@@ -237,10 +241,9 @@ def _record_gates(progress: _Progress, model: nn.Module) -> None:
         progress.gates["values"].append(now.tolist())
 
 
-def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Recipe, accelerator: Accelerator) -> None:
+def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Recipe) -> None:
     """Scores the sources' held-out images and keeps the weights if they are the best so far."""
-    with accelerator.autocast():
-        scores = [score(model, problem, name, "validation", recipe) for name in problem.sources]
+    scores = [score(model, problem, name, "validation", recipe) for name in problem.sources]
     accuracy = round(sum(s.accuracy for s in scores) / len(scores), 6)  # equals stay equal
     loss = sum(s.loss for s in scores) / len(scores)
     progress.history["validation"].append([progress.step, accuracy])
@@ -249,17 +252,28 @@ def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Rec
         progress.best = {"step": progress.step, "accuracy": accuracy, "loss": loss, "weights": weights}
 
 
-def _key(method: Method, problem: Problem, recipe: Recipe, precision: str) -> dict[str, Any]:
-    """What must be the same for a saved state to go on from."""
-    recipe_key = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("workers", "batch_size", "cache")}
-    text = problem.classifier if problem.contexts is None else torch.cat((problem.classifier, problem.contexts))
+def run_key(model: nn.Module, method: Method, problem: Problem, recipe: Recipe, precision: str) -> dict[str, Any]:
+    """What must be the same for a saved state to go on from, and for a result to be taken over.
+
+    The base's weights (`model`, not adapted yet), the images there are, the prompts, and every number of the recipe but
+    those of the loaders.
+    """
+    weights, images = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for files in problem.folders.files:
+        for path, _ in files:
+            images.update("/".join(path.parts[-3:]).encode() + b"\n")
     return {
         "method": method.id,
         "target": problem.target,
         "sources": list(problem.sources),
-        "text": hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest(),  # of the prompts and the text tower
+        "weights": weights.hexdigest(),
+        "images": images.hexdigest(),
+        "prompts": list(problem.prompts),
         "precision": precision,
-        "recipe": recipe_key,
+        "recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("workers", "batch_size", "cache")},
     }
 
 

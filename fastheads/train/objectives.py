@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from fastheads.capture import CapturedHeads, capture_heads
 from fastheads.config import HeadConfig
+from fastheads.contexts import evaluating
 from fastheads.losses import context_kl, head_mmd
 from fastheads.patching import disabled, is_patched
 
@@ -119,17 +118,10 @@ class ImageEncoder(nn.Module):
         return encode(images)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient inside; each module's own mode back afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
+def class_logits(features: Tensor, classifier: Tensor, logit_scale: float) -> Tensor:
+    """`logit_scale · cos(features, classifier)`, `[B, C]`, in float32 under autocast too."""
+    with torch.autocast(features.device.type, enabled=False):
+        return logit_scale * F.normalize(features.float(), dim=-1) @ classifier.float().T
 
 
 @dataclass
@@ -164,7 +156,7 @@ class Objective:
                 features = encoder(images)
         else:
             features = encoder(images)
-        logits = self.logit_scale * F.normalize(features.float(), dim=-1) @ self.classifier.T
+        logits = class_logits(features, self.classifier, self.logit_scale)
         parts = {"cross_entropy": F.cross_entropy(logits, labels)}
         loss = parts["cross_entropy"]
         if heads is not None:

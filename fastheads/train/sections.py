@@ -169,7 +169,10 @@ class Page(Record):
             mine = self.ranked.get(method) if method != "zero-shot" else None
             rows.append([*cells, markup.signed(mine.mean - base.mean) if mine and base else NONE])
         head = ["Method", *map(escape, columns), "vs zero-shot"]
+        rows += [[escape(f"{self.label(m)} + WiSE-FT"), *self.averaged(m), NONE] for m in self.ids if self.averaged(m)]
         caption = f"Accuracy in per cent on each held-out domain. {self.error_kind()} Bold: best."
+        if any(self.averaged(m) for m in self.ids):
+            caption += " WiSE-FT: the weights half-way between the original and the tuned encoder, not ranked."
         charts = ""
         chance = 100 / len(self.dataset.get("classes") or [1])
         for at, (name, scores) in enumerate(sorted(columns.items(), key=lambda c: c[0] != "Average")):
@@ -184,6 +187,15 @@ class Page(Record):
                 guide=(chance, f"chance {chance:.3g} %") if chance < 100 else None,
             )
         return markup.table(head, rows, escape(caption)) + f'<div class="figures">{charts}</div>' + self.every()
+
+    def averaged(self, method: str) -> list[str]:
+        """The cells of a fully tuned encoder averaged with the original; none where no run has them."""
+        cells = []
+        for target in self.targets:
+            runs = [run for run in self.runs if run["method"] == method and run["target"] == target]
+            values = [run["wise_ft_accuracy"][target] for run in runs if run.get("wise_ft_accuracy")]
+            cells += [f"{100 * sum(values) / len(values):.1f}"] if values else []
+        return [*cells, NONE] if len(self.targets) > 1 and cells else cells
 
     def every(self) -> str:
         rows = []

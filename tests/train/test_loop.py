@@ -208,3 +208,34 @@ def test_a_recipe_refuses_bad_numbers(option, value):
 def test_a_loss_that_is_not_finite_stops_the_run(base, problem):
     with pytest.raises(FloatingPointError, match="step"):
         fit(base, METHODS["fine-tune"], problem, dataclasses.replace(RECIPE, lr=1e30))
+
+
+@pytest.mark.parametrize("method", ["fine-tune", "ha-lora"])
+def test_a_context_weight_works_with_any_trained_method(base, problem, method):
+    run = fit(base, METHODS[method], problem, dataclasses.replace(RECIPE, steps=3, context_weight=0.5))
+    assert run["history"]["context_kl"][0] == pytest.approx(0, abs=1e-6) and run["history"]["context_kl"][-1] > 0
+
+
+def test_fp16_with_the_inner_gradient_of_the_embedding_mmd_is_refused(base, problem):
+    recipe = dataclasses.replace(RECIPE, mmd_features="embedding")
+    with pytest.raises(ValueError, match="precision"):
+        fit(base, METHODS["hap"], problem, recipe, precision="fp16")
+
+
+@pytest.mark.parametrize("change", ["weights", "prompts", "lr"])
+def test_a_state_is_not_resumed_on_another_base_or_other_prompts(base, problem, tmp_path, change):
+    fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
+    recipe = RECIPE
+    if change == "weights":
+        base.visual.conv1.weight.data.mul_(2)
+    elif change == "prompts":
+        problem = dataclasses.replace(problem, prompts=("{}",))
+    else:
+        recipe = dataclasses.replace(RECIPE, lr=1.0)
+    with pytest.raises(ValueError, match="state of another run"):
+        fit(copy.deepcopy(base), METHODS["dig"], problem, recipe, out=tmp_path)
+
+
+def test_loader_settings_do_not_keep_a_run_from_resuming(base, problem, tmp_path):
+    fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
+    fit(base, METHODS["dig"], problem, dataclasses.replace(RECIPE, cache=False, batch_size=7), out=tmp_path)

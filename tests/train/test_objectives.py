@@ -7,7 +7,7 @@ import torch
 
 import fastheads
 from fastheads.train.loop import prepare, trainable
-from fastheads.train.objectives import METHODS, ImageEncoder, Objective, original_features
+from fastheads.train.objectives import METHODS, ImageEncoder, Objective, class_logits, original_features
 
 
 def images(n=6):
@@ -91,7 +91,7 @@ def test_teacher_under_disabled_equals_a_frozen_copy(base):
 
 
 def test_a_full_fine_tuning_teacher_does_not_move_with_the_student(base, problem):
-    teacher = prepare(base, METHODS["car-ft"])
+    teacher = prepare(base, METHODS["car-ft"], teacher=True)
     before = original_features(base, images(), teacher)
     optimizer = torch.optim.SGD(trainable(base).values(), lr=0.1)
     run = objective(problem, context_weight=1.0, teacher=teacher)
@@ -106,3 +106,11 @@ def test_a_full_fine_tuning_teacher_does_not_move_with_the_student(base, problem
 def test_a_teacher_is_asked_for_where_there_is_none(base):
     with pytest.raises(ValueError, match="teacher"):
         original_features(base, images())
+
+
+def test_logits_are_float32_under_autocast():
+    features, classifier = torch.randn(5, 64), torch.nn.functional.normalize(torch.randn(3, 64), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = class_logits(features, classifier, 100.0)
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, class_logits(features, classifier, 100.0))
