@@ -187,7 +187,7 @@ def run_experiment(
             problem = problem_of(target, seed)
             for name in methods:
                 method, recipe = METHODS[name], dataclasses.replace(recipes(name), seed=seed)
-                report = watch(f"{method.label} · {target} held out · seed {seed}") if watch else None
+                report = watch(f"{method.label.split(' (')[0]} · {target} · {seed}") if watch else None
                 folder = out / target / f"seed{seed}" / name
                 run = run_method(
                     base, method, problem, recipe, folder, base_name=base_name, precision=precision, report=report

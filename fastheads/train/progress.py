@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 class Bars:
@@ -16,11 +16,12 @@ class Bars:
         self.console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=None),  # what the rest of the line leaves: the rest fits 80 columns
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
             console=self.console,
+            expand=True,
         )
         self._task: TaskID | None = None
         self._last = ""
@@ -51,12 +52,12 @@ class Bars:
         self._task = task
 
         def report(values: dict[str, Any]) -> None:
-            text = f"loss {values['loss']:.3f}"
+            text = f"loss {values['loss']:.2f}"
             for part, label in (("mmd", "MMD"), ("context_kl", "KL")):
                 if part in values:
-                    text += f"  {label} {values[part]:+.4f}"
+                    text += f" {label} {values[part]:.3f}"
             if "images_per_second" in values:
-                text += f"  {values['images_per_second']:.0f} images/s"
+                text += f" {values['images_per_second']:.0f} images/s"
             self._progress.update(task, total=values["steps"], completed=values["step"], text=text)
             self._last = f"  {values['step']}/{values['steps']}  {text}"
 

@@ -96,7 +96,7 @@ def test_every_run_is_recorded_with_what_the_report_reads(whole, base):
     assert result["model"]["parameters"] == sum(p.numel() for p in base.parameters())
     assert (result["model"]["layers"], result["model"]["heads"]) == (4, 4)
     assert result["wall_seconds"] > 0 and torch.__version__.startswith(result["versions"]["torch"])
-    assert [name.count("red held out") for name in whole["watched"]] == [1] * 4
+    assert [name.count("· red ·") for name in whole["watched"]] == [1] * 4
 
 
 def test_the_record_on_disk_is_the_one_returned_and_makes_a_report(whole, tmp_path):
