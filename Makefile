@@ -5,6 +5,8 @@
 #   JOBS     processes the tests run in, one thread each
 #   ARGS     passed on to fastheads or pytest
 #   RESULT   where `make bench` writes its numbers
+#   GRID     problems of `make grid`
+#   CXX, SANITIZED   the C++ compiler of `make sanitize`, and the program it builds
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +14,8 @@ VENV_LATEST ?= .venv-latest
 JOBS ?= 2
 ARGS ?=
 RESULT ?= bench/results/local.json
+SANITIZED ?= build/sanitize
+GRID ?= 2000
 
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
@@ -21,7 +25,7 @@ FOR_BENCH := -e '.[train,bench,test]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types format bench install-dev clean
+.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types format bench sanitize grid compile-report install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +65,19 @@ format: $(VENV)/.for-dev ## reformat, and correct what ruff can
 bench: $(VENV)/.for-bench ## the benches in bench/, their numbers in RESULT
 	@mkdir -p $(dir $(RESULT))
 	$(BIN)/pytest bench --benchmark-only --benchmark-json=$(RESULT) --timeout=0 $(ARGS)
+
+# -O1 keeps the lines of a report; OpenMP stays on, so that what threads share is seen as well.
+sanitize: ## csrc/ under the address and undefined-behaviour sanitizers
+	@mkdir -p $(dir $(SANITIZED))
+	$(CXX) -std=c++17 -O1 -g -fopenmp -fno-math-errno -fsanitize=address,undefined -fno-sanitize-recover=all \
+	    -fno-omit-frame-pointer -Wall -Wextra -Icsrc csrc/mmd.cpp tests/csrc/sanitize.cpp -o $(SANITIZED)
+	OMP_NUM_THREADS=3 $(SANITIZED)
+
+grid: $(VENV)/.for-test ## the numerics tests over long random grids (GRID problems each; an hour or more on two cores)
+	OMP_NUM_THREADS=1 FASTHEADS_GRID=$(GRID) $(BIN)/pytest -n $(JOBS) --timeout=0 tests/ops/test_numerics.py $(ARGS)
+
+compile-report: $(VENV)/.for-test ## every kernel and tile row for sm_80 and sm_90, without a GPU (half an hour on two cores)
+	$(BIN)/python -m bench.compile_report --check --json bench/results/compile.json --doc docs/performance.md $(ARGS)
 
 install-dev: $(VENV)/.for-dev ## the environment of test and lint, without running anything
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -27,6 +27,7 @@ BENCH = ["pytest-benchmark", "peft", 'xformers; platform_system == "Linux"', "py
 # numpy<2.4: with a newer one, the interpreter of Triton 3.6 fails on every kernel.
 # setuptools: a test builds the package.
 TEST = [
+    "hypothesis",
     "pytest",
     "pytest-xdist",
     "pytest-timeout",
@@ -35,6 +36,19 @@ TEST = [
     "setuptools>=64",
 ]
 DEV = ["ruff", "mypy", "pre-commit", *TEST]
+
+# csrc/ is a plain shared library behind a C interface, loaded with ctypes: no headers of Python or torch. Optional:
+# without a compiler the install goes on, and `explain` says so.
+NATIVE = Extension(
+    "fastheads.libfastheads",
+    sources=["csrc/mmd.cpp"],
+    depends=["csrc/mmd.h"],
+    include_dirs=["csrc"],
+    language="c++",
+    extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+    optional=True,
+)
 
 setup(
     name="fastheads",
@@ -55,6 +69,7 @@ setup(
     package_dir={"fastheads.kernels": "kernels"},
     package_data={"": ["*.json", "*.html", "py.typed"]},
     include_package_data=False,
+    ext_modules=[NATIVE],
     install_requires=[
         "torch>=2.11",
         'triton; platform_system == "Linux"',

@@ -1,70 +1,58 @@
-"""What a patched tower costs beside the stock one: forward, and forward + backward, of ViT-B-32's image tower.
+"""The attention module and the tower's training step, ours beside the peers of `bench.variants`, for pytest-benchmark.
 
     make bench RESULT=bench/results/<chip>.json
 
-Ratios of medians within one run are what counts; absolute times are this machine's.
+On a GPU in bfloat16 under autocast, ViT-B/16 at batch 256 and ViT-L/14 at 128; on a CPU tiny shapes, as a dry run.
+Ratios of medians within a group are what counts. `python -m bench.gpu` measures the same without pytest-benchmark, the
+variants taking turns, with memory and targets.
 """
 
-import copy
+from collections.abc import Callable
+from typing import Any
 
-import open_clip
 import pytest
 import torch
 
-import fastheads
+from bench.memory import held_bytes
+from bench.peers import blocks_of
+from bench.variants import SETTINGS, VARIANTS, UnavailableError, build, module_step, tower_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = 256 if DEVICE == "cuda" else 8
+PRECISION = "amp" if DEVICE == "cuda" else "fp32"
+KEYS = ("B/16", "L/14") if DEVICE == "cuda" else ("tiny",)
 
 
-@pytest.fixture(scope="module")
-def stock():
-    torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32").to(DEVICE)
-    return model.train().requires_grad_(False)
+def built(name: str, key: str, ranks: list[int]) -> Any:
+    try:
+        return build(name, SETTINGS[key], ranks, DEVICE, PRECISION)
+    except UnavailableError as error:
+        pytest.skip(f"{name}: {error}")
 
 
-def variant(stock, name):
-    """The tower as `name` says, all with the same frozen base."""
-    model = copy.deepcopy(stock)
-    if name == "stock frozen":
-        return model
-    configs = {
-        "patched": None,
-        "gates only": fastheads.HeadConfig(rank=0),
-        "LoRA only": fastheads.HeadConfig.hap(12, gate=None),
-    }
-    fastheads.patch(model, configs[name])
-    return model
-
-
-def synchronised(run):
-    def timed():
+def timed(benchmark: Any, run: Callable[[], Any]) -> None:
+    def synchronised() -> None:
         run()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    return timed
+    benchmark.pedantic(synchronised, rounds=10, warmup_rounds=3)
 
 
-@pytest.mark.parametrize("name", ["stock frozen", "patched", "gates only", "LoRA only"])
-@pytest.mark.benchmark(group="inference")
-def test_inference(benchmark, stock, name):
-    model, images = variant(stock, name).eval(), torch.randn(BATCH, 3, 224, 224, device=DEVICE)
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("key", KEYS)
+def test_module(benchmark: Any, key: str, rank: int, name: str) -> None:
+    """Forward and backward, from the block's LayerNorm to the residual."""
+    benchmark.group = f"{SETTINGS[key].name}, rank {rank}: attention module"
+    step = module_step(blocks_of(built(name, key, [rank]))[0], SETTINGS[key], DEVICE, PRECISION)
+    timed(benchmark, step.both)
+    benchmark.extra_info["saved_bytes"] = held_bytes(step.forward, step.known)
 
-    def run():
-        with torch.no_grad():
-            model.encode_image(images)
 
-    benchmark.pedantic(synchronised(run), rounds=10, warmup_rounds=2)
-
-
-@pytest.mark.parametrize("name", ["stock frozen", "patched", "gates only", "LoRA only"])
-@pytest.mark.benchmark(group="training step")
-def test_training_step(benchmark, stock, name):
-    """Forward and backward to the images, so that the frozen tower has a backward pass too."""
-    model = variant(stock, name)
-    images = torch.randn(BATCH, 3, 224, 224, device=DEVICE, requires_grad=True)
-    benchmark.pedantic(
-        synchronised(lambda: model.encode_image(images).square().mean().backward()), rounds=10, warmup_rounds=2
-    )
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("key", KEYS)
+def test_training_step(benchmark: Any, key: str, name: str) -> None:
+    """Forward and backward of the whole tower at the published ranks, without the optimiser."""
+    benchmark.group = f"{SETTINGS[key].name}: training step"
+    ranks = SETTINGS[key].shape.ranks()
+    timed(benchmark, tower_step(built(name, key, ranks), SETTINGS[key], DEVICE, PRECISION).both)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastheads.hosts import Tower, find_tower
 from fastheads.nn import HeadLoRA
 from fastheads.patching import head_modules, unwrap
+from fastheads.reference import GATES
 
 
 class CapturedHeads:
@@ -36,7 +37,8 @@ class CapturedHeads:
         """`[L, B, H, dh]`. Raises RuntimeError where no forward pass ran inside `capture_heads`."""
         if not all(self._outputs.values()):
             raise RuntimeError("heads: nothing was captured; run the patched model inside `with capture_heads(model)`")
-        return torch.stack([torch.cat(outputs) for outputs in self._outputs.values()])
+        alone = all(len(outputs) == 1 for outputs in self._outputs.values())
+        return torch.stack([outputs[0] if alone else torch.cat(outputs) for outputs in self._outputs.values()])
 
     @property
     def thetas(self) -> list[nn.Parameter]:
@@ -49,8 +51,8 @@ class CapturedHeads:
     @property
     def gates(self) -> Tensor:
         """`[L, H]`, differentiable in `thetas`."""
-        self.thetas  # noqa: B018  raises where there are none
-        return torch.stack([gate for own in self._layers if (gate := own.gate()) is not None])
+        thetas: list[Tensor] = [*self.thetas]
+        return GATES[str(self._layers[0].gate_kind)](torch.stack(thetas))
 
 
 @contextmanager

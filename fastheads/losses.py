@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastheads import reference
+from fastheads import ops, reference
 from fastheads.capture import CapturedHeads
 from fastheads.ops.dispatch import check_impl
+from fastheads.ops.mmd import MMD_NAMES, SMALL, choose_mmd
+from fastheads.samples import Rows, bandwidths, gather_rows
 
 ESTIMATORS = {"domainbed": "biased", "adaptive": "unbiased", "dan": "biased"}
 
@@ -38,7 +40,7 @@ def _check_kernel(kernel: object) -> None:
         raise ValueError(f"kernel: got gammas {values}; takes finite bandwidths > 0")
 
 
-def _check_samples(features: Tensor, domains: Tensor, num_domains: int | None) -> int:
+def _check_samples(features: Tensor, domains: Tensor, num_domains: int | None) -> None:
     for name, value in (("features", features), ("domains", domains)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: got {type(value).__name__}; takes a tensor")
@@ -54,15 +56,38 @@ def _check_samples(features: Tensor, domains: Tensor, num_domains: int | None) -
         )
     if domains.device != features.device:
         raise ValueError(f"domains: are on {domains.device}, features on {features.device}; put both on one device")
-    if num_domains is None:
-        num_domains = int(domains.max()) + 1 if domains.numel() else 1
-    elif not isinstance(num_domains, int) or isinstance(num_domains, bool) or num_domains < 1:
+    if num_domains is not None and (
+        not isinstance(num_domains, int) or isinstance(num_domains, bool) or num_domains < 1
+    ):
         raise ValueError(f"num_domains: got {num_domains!r}; takes an integer ≥ 1")
+
+
+def _number_of_domains(domains: Tensor, num_domains: int | None) -> int:
+    """S, and that the ids are in 0 … S-1 (on the CPU)."""
+    if num_domains is None:
+        num_domains = max(1, int(domains.max()) + 1) if domains.numel() else 1
     if domains.device.type == "cpu" and domains.numel():
         low, high = int(domains.min()), int(domains.max())
         if low < 0 or high >= num_domains:
             raise ValueError(f"domains: got ids from {low} to {high}; takes 0 … {num_domains - 1} (num_domains − 1)")
     return num_domains
+
+
+def _check_pair_weights(pair_weights: Tensor | None, reduction: str, num_domains: int) -> None:
+    if pair_weights is None:
+        return
+    if not isinstance(pair_weights, Tensor) or not pair_weights.is_floating_point():
+        raise TypeError(f"pair_weights: got {type(pair_weights).__name__}; takes a floating-point tensor [S, S]")
+    if tuple(pair_weights.shape) != (num_domains, num_domains):
+        raise ValueError(f"pair_weights: got shape {tuple(pair_weights.shape)}; takes {(num_domains, num_domains)}")
+    if pair_weights.requires_grad or reduction != "mean":
+        raise ValueError(
+            'pair_weights: are constants of reduction="mean"; weight the pairs of reduction="none" yourself'
+        )
+    if pair_weights.device.type == "cpu":
+        fit = (pair_weights >= 0) & (pair_weights < math.inf) & (pair_weights == pair_weights.mT)
+        if not bool(fit.all()):
+            raise ValueError("pair_weights: takes symmetric, finite weights ≥ 0")
 
 
 def mmd(
@@ -73,6 +98,8 @@ def mmd(
     kernel: str | Sequence[float] | Tensor = "adaptive",
     estimator: str | None = None,
     reduction: str = "mean",
+    pair_weights: Tensor | None = None,
+    group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
     """Multi-kernel MMD² between the domains of a batch, for one feature set or one per layer.
@@ -88,38 +115,89 @@ def mmd(
         estimator: `"biased"` or `"unbiased"`; None: the preset's own (adaptive: unbiased; else biased).
         reduction: `"mean"` over the pairs of present domains and over layers: a scalar, 0 where fewer than two domains
             are present. `"none"`: the pairs, `[L, S, S]`, NaN where a domain is absent.
-        impl: `"auto"` or an implementation's name.
+        pair_weights: `[S, S]`, symmetric, ≥ 0: how much each pair counts in the mean; None: all alike.
+        group: a process group (`torch.distributed.group.WORLD`) whose batches are one: each process keeps its rows, all
+            columns are gathered. Every process returns the global loss, and its features' gradient is world size times
+            a single process's, so that DDP's mean over processes gives a single process's parameter gradients. None:
+            the process's own batch.
+        impl: `"auto"`, `"cpu"` (one sweep, memory O(N·D)) or `"reference"`, which alone has a second derivative.
 
     Raises ValueError or TypeError naming the argument. Values of domain ids and one-sample domains (an error for
     `"unbiased"`) are checked on the CPU only. Source: the conventions of DomainBed, TLlib and DAN.
     """
-    num_domains = _check_samples(features, domains, num_domains)
+    return _mmd(features, domains, None, num_domains, kernel, estimator, reduction, pair_weights, group, impl)
+
+
+def _mmd(
+    features: Tensor,
+    domains: Tensor,
+    gate: Tensor | None = None,
+    num_domains: int | None = None,
+    kernel: str | Sequence[float] | Tensor = "adaptive",
+    estimator: str | None = None,
+    reduction: str = "mean",
+    pair_weights: Tensor | None = None,
+    group: Any = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`mmd` of the features `[L, N, H·dh]`, times their heads' gates `[L, H]` where given."""
     _check_kernel(kernel)
-    check_impl(impl)
+    check_impl(impl, names=MMD_NAMES)
     if estimator is None:
         estimator = ESTIMATORS[kernel] if isinstance(kernel, str) else "biased"
     elif estimator not in ("biased", "unbiased"):
         raise ValueError(f'estimator: got {estimator!r}; takes "biased", "unbiased", or None for the preset\'s own')
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction: got {reduction!r}; takes "mean" or "none"')
+    _check_samples(features, domains, num_domains)
     x = features.unsqueeze(0) if features.dim() == 2 else features
-    ids = domains.long()
-    counts = torch.nn.functional.one_hot(ids, num_domains).sum(0)
+    small = reduction == "mean" and pair_weights is None and group is None and 0 < x.shape[1] <= SMALL
+    if gate is not None and not (small and choose_mmd(impl, x, num_domains or 1) == "triton"):
+        x = (x.unflatten(2, (gate.shape[1], -1)) * gate[:, None, :, None].to(x.dtype)).flatten(2)
+        gate = None
+    rows = Rows(x, domains.long()) if group is None else gather_rows(x, domains.long(), group)
+    num_domains = _number_of_domains(rows.all_domains, num_domains)
+    _check_pair_weights(pair_weights, reduction, num_domains)
+    counts = torch.nn.functional.one_hot(rows.all_domains, num_domains).sum(0)
     if estimator == "unbiased" and counts.device.type == "cpu" and bool((counts == 1).any()):
         alone = (counts == 1).nonzero().flatten().tolist()
         raise ValueError(f"domains: {alone} have one sample each; the unbiased estimator needs two, biased takes one")
-    if x.shape[1] == 0:
-        pairs = x.sum() + x.new_full((x.shape[0], num_domains, num_domains), float("nan"))
-    else:
-        gammas = reference.kernel_gammas(x, kernel)
-        K = reference.kernel_sums(x, ids, x, ids, num_domains, gammas, row_offset=0)
-        pairs = reference.mmd_from_sums(K, counts, gammas.shape[1], estimator)
+    if not rows.all_domains.numel():
+        nothing = 0.0 * x.float().sum()
+        return nothing if reduction == "mean" else nothing + x.new_full((len(x), num_domains, num_domains), math.nan)
+    if small and choose_mmd(impl, x, num_domains) == "triton":
+        return _small(x, rows.domains, num_domains, kernel, estimator, gate).mean()
+    gammas, powers = bandwidths(rows.all, kernel)
     if reduction == "none":
-        return pairs
-    present = counts > (1 if estimator == "unbiased" else 0)
-    chosen = (present.unsqueeze(1) & present).triu(1)
-    total = pairs.masked_fill(~chosen, 0.0).sum((-2, -1)) / chosen.sum().clamp_min(1)
-    return total.mean() + 0.0 * x.float().sum() if x.shape[1] == 0 else total.mean()
+        K = rows.kernel_sums(num_domains, gammas, powers, impl)
+        return reference.mmd_from_sums(K, counts, gammas.shape[1], estimator)
+    coeff, constant = reference.mmd_weights(counts, gammas.shape[1], estimator, pair_weights)
+    loss = rows.weighted_sums(num_domains, gammas, powers, coeff, impl)
+    return (loss + constant.to(loss.dtype)).mean()
+
+
+def _small(
+    x: Tensor,
+    domains: Tensor,
+    num_domains: int,
+    kernel: str | Sequence[float] | Tensor,
+    estimator: str,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The MMD of every layer `[L]` in one Triton launch, which finds a preset's bandwidths itself."""
+    if isinstance(kernel, str) and kernel != "domainbed":
+        return ops.mmd_small(x, domains, num_domains=num_domains, preset=kernel, estimator=estimator, gate=gate)
+    gammas, powers = bandwidths(x, kernel)  # constants: of no features
+    return ops.mmd_small(
+        x,
+        domains,
+        num_domains=num_domains,
+        preset=None,
+        gammas=gammas.contiguous(),
+        powers=powers,
+        estimator=estimator,
+        gate=gate,
+    )
 
 
 def head_mmd(
@@ -151,8 +229,7 @@ def head_mmd(
     if mmd_options.get("reduction", "mean") != "mean":
         raise ValueError('reduction: head_mmd is a scalar; use mmd(…, reduction="none") on the features for pairs')
     if features == "heads":
-        gated = heads.features * heads.gates[:, None, :, None].to(heads.features.dtype)
-        return mmd(gated.flatten(2), domains, **mmd_options)
+        return _mmd(heads.features.flatten(2), domains, heads.gates, **mmd_options)
     if features != "embedding":
         raise ValueError(f'features: got {features!r}; takes "heads" or "embedding"')
     if embedding is None:

@@ -14,6 +14,7 @@ from fastheads import ops
 from fastheads.config import HeadConfig
 from fastheads.hosts import Host, find_tower, host_of
 from fastheads.nn import HeadAttention, HeadLoRA, head_class
+from fastheads.ops import native
 
 _STATE = "_fastheads"
 
@@ -56,6 +57,7 @@ class PatchReport:
                 text = f"  {name}: {'; '.join(why) or 'not asked for'}"
                 reasons.setdefault(text, []).append(layer.name)
         lines += [f"{text} ({_span(names, len(self.layers))})" for text, names in reasons.items()]
+        lines.append(f"  native CPU kernels: {native.describe()}")
         return "\n".join(lines)
 
 
@@ -194,10 +196,8 @@ def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: boo
                 raise TypeError(f"model: layer {name} ({host.name}) {'; '.join(reasons)}")
             dim = weight.shape[1]
             num_heads: int = module.num_heads  # type: ignore[assignment]
-            problem = ops.Problem(
-                weight.device.type, str(weight.dtype), num_heads, dim // num_heads, host.extras(module)
-            )
-            report = LayerReport(name, host.name, num_heads, dim // num_heads, rank, ops.choose(impl, problem))
+            choice = _choice(impl, module, host, num_heads, rank, config.dropout)
+            report = LayerReport(name, host.name, num_heads, dim // num_heads, rank, choice)
             options = {
                 "rank": rank,
                 "dim": dim,
@@ -211,6 +211,22 @@ def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: boo
             }
             plans.append(_Plan(report, module, host, tower_name, index, options))
     return config, plans
+
+
+def _choice(impl: str, module: Any, host: Host, num_heads: int, rank: int, dropout: float) -> ops.Choice:
+    """Who computes a layer as it stands: its weight's device and dtype, any length."""
+    weight: Tensor = module.in_proj_weight
+    problem = ops.Problem(
+        device=weight.device.type,
+        dtype=weight.dtype,
+        stored=weight.dtype,
+        num_heads=num_heads,
+        head_dim=weight.shape[1] // num_heads,
+        rank=rank,
+        dropout=bool(rank and dropout),
+        extras=host.extras(module),
+    )
+    return ops.choose(impl, problem)
 
 
 def _report(model: nn.Module, layers: list[LayerReport], adapters: list[HeadLoRA]) -> PatchReport:
@@ -306,9 +322,7 @@ def explain(model: nn.Module, config: HeadConfig | None = None, *, impl: str = "
     for attention in patched_attentions(inner):
         own, module, host = attention.heads, _as_any(attention), _as_any(type(attention).__bases__[0])
         head_dim = module.in_proj_weight.shape[1] // own.num_heads
-        weight = module.in_proj_weight
-        problem = ops.Problem(weight.device.type, str(weight.dtype), own.num_heads, head_dim, host.extras(module))
-        choice = ops.choose(own.impl, problem)
+        choice = _choice(own.impl, module, host, own.num_heads, own.rank, own.dropout)
         layers.append(LayerReport(f"{own.tower}.{own.layer}", host.name, own.num_heads, head_dim, own.rank, choice))
     return _report(inner, layers, adapters)
 

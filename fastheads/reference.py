@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+BLOCK = 2**24  # pairs of samples of all layers at a time in `kernel_sums`: 64 MB in float32
 TARGETS = ("q", "k", "v")
 
 # Bandwidths: DomainBed's gammas, TLlib's alphas (gamma = 1 / (2 alpha sigma²)), the DAN snippet's factors.
@@ -204,13 +206,13 @@ def head_attention(
 
 
 def softmax_gate(theta: Tensor) -> Tensor:
-    """`g = H · softmax(theta)`, `[H]`, written so that theta = 0 gives exactly 1 for every H."""
-    e = (theta - theta.detach().amax()).exp()
-    return len(theta) * e / e.sum()
+    """`g = H · softmax(theta)`, `[..., H]`, written so that theta = 0 gives exactly 1 for every H."""
+    e = (theta - theta.detach().amax(-1, keepdim=True)).exp()
+    return theta.shape[-1] * e / e.sum(-1, keepdim=True)
 
 
 def sigmoid_gate(theta: Tensor) -> Tensor:
-    """`g = 2 · sigmoid(theta)`, `[H]`: starts at 1, each head for itself (ours, not the paper's)."""
+    """`g = 2 · sigmoid(theta)`, `[..., H]`: starts at 1, each head for itself (ours, not the paper's)."""
     return 2 * theta.sigmoid()
 
 
@@ -231,18 +233,26 @@ def _centred(x: Tensor) -> Tensor:
     return (x - first) - shift
 
 
+def _centred_together(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y, at least float32, minus one constant near the mean of both."""
+    n = x.shape[-2]
+    both = _centred(torch.cat((_wide(x), _wide(y)), -2))
+    return both[..., :n, :], both[..., n:, :]
+
+
+def _squared_distances(x: Tensor, y: Tensor, row_offset: int | None) -> Tensor:
+    d2 = x.square().sum(-1, keepdim=True) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
+    d2 = d2.clamp_min(0)
+    if row_offset is not None:
+        same = torch.arange(x.shape[-2], device=x.device).unsqueeze(1) + row_offset
+        d2 = d2.masked_fill(same == torch.arange(y.shape[-2], device=x.device), 0)
+    return d2
+
+
 def squared_distances(x: Tensor, y: Tensor, row_offset: int | None = None) -> Tensor:
     """`[L, N, M]` of `‖x_i − y_j‖²`, at least float32, never negative; the diagonal of shared rows exactly zero."""
     with _autocast_off(x):
-        n = x.shape[-2]
-        both = _centred(torch.cat((_wide(x), _wide(y)), -2))
-        x, y = both[..., :n, :], both[..., n:, :]
-        d2 = x.square().sum(-1, keepdim=True) + y.square().sum(-1).unsqueeze(-2) - 2 * x @ y.mT
-        d2 = d2.clamp_min(0)
-        if row_offset is not None:
-            same = torch.arange(n, device=x.device).unsqueeze(1) + row_offset
-            d2 = d2.masked_fill(same == torch.arange(y.shape[-2], device=x.device), 0)
-    return d2
+        return _squared_distances(*_centred_together(x, y), row_offset)
 
 
 def kernel_sums(
@@ -262,16 +272,31 @@ def kernel_sums(
         gammas: `[L, U]`.
         row_offset: x's row i is y's row `i + row_offset` (their distance is then exactly zero); None: unrelated rows.
 
-    Returns `[L, S, S]`, at least float32. Memory O(L·N·M).
+    Returns `[L, S, S]`, at least float32. Memory O(L·(N + M)·D): rows go by in blocks, which a backward pass computes
+    again.
     """
-    d2 = squared_distances(x, y, row_offset)
-    with _autocast_off(x):
-        kernel = torch.zeros_like(d2)
-        for gamma in gammas.to(d2.dtype).unbind(-1):
-            kernel = kernel + torch.exp(-gamma.view(-1, 1, 1) * d2)
-        in_x = F.one_hot(dom_x, num_domains).to(d2.dtype)
-        in_y = F.one_hot(dom_y, num_domains).to(d2.dtype)
-        return in_x.T @ kernel @ in_y
+
+    def block(x: Tensor, y: Tensor, dom_x: Tensor, row_offset: int | None) -> Tensor:
+        with _autocast_off(x):
+            d2 = _squared_distances(x, y, row_offset)
+            kernel = torch.zeros_like(d2)
+            for gamma in gammas.to(d2.dtype).unbind(-1):
+                kernel = kernel + torch.exp(-gamma.view(-1, 1, 1) * d2)
+            in_x = F.one_hot(dom_x, num_domains).to(d2.dtype)
+            in_y = F.one_hot(dom_y, num_domains).to(d2.dtype)
+            return in_x.T @ kernel @ in_y
+
+    n = x.shape[-2]
+    x, y = _centred_together(x, y)
+    rows = max(1, BLOCK // max(1, y[..., 0].numel()))
+    if n <= rows:
+        return block(x, y, dom_x, row_offset)
+    sums = []
+    for i in range(0, n, rows):
+        offset = None if row_offset is None else row_offset + i
+        part = (x[..., i : i + rows, :], y, dom_x[i : i + rows], offset)
+        sums.append(checkpoint(block, *part, use_reentrant=False) if torch.is_grad_enabled() else block(*part))
+    return torch.stack(sums).sum(0)
 
 
 def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor) -> Tensor:
@@ -328,6 +353,29 @@ def mmd_from_sums(K: Tensor, counts: Tensor, num_kernels: int, estimator: str) -
     diagonal = torch.eye(len(counts), dtype=torch.bool, device=K.device)
     pairs = pairs.masked_fill(diagonal, 0.0)
     return pairs.masked_fill(~(present.unsqueeze(-1) & present), float("nan"))
+
+
+def mmd_weights(
+    counts: Tensor, num_kernels: int, estimator: str, pair_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`C [S, S]`, symmetric, and c, so that the mean of `mmd_from_sums` over pairs of present domains is `Σ C ∘ K + c`.
+
+    pair_weights: `[S, S]`, symmetric: the mean is weighted by them. Without a pair of present domains C and c are 0.
+    """
+    n = counts.double()
+    present = n > (1 if estimator == "unbiased" else 0)
+    pairs = (present.unsqueeze(1) & present).double().fill_diagonal_(0)
+    if pair_weights is not None:
+        pairs = pairs * pair_weights.to(pairs)
+    total = pairs.sum() / 2
+    pairs = pairs / torch.where(total > 0, total, 1)
+    own = pairs.sum(1)  # the weight of the pairs that a domain is in
+    if estimator == "biased":
+        within, constant = own / n.clamp_min(1).square(), own.new_zeros(())
+    else:
+        within = own / (n * (n - 1)).clamp_min(1)
+        constant = -num_kernels * (within * n).sum()
+    return torch.diag(within) - pairs / (n.unsqueeze(1) * n).clamp_min(1), constant
 
 
 # ------------------------------------------------------------------------------------------------ context KL

@@ -14,3 +14,39 @@ def train_on_rank(rank, world, port, base, problem, recipe, out):
     os.environ.update({k: str(v) for k, v in own.items()} | {"ACCELERATE_USE_CPU": "true"})
     fit(base, METHODS["hap"], problem, recipe, out=out)
     torch.save({n: p.detach() for n, p in trainable(base).items()}, out / f"rank{rank}.pt")
+
+
+def step_on_rank(rank, world, folder, wrap):
+    """One training step of a patched model on this process's share of a batch, in DDP or FSDP2; rank 0 saves it."""
+    import torch.distributed as dist
+    from standins import fill_adapters, images, patched
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    import fastheads
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    model = patched("clip", fastheads.HeadConfig(), recompute=wrap == "fsdp recompute")
+    fill_adapters(model)
+    model.forward = model.encode_image
+    if wrap == "ddp":
+        run = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = dist.init_device_mesh("cpu", (world,))
+        for block in model.visual.transformer.resblocks:
+            fully_shard(block, mesh=mesh)
+        run = model
+        fully_shard(model.visual, mesh=mesh)  # not the whole: torch shards no scalar, as OpenCLIP's logit_scale is
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    share = images(2 * world).chunk(world)[rank]
+    run(share).square().mean().backward()
+    optimizer.step()
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            for kind, t in (("gradient", p.grad), ("parameter", p.detach())):
+                found[f"{kind} {name}"] = t.full_tensor() if isinstance(t, DTensor) else t
+    if rank == 0:
+        torch.save(found, f"{folder}/step.pt")
+    dist.destroy_process_group()

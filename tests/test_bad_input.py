@@ -177,9 +177,16 @@ row("patch twice, other tower", with_(two_step), lambda m, t: fastheads.patch(m,
 both("config a dict", clip, TypeError, "config", "dict", "HeadConfig", config={"rank": 2})
 both("impl", clip, ValueError, "impl", "'cuda'", "'auto'", impl="cuda")
 both("impl a number", clip, ValueError, "impl", "3", impl=3)
-for planned in ("cpu", "stacked", "delta", "one_pass"):
-    both(f"impl {planned}", clip, ValueError, "impl", planned, "'auto'", impl=planned)
-row("patch strict", clip, lambda m, t: fastheads.patch(m, strict=True), ValueError, "strict", "visual.0", "stacked")
+row(
+    "patch strict",
+    MODELS["attention_qk_norm"],
+    lambda m, t: fastheads.patch(m, strict=True),
+    ValueError,
+    "strict",
+    "visual.0",
+    "stacked",
+    "ln_q",
+)
 for layers, named_layer in [((3,), "3"), ((0, -4), "-4"), ((99,), "99")]:
     both(f"layers {layers}", clip, ValueError, "layers", named_layer, "0 … 2", config=HeadConfig(layers=layers))
 both("layers twice", clip, ValueError, "layers", "once", config=HeadConfig(layers=(0, -3)))

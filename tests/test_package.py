@@ -82,14 +82,15 @@ def test_no_module_called_kernels_is_installed(tmp_path):
 
 
 def test_a_plain_install_holds_kernels_and_package_data(tmp_path):
-    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path)]
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    build = [sys.executable, "setup.py", "--quiet", "build", *folders]  # the native library too
     result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
-    assert [path.name for path in tmp_path.iterdir()] == ["fastheads"]
+    assert [path.name for path in (tmp_path / "lib").iterdir()] == ["fastheads"]
     for source, installed in [("fastheads", "fastheads"), ("kernels", "fastheads/kernels")]:
         for path in (ROOT / source).rglob("*"):
-            target = tmp_path / installed / path.relative_to(ROOT / source)
+            target = tmp_path / "lib" / installed / path.relative_to(ROOT / source)
             if path.is_file() and "__pycache__" not in path.parts:
                 assert target.is_file(), f"{path.relative_to(ROOT)} is not installed"
 

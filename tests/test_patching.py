@@ -246,7 +246,8 @@ def test_explain_says_what_patch_says_and_changes_nothing():
     assert_unchanged(model, before)
     assert foreseen == fastheads.patch(model, config) == fastheads.explain(model)
     assert [layer.name for layer in foreseen.layers] == ["visual.0", "visual.2"]
-    assert set(foreseen.layers[0].choice.refused) == {"cpu", "stacked", "delta", "one_pass"}
+    assert foreseen.layers[0].choice.name == "cpu"
+    assert set(foreseen.layers[0].choice.refused) == {"stacked", "delta", "one_pass"}
     assert all(foreseen.layers[0].choice.refused.values())
 
 

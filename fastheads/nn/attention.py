@@ -6,9 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastheads import ops, reference
 from fastheads.nn.lora import HeadLoRA
@@ -64,12 +62,19 @@ class HeadAttention:
             o = reference.gate_heads(each, gate, q.dtype)
             cls = None if pool is None else reference.pool_heads(each.detach(), pool)
         else:
-            run: Any = functools.partial(ops.head_attention, impl=own.impl, mask=mask, pool=pool, **lora)
-            tensors = (x, self.in_proj_weight, self.in_proj_bias, own.lora_A, own.lora_B)
-            if own.recompute and torch.is_grad_enabled():
-                o, _, cls = checkpoint(lambda g, *t: run(*t, gate=g), gate, *tensors, use_reentrant=False)
-            else:
-                o, _, cls = run(*tensors, gate=gate)
+            o, _, cls = ops.head_attention(
+                x,
+                self.in_proj_weight,
+                self.in_proj_bias,
+                own.lora_A,
+                own.lora_B,
+                gate=gate,
+                mask=mask,
+                pool=pool,
+                recompute=own.recompute,
+                impl=own.impl,
+                **lora,
+            )
         if own.recorder is not None and cls is not None:
             own.recorder.add(own.layer, cls)
         return o, probabilities if need_weights else None

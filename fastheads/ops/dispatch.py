@@ -2,30 +2,118 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from dataclasses import dataclass
 
-# In the order in which "auto" asks them. An implementation enters this table with its kernel, never before it.
-IMPLEMENTATIONS = ("reference",)
-PLANNED = ("cpu", "stacked", "delta", "one_pass")
+import torch
+
+IMPL_VARIABLE = "FASTHEADS_IMPL"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton was told to interpret its kernels on the CPU, as the tests do without a GPU.
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Problem:
     """What one layer asks of an implementation.
 
+    device: "cpu", "cuda" …; dtype: what it computes in (autocast's, where that is on); stored: the base weight's.
+    length: tokens, None where it is not known before the call. dropout: of the low-rank path's input.
     `extras` names what the fused operator does not cover ("ln_q", "attention dropout" …): the reference path does.
     """
 
     device: str
-    dtype: str
+    dtype: torch.dtype
+    stored: torch.dtype
     num_heads: int
     head_dim: int
+    rank: int = 0
+    length: int | None = None
+    dropout: bool = False
     extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
+class Implementation:
+    """What one implementation supports, and how far from float64 it may be.
+
+    forward_tolerance, backward_tolerance: its error against float64 is at most this many times plain PyTorch's own in
+    the same dtype (docs/numerics in CONTRIBUTING.md; the tests hold every implementation to its own numbers).
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    head_dims: tuple[int, int]
+    max_rank: int
+    max_length: int | None = None
+    on_chip: int | None = None  # bytes that a head's keys and values may take
+    dropout: bool = True
+    kernels: bool = False
+    forward_tolerance: float = 2.0
+    backward_tolerance: float = 3.0
+
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        """Why this implementation cannot compute `problem`; empty where it can."""
+        reasons = [f"does not cover {extra}" for extra in problem.extras]
+        devices = (*self.devices, "cpu") if self.kernels and INTERPRETING else self.devices
+        if problem.device not in devices:
+            reasons.append(f"runs on {' and '.join(self.devices)}, not on {problem.device}")
+        elif self.kernels:
+            reasons += _triton_reasons(problem.device)
+        if problem.dtype not in self.dtypes:
+            reasons.append(f"does not compute in {_short(problem.dtype)}")
+        low, high = self.head_dims
+        if not low <= problem.head_dim <= high:
+            reasons.append(f"takes head sizes {low} to {high}, not {problem.head_dim}")
+        elif self.kernels and problem.head_dim % 8:
+            reasons.append(f"takes head sizes that are multiples of 8, not {problem.head_dim}")
+        if problem.rank > self.max_rank:
+            reasons.append(f"takes ranks up to {self.max_rank}, not {problem.rank}")
+        if self.max_length is not None and problem.length is not None and problem.length > self.max_length:
+            reasons.append(f"takes up to {self.max_length} tokens, not {problem.length}")
+        if self.on_chip is not None and problem.length is not None:
+            # In 16ths, as the kernel pads both (kernels.one_pass.one_pass_fits, to which a test holds this).
+            rows, columns = -(-problem.length // 16) * 16, -(-problem.head_dim // 16) * 16
+            if 2 * rows * columns * problem.dtype.itemsize > self.on_chip:
+                reasons.append(f"keeps keys and values on chip, where {problem.length} tokens do not fit")
+        if problem.dropout and not self.dropout:
+            reasons.append("has no LoRA dropout")
+        return reasons
+
+
+_GPU = (torch.float32, torch.float16, torch.bfloat16)
+_CPU = (torch.float64, *_GPU)
+
+# In the order in which "auto" asks them; the reference can compute everything.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    found.name: found
+    for found in (
+        Implementation("stacked", ("cuda",), _GPU, (16, 128), max_rank=64, dropout=False, kernels=True),
+        Implementation("delta", ("cuda",), _GPU, (16, 128), max_rank=64, kernels=True),
+        Implementation(
+            "one_pass",
+            ("cuda",),
+            _GPU,
+            (16, 128),
+            max_rank=64,
+            max_length=272,
+            on_chip=96 * 1024,
+            dropout=False,
+            kernels=True,
+        ),
+        Implementation("cpu", ("cpu",), _CPU, (1, 2**31), max_rank=2**31),
+    )
+}
+NAMES = (*IMPLEMENTATIONS, "reference")
+
+
+@dataclass(frozen=True)
 class Choice:
-    """The implementation chosen for a layer, and for each other the reasons why not."""
+    """The implementation chosen for a layer, and for each other but the reference the reasons why not."""
 
     name: str
     refused: dict[str, list[str]]
@@ -38,27 +126,73 @@ class Choice:
 
 def not_supported_reasons(name: str, problem: Problem) -> list[str]:
     """Why implementation `name` cannot compute `problem`; empty where it can."""
-    if name == "reference":
-        return []
-    reasons = ["not part of this version of fastheads"]
-    reasons += [f"does not cover {extra}" for extra in problem.extras]
-    return reasons
+    return [] if name == "reference" else IMPLEMENTATIONS[name].not_supported_reasons(problem)
 
 
-def check_impl(impl: str) -> None:
-    """Raises ValueError for a name that is no implementation, or not one of this version."""
-    if impl == "auto" or impl in IMPLEMENTATIONS:
-        return
-    takes = ", ".join(map(repr, ("auto", *IMPLEMENTATIONS)))
-    if impl in PLANNED:
-        raise ValueError(f"impl: {impl!r} is not part of this version of fastheads; takes {takes}")
-    raise ValueError(f"impl: got {impl!r}; takes {takes}")
+def _not_chosen_reasons(name: str, problem: Problem) -> list[str]:
+    """Why "auto" passes over an implementation that could compute `problem`."""
+    if problem.device not in IMPLEMENTATIONS[name].devices:
+        return ["runs here in Triton's interpreter only, which is for tests"]
+    if name == "stacked" and problem.rank and problem.stored in SIXTEEN_BITS:
+        return [f"would round small deltas away in weights stored in {_short(problem.stored)}"]
+    if name == "one_pass":
+        return ["slower by the cost model, ask for it by name where memory runs out"]
+    return []
+
+
+def check_impl(impl: str, argument: str = "impl", names: tuple[str, ...] = NAMES) -> None:
+    """Raises ValueError for a name that is no implementation of the operator."""
+    if impl != "auto" and impl not in names:
+        raise ValueError(f"{argument}: got {impl!r}; takes {', '.join(map(repr, ('auto', *names)))}")
+
+
+def asked_for(impl: str) -> str:
+    """`impl`, or what the environment variable FASTHEADS_IMPL names where it is "auto"."""
+    check_impl(impl)
+    if impl == "auto":
+        impl = os.environ.get(IMPL_VARIABLE, "auto")
+        check_impl(impl, IMPL_VARIABLE)
+    return impl
 
 
 def choose(impl: str, problem: Problem) -> Choice:
-    """The implementation for `problem`: the one asked for, or with "auto" the first that supports it."""
-    check_impl(impl)
-    refused = {name: not_supported_reasons(name, problem) for name in (*PLANNED, *IMPLEMENTATIONS)}
-    able = [name for name in IMPLEMENTATIONS if not refused[name]]
-    name = able[0] if impl == "auto" else impl
-    return Choice(name, {k: v for k, v in refused.items() if k != name})
+    """The implementation for `problem`.
+
+    "auto": the first that supports it, the reference where none does. A name: that one, or the reference where the
+    layer has something that only the reference covers (`problem.extras`); ValueError where it cannot for another
+    reason, since a path asked for is not given up in silence.
+    """
+    impl = asked_for(impl)
+    # torch.compile traces the choice, and guards on what it depends on; in eager mode a table has it.
+    return _choose(impl, problem) if torch.compiler.is_compiling() else _remembered(impl, problem)
+
+
+def _choose(impl: str, problem: Problem) -> Choice:
+    refused = {name: not_supported_reasons(name, problem) for name in NAMES}
+    if impl == "auto":
+        for name in IMPLEMENTATIONS:
+            refused[name] = refused[name] or _not_chosen_reasons(name, problem)
+        name = next(name for name in NAMES if not refused[name])
+    elif problem.extras:
+        name = "reference"
+    elif refused[impl]:
+        raise ValueError(f"impl: {impl!r} cannot compute this layer: it {'; it '.join(refused[impl])}; takes 'auto'")
+    else:
+        name = impl
+    return Choice(name, {k: v for k, v in refused.items() if k not in (name, "reference")})
+
+
+_remembered = functools.lru_cache(maxsize=1024)(_choose)
+
+
+@torch.compiler.assume_constant_result
+def _triton_reasons(device: str) -> list[str]:
+    if not HAS_TRITON:
+        return ["needs Triton, which is not installed"]
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return ["needs compute capability 8.0 (A100) or newer"]
+    return []
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,16 +1,73 @@
-"""The operator `head_attention`: one signature, whichever implementation computes it."""
+"""The operator `fastheads::head_attention`: schema, fakes, gradients, and the function that modules call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastheads import reference
-from fastheads.ops.dispatch import check_impl
-from fastheads.reference import HeadAttentionOutput
+from fastheads.ops import fused
+from fastheads.ops.dispatch import Problem, choose
+from fastheads.reference import TARGETS, HeadAttentionOutput
 
 __all__ = ["HeadAttentionOutput", "head_attention"]
+
+# pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean". keep: "projections" for a backward
+# pass, "inputs" for one that computes them again, "nothing" where none will come.
+_PROBLEM = "int num_heads, int[] parts, float scale, bool causal, float dropout_p, str impl"
+_TENSORS = "Tensor x, Tensor w_in, Tensor? b_in, Tensor? lora_A, Tensor? lora_B, Tensor? gate, Tensor? mask"
+_LIBRARY = torch.library.Library("fastheads", "DEF")
+_LIBRARY.define(
+    f"head_attention({_TENSORS}, Tensor? seed, Tensor? pool_tokens, str pool, int pool_token, str keep, {_PROBLEM})"
+    " -> (Tensor o, Tensor lse, Tensor cls, Tensor projected, Tensor low, Tensor heads)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    f"head_attention_backward(Tensor do, {_TENSORS}, Tensor? seed, Tensor lse, Tensor projected, Tensor low,"
+    f" Tensor heads, bool[] needed, {_PROBLEM})"
+    " -> (Tensor dx, Tensor dw_in, Tensor db_in, Tensor dlora_A, Tensor dlora_B, Tensor dgate)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_OP = "fastheads::head_attention"
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("head_attention", fused.forward, _device)
+    _LIBRARY.impl("head_attention_backward", fused.backward, _device)
+torch.library.register_fake(_OP, fused.forward_shapes, lib=_LIBRARY)
+torch.library.register_fake(f"{_OP}_backward", fused.backward_shapes, lib=_LIBRARY)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_in, b_in, lora_A, lora_B, gate, mask, seed, _, _, _, _, *problem = inputs
+    o, lse, cls, projected, low, heads = output
+    ctx.mark_non_differentiable(lse, cls, projected, low, heads)
+    ctx.set_materialize_grads(False)
+    if gate is None and projected.numel() and inputs[-1] == "cpu":
+        heads = o
+    ctx.save_for_backward(x, w_in, b_in, lora_A, lora_B, gate, mask, seed, lse, projected, low, heads)
+    ctx.problem = problem
+
+
+def _backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """From the gradient of o to those of x, w_in, b_in, lora_A, lora_B and gate; see `fused.backward`."""
+    needed = list(ctx.needs_input_grad[:6])
+    if do is None:
+        return (None,) * len(ctx.needs_input_grad)
+    grads = torch.ops.fastheads.head_attention_backward(do, *ctx.saved_tensors, needed, *ctx.problem)
+    found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    return (*found, *(None,) * (len(ctx.needs_input_grad) - 6))
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("head_attention has no second derivative in this implementation; use impl='reference'")
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=_LIBRARY)
+torch.library.register_autograd(f"{_OP}_backward", _no_second_derivative, lib=_LIBRARY)
 
 
 def head_attention(
@@ -28,25 +85,124 @@ def head_attention(
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
     pool: int | Tensor | str | None = None,
+    recompute: bool = False,
     impl: str = "auto",
 ) -> HeadAttentionOutput:
     """Self-attention with per-head low-rank deltas and gates: `reference.head_attention` has arguments and formula.
 
-    impl: `"auto"` or the name of an implementation (`dispatch.IMPLEMENTATIONS`); ValueError for another.
+    o is differentiable (once) in x, w_in, b_in, lora_A, lora_B and gate; lse and cls are not. A mask that requires grad
+    is the reference path's. Under autocast it computes in autocast's dtype, elsewhere in x's.
+
+    Args, beside the reference's:
+        recompute: keep x and lse for the backward pass, and compute the projections again there.
+        impl: `"auto"` or the name of an implementation (`dispatch.NAMES`).
+
+    Raises ValueError for a tensor that does not fit the others, naming it, and for an `impl` that cannot compute this.
     """
-    check_impl(impl)
-    return reference.head_attention(
-        x,
-        w_in,
-        b_in,
-        lora_A,
-        lora_B,
+    _check(x, w_in, b_in, lora_A, lora_B, num_heads, targets, gate, mask, dropout_p, pool)
+    dtype = reference._compute_dtype(x)
+    dropout = dropout_p > 0 and lora_A is not None
+    problem = Problem(
+        device=x.device.type,
+        dtype=dtype,
+        stored=w_in.dtype,
         num_heads=num_heads,
-        targets=targets,
-        scale=scale,
-        gate=gate,
-        causal=causal,
-        mask=mask,
-        dropout_p=dropout_p,
-        pool=pool,
+        head_dim=x.shape[2] // num_heads,
+        rank=0 if lora_B is None else lora_B.shape[3],
+        length=x.shape[1],
+        dropout=dropout,
+        extras=("a mask that requires grad",) if mask is not None and mask.requires_grad else (),
     )
+    name = choose(impl, problem).name
+    tensors = (x, w_in, b_in, lora_A, lora_B)
+    if name == "reference":
+        options: dict[str, Any] = {"num_heads": num_heads, "targets": targets, "scale": scale, "causal": causal}
+        options |= {"mask": mask, "dropout_p": dropout_p, "pool": pool}
+
+        def plain(gate: Tensor | None, *tensors: Any) -> HeadAttentionOutput:
+            out = reference.head_attention(*tensors, gate=gate, **options)
+            return HeadAttentionOutput(out.o, out.lse.detach(), out.cls)
+
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(plain, gate, *tensors, use_reentrant=False)
+        return plain(gate, *tensors)
+    x, wide = x.to(dtype), torch.promote_types(dtype, torch.float32)
+    lora_A, lora_B, gate = (None if t is None else t.to(wide) for t in (lora_A, lora_B, gate))
+    inputs = (x, w_in, b_in, lora_A, lora_B, gate)
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
+    kind = "" if pool is None else pool if isinstance(pool, str) else "token" if isinstance(pool, int) else "tokens"
+    o, lse, cls, *_ = torch.ops.fastheads.head_attention(
+        *inputs,
+        mask,
+        seed,
+        pool if isinstance(pool, Tensor) else None,
+        kind,
+        pool if isinstance(pool, int) else 0,
+        ("inputs" if recompute else "projections") if backward else "nothing",
+        num_heads,
+        [TARGETS.index(t) for t in targets],
+        scale,
+        causal,
+        dropout_p,
+        name,
+    )
+    return HeadAttentionOutput(o, lse, cls if kind else None)
+
+
+def _check(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    num_heads: int,
+    targets: Sequence[str],
+    gate: Tensor | None,
+    mask: Tensor | None,
+    dropout_p: float,
+    pool: int | Tensor | str | None,
+) -> None:
+    """Raises ValueError, naming the argument, for shapes that do not fit each other."""
+
+    def shape(name: str, tensor: Tensor, *takes: tuple[int, ...]) -> None:
+        # spelled out for torch.compile, which cannot look for sizes it does not know in a tuple
+        if not any(tensor.dim() == len(t) and all(n == m for n, m in zip(tensor.shape, t, strict=True)) for t in takes):
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; takes {' or '.join(map(str, takes))}")
+
+    if x.dim() != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; takes [batch, tokens, width]")
+    B, N, D = x.shape
+    if num_heads < 1 or D % num_heads:
+        raise ValueError(f"num_heads: got {num_heads}; takes a divisor of the width {D}")
+    shape("w_in", w_in, (3 * D, D))
+    if b_in is not None:
+        shape("b_in", b_in, (3 * D,))
+    wrong = [t for t in targets if t not in TARGETS]
+    if wrong or len(set(targets)) != len(targets):
+        raise ValueError(f"targets: got {tuple(targets)}; takes different ones of {', '.join(TARGETS)}")
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError(f"lora_{'B' if lora_B is None else 'A'}: got None beside the other; takes both or neither")
+    if lora_A is not None and lora_B is not None:
+        T, r = len(targets), lora_B.shape[-1]
+        shape("lora_B", lora_B, (T, num_heads, D // num_heads, r))
+        shape("lora_A", lora_A, (T, num_heads, r, D), (T, 1, r, D))
+    if gate is not None:
+        shape("gate", gate, (num_heads,))
+    if mask is not None and (
+        mask.dim() > 4
+        or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed((B, num_heads, N, N)), strict=False))
+    ):
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}; takes one that broadcasts to {(B, num_heads, N, N)}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}; takes a probability in [0, 1)")
+    if isinstance(pool, str) and pool != "mean":
+        raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
+    if isinstance(pool, int) and not -N <= pool < N:
+        raise ValueError(f"pool: got token {pool}; takes {-N} to {N - 1}")
+    if isinstance(pool, Tensor):
+        shape("pool", pool, (B,))
+    others = {"w_in": w_in, "b_in": b_in, "lora_A": lora_A, "lora_B": lora_B, "gate": gate, "mask": mask}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}; takes one on x's device, {x.device}")

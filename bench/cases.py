@@ -1,0 +1,230 @@
+"""The launches that `bench.compile_report` compiles: every launcher, with shapes that reach every tile row.
+
+Only shapes, dtypes and strides matter: all tensors are on "meta".
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LENGTHS = (50, 65, 77, 197, 257, 577, 730, 4096)
+HEADS = {64: 12, 80: 16}  # head size → heads: ViT-B and ViT-L, ViT-H
+OTHER_HEADS = {16: 8, 32: 4, 72: 16, 88: 16, 104: 16, 112: 16, 128: 8}
+# Where a head size does not come with every length: ViT-H (80), g, G and bigG (88, 104, 112), SO400M (72).
+OPENCLIP_LENGTHS = {80: (77, 257, 577, 730), 88: (77, 257), 104: (77, 257), 112: (77, 257), 72: (77, 257, 577, 730)}
+ONE_PASS_LENGTHS = (50, 65, 77, 197, 257)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launcher and the problem it is given. rank 0: no delta."""
+
+    launcher: str
+    head_dim: int = 64
+    length: int = 197
+    rank: int = 0
+    gate: bool = True
+    mask: str = ""  # "", "bool" or "additive"
+    causal: bool = False
+    pool: int | str | None = 0
+    dtype: str = "bfloat16"
+    base: str = "float32"  # dtype that the base's weights are stored in
+    merge: bool = True
+
+    @property
+    def default(self) -> bool:
+        """A row that must not spill: what OpenCLIP's models ask of an implementation that is chosen by itself.
+
+        Not: one_pass, which is asked for by name; float32, the check against PyTorch; masks but the text tower's;
+        deltas on heads wider than 80 or of ranks that nobody published; lengths that no model has at that head size.
+        """
+        if self.launcher == "one_pass" or self.dtype == "float32":
+            return False
+        if self.mask and self.length != 77:
+            return False
+        if self.rank > 16 or (self.rank and self.head_dim > 80 and self.launcher.startswith("attention")):
+            return False
+        return self.length in OPENCLIP_LENGTHS.get(self.head_dim, LENGTHS)
+
+    @property
+    def heads(self) -> int:
+        return {**HEADS, **OTHER_HEADS}[self.head_dim]
+
+    @property
+    def batch(self) -> int:
+        return max(1, 256 * 197 // self.length)
+
+    def shape(self) -> str:
+        """The problem in a few words."""
+        if self.launcher == "mmd_small":
+            return f"12 × 36 × {self.heads * self.head_dim}, {'gated' if self.gate else 'features'}"
+        if self.launcher == "mmd_tile":
+            return f"1,024 × 4,096 × {self.heads * self.head_dim}"
+        if self.launcher == "fold":
+            return (
+                f"D {self.heads * self.head_dim}, rank {self.rank}, {self.base}, {'merged' if self.merge else 'beside'}"
+            )
+        words = [f"head {self.head_dim}", f"N {self.length}"]
+        words += [f"rank {self.rank}"] if self.rank else []
+        words += [f"{self.mask} mask"] if self.mask else []
+        words += ["causal"] if self.causal else []
+        words += [] if self.gate else ["no gate"]
+        words += ["mean pool"] if self.pool == "mean" else []
+        words += [] if self.dtype == "bfloat16" else [self.dtype]
+        return ", ".join(words)
+
+    def title(self) -> str:
+        return f"{self.launcher}: {self.shape()}"
+
+
+def meta(*shape: int, dtype: str = "float32") -> Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"fastheads.kernels.{module}")
+
+
+def _projected(case: Case) -> tuple[Tensor, Any]:
+    """qkv and the delta as the projection's one product leaves them: views of `[B, N, 3D + columns]`."""
+    B, N, H, dh = case.batch, case.length, case.heads, case.head_dim
+    # The columns of T = x Aᵀ stand beside q, k, v whether or not the delta is added on chip.
+    columns = 2 * H * (case.rank or 2)
+    y = meta(B, N, 3 * H * dh + columns, dtype=case.dtype)
+    if not case.rank:
+        return y[..., : 3 * H * dh], None
+    low = _kernels("low_rank").LowRank(
+        low=y[..., 3 * H * dh :], up=meta(2, H, dh, case.rank), parts=(0, 2), scale=1.0, shared=False
+    )
+    return y[..., : 3 * H * dh], low
+
+
+def _options(case: Case) -> dict[str, Any]:
+    mask = None
+    if case.mask:
+        mask = meta(1, 1, case.length, case.length, dtype="bool" if case.mask == "bool" else "float32")
+    gate = meta(case.heads) if case.gate else None
+    return {"num_heads": case.heads, "gate": gate, "mask": mask, "causal": case.causal}
+
+
+def _attention_fwd(case: Case) -> None:
+    qkv, delta = _projected(case)
+    _kernels("attention_fwd").attention_fwd(qkv, delta=delta, pool=case.pool, **_options(case))
+
+
+def _attention_bwd(case: Case) -> None:
+    qkv, delta = _projected(case)
+    B, N, D = case.batch, case.length, case.heads * case.head_dim
+    do = meta(B, N, D, dtype=case.dtype)
+    _kernels("attention_bwd").attention_bwd(do, qkv, meta(B, case.heads, N), delta=delta, **_options(case))
+
+
+def _low_rank_bwd(case: Case) -> None:
+    qkv, delta = _projected(case)
+    columns = 2 * case.heads * case.rank
+    d = meta(case.batch, case.length, qkv.shape[-1] + columns, dtype=case.dtype)
+    _kernels("low_rank").low_rank_bwd(d[..., : qkv.shape[-1]], delta, d[..., qkv.shape[-1] :])
+
+
+def _fold(case: Case) -> None:
+    D, H = case.heads * case.head_dim, case.heads
+    a, b = meta(2, H, case.rank, D), meta(2, H, case.head_dim, case.rank)
+    dtype = getattr(torch, case.dtype)
+    _kernels("fold").fold(
+        meta(3 * D, D, dtype=case.base), a, b, parts=(0, 2), scale=1.0, shared=False, merge=case.merge, dtype=dtype
+    )
+
+
+def _dropout(case: Case) -> None:
+    x = meta(case.batch, case.length, case.heads * case.head_dim, dtype=case.dtype)
+    _kernels("dropout").dropout(x, 0.1, meta(1, dtype="int64"))
+
+
+def _one_pass(case: Case) -> None:
+    B, N, H, dh = case.batch, case.length, case.heads, case.head_dim
+    D, options = H * dh, _options(case)
+    x, w_in, b_in = (meta(*shape, dtype=case.dtype) for shape in ((B, N, D), (3 * D, D), (3 * D,)))
+    low = (meta(2, H, case.rank, D, dtype=case.dtype), meta(2, H, dh, case.rank)) if case.rank else (None, None)
+    _kernels("one_pass").one_pass_fwd(x, w_in, b_in, *low, parts=(0, 2), scale=1.0, pool=case.pool, **options)
+
+
+def _mmd(case: Case) -> tuple[Tensor, Tensor]:
+    layers, rows = (12, 36) if case.launcher == "mmd_small" else (1, 4096)
+    return meta(layers, rows, case.heads * case.head_dim), meta(rows, dtype="int64")
+
+
+def _mmd_small(case: Case) -> None:
+    x, dom = _mmd(case)
+    gate = meta(12, case.heads) if case.gate else None
+    _kernels("mmd_small").mmd_small(x, dom, num_domains=3, preset="adaptive", estimator="unbiased", gate=gate)
+
+
+def _mmd_tile(case: Case) -> None:
+    x, dom = _mmd(case)
+    out, options = meta(1, 1024, 4096), {"num_domains": 3, "powers": (0, 2, 2, 0, 2)}
+    gammas, coeff = meta(1, 5), meta(1, 3, 3)
+    _kernels("mmd").mmd_tile(x, meta(1, 4096), dom, 0, 1024, gammas=gammas, coeff=coeff, out=out, **options)
+
+
+LAUNCHERS: dict[str, Callable[[Case], None]] = {
+    "attention_fwd": _attention_fwd,
+    "attention_bwd": _attention_bwd,
+    "low_rank_bwd": _low_rank_bwd,
+    "fold": _fold,
+    "dropout": _dropout,
+    "one_pass": _one_pass,
+    "mmd_small": _mmd_small,
+    "mmd_tile": _mmd_tile,
+}
+
+
+def run_case(case: Case) -> None:
+    """Calls the case's launcher on meta tensors."""
+    LAUNCHERS[case.launcher](case)
+
+
+def quick_cases() -> list[Case]:
+    """Each launcher, both head sizes, chunks and flash loop, every switch once: about a minute per process."""
+    cases = []
+    for launcher in ("attention_fwd", "attention_bwd"):
+        cases += [Case(launcher, 64, n) for n in (50, 197, 257, 577)]
+        cases += [Case(launcher, 64, n, rank=r) for n, r in ((197, 2), (197, 8), (257, 8), (577, 8))]
+        cases += [Case(launcher, 80, n, rank=r) for n, r in ((257, 0), (257, 8))]
+        cases += [Case(launcher, 64, 77, causal=True), Case(launcher, 64, 77, mask="additive")]
+    cases += [Case("low_rank_bwd", 64, 197, rank=8), Case("low_rank_bwd", 80, 257, rank=2)]
+    cases += [Case("fold", 64, rank=8), Case("fold", 64, rank=8, base="bfloat16", merge=False), Case("dropout")]
+    cases += [Case("one_pass", 64, 50, rank=2), Case("one_pass", 64, 197, rank=8)]
+    cases += [Case("mmd_small"), Case("mmd_small", gate=False), Case("mmd_tile")]
+    return cases
+
+
+def all_cases() -> list[Case]:
+    """Every launcher, head size, length and switch that changes the code."""
+    cases = quick_cases()
+    for launcher in ("attention_fwd", "attention_bwd"):
+        for dh in HEADS:
+            for n in LENGTHS:
+                cases += [Case(launcher, dh, n, rank=r) for r in (0, 8)]  # rank 2 has rank 8's tiles
+            cases += [Case(launcher, dh, 77, causal=True, rank=r) for r in (0, 8)]
+            cases += [Case(launcher, dh, 4096, causal=True)]
+            cases += [Case(launcher, dh, n, mask=m) for n in (77, 197, 577) for m in ("bool", "additive")]
+            cases += [Case(launcher, dh, 257, gate=False, pool=None)]
+        cases += [Case(launcher, dh, n, rank=r) for dh in OTHER_HEADS for n in (257, 577) for r in (0, 8)]
+        cases += [Case(launcher, dh, n, dtype="float16") for dh in HEADS for n in (197,)]
+        cases += [Case(launcher, dh, n, dtype="float32") for dh in HEADS for n in (197, 577)]
+        cases += [Case(launcher, 64, n, rank=r) for n in (197, 577) for r in (32, 64)]
+    cases += [Case("attention_fwd", 64, 197, pool="mean")]
+    cases += [Case("low_rank_bwd", dh, n, rank=r) for dh in (64, 80, 72, 128) for n in (197, 4096) for r in (2, 16)]
+    for dh in HEADS:
+        cases += [
+            Case("fold", dh, rank=r, base=b, merge=b == "float32") for r in (2, 8, 16) for b in ("float32", "bfloat16")
+        ]
+        cases += [Case("one_pass", dh, n, rank=r) for n in ONE_PASS_LENGTHS for r in (0, 8)]
+        cases += [Case("one_pass", dh, 77, causal=True, rank=2)]
+    return list(dict.fromkeys(cases))

@@ -1,0 +1,393 @@
+"""Head attention and its gradients from fused parts, without autograd: what all but the reference run.
+
+The parts (fold, attention_fwd, attention_bwd, low_rank_bwd, dropout) are Triton kernels on a GPU, `ops.cpu` on a CPU.
+`impl` says how the deltas enter:
+
+- `stacked`, and `cpu` with float32 weights: `W' = W + s·B A`, rounded once, and one product with `[W'; A]`.
+- `delta`: one product with `[W; A]`; the attention kernel adds `s·T Bᵀ` to its own q, k and v.
+- `one_pass`: the projection too happens in the attention kernel.
+- `cpu` with 16-bit weights or dropout: `T = x Aᵀ`, then one product of `[x, T]` with `[W, s·B]`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastheads.ops import cpu
+
+
+@functools.cache
+def _parts(impl: str) -> Any:
+    """The functions an implementation is made of. Triton is imported where it is first needed."""
+    if impl == "cpu":
+        return cpu
+    from fastheads.kernels import attention_bwd, attention_fwd, dropout, fold, low_rank, one_pass
+
+    return SimpleNamespace(
+        LowRank=low_rank.LowRank,
+        attention_fwd=attention_fwd.attention_fwd,
+        attention_bwd=attention_bwd.attention_bwd,
+        low_rank_bwd=low_rank.low_rank_bwd,
+        one_pass_fwd=one_pass.one_pass_fwd,
+        fold=fold.fold,
+        dropout=dropout.dropout,
+    )
+
+
+def _packed(t: Tensor | None) -> Tensor | None:
+    """t as the kernels read what is small: contiguous (a copy of a few kilobytes, where it is not)."""
+    return None if t is None else t.contiguous()
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t as one_pass reads what is large: rows of any stride, each contiguous."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class _Layer(NamedTuple):
+    """The operator's inputs that forward and backward read alike."""
+
+    x: Tensor
+    w_in: Tensor
+    b_in: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    seed: Tensor | None
+    parts: tuple[int, ...]
+    scale: float
+    dropout_p: float
+    impl: str
+    few: bool = False
+
+    @property
+    def merged(self) -> bool:
+        """True where the deltas are folded into the weights: not for so `few` tokens that folding costs more."""
+        if self.impl == "cpu":
+            return self.seed is None and self.w_in.dtype.itemsize >= 4 and not self.few
+        return self.impl == "stacked"
+
+    @property
+    def shared(self) -> bool:
+        """True where all heads share the down-projection."""
+        return self.lora_A is not None and self.lora_B is not None and self.lora_A.shape[1] != self.lora_B.shape[1]
+
+    def fold(self) -> Tensor:
+        """`[3D + R, D]` in x's dtype: the weights, with the deltas where merged, and lora_A's rows below."""
+        return _parts(self.impl).fold(
+            self.w_in,
+            self.lora_A,
+            self.lora_B,
+            parts=self.parts,
+            scale=self.scale,
+            shared=self.shared,
+            merge=self.merged,
+            dtype=self.x.dtype,
+        )
+
+    def dropped(self) -> Tensor:
+        """What the low-rank path sees of x; the same at every call."""
+        return self.drop(self.x)
+
+    def drop(self, x: Tensor) -> Tensor:
+        return x if self.seed is None else _parts(self.impl).dropout(_rows(x), self.dropout_p, self.seed)
+
+
+class _Product(NamedTuple):
+    """What the projection yields: `[B, N, 3D (+ R)]`, and T where it was a product of its own."""
+
+    whole: Tensor
+    qkv: Tensor
+    low: Tensor | None
+    apart: bool
+
+    @classmethod
+    def of(cls, whole: Tensor, low: Tensor | None, width: int) -> _Product:
+        """`whole` holds q, k and v in its first `width` columns, and T in the others where `low` is None or empty."""
+        if low is not None and low.numel():
+            return cls(whole, whole, low, True)
+        if whole.shape[-1] == width:
+            return cls(whole, whole, None, False)
+        return cls(whole, whole[..., :width], whole[..., width:], False)
+
+
+def _project(layer: _Layer, low_too: bool, gate: Tensor | None = None) -> _Product:
+    """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel).
+
+    gate: folded into v where given, for merged weights without T.
+    """
+    x, b_in, D3 = layer.x, layer.b_in, layer.w_in.shape[0]
+    bias = None if b_in is None else b_in.to(x.dtype)
+    if layer.lora_A is None or layer.lora_B is None:
+        return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
+    if layer.impl == "cpu" and not layer.merged:
+        low_rank = (layer.lora_A, layer.lora_B, layer.parts, layer.scale)
+        return _Product.of(*cpu.project_beside(x, layer.dropped(), layer.w_in, bias, *low_rank), D3)
+    weight = layer.fold()
+    if layer.seed is not None:
+        return _Product.of(F.linear(x, weight[:D3], bias), F.linear(layer.dropped(), weight[D3:]), D3)
+    if gate is not None:
+        D = D3 // 3
+        factors = gate.repeat_interleave(D // len(gate)).to(weight.dtype)
+        weight[2 * D : D3] *= factors.unsqueeze(1)
+        bias = None if bias is None else torch.cat((bias[: 2 * D], bias[2 * D :] * factors))
+    if layer.merged and not low_too:
+        return _Product.of(F.linear(x, weight[:D3], bias), None, D3)
+    return _Product.of(F.linear(x, weight, None if bias is None else F.pad(bias, (0, weight.shape[0] - D3))), None, D3)
+
+
+def _low_rank(layer: _Layer, low: Tensor, up: Tensor) -> Any:
+    return _parts(layer.impl).LowRank(low, up.contiguous(), layer.parts, layer.scale, layer.shared)
+
+
+def _delta(layer: _Layer, low: Tensor | None) -> Any:
+    """What the attention kernels add on chip; None where the deltas are in q, k and v already."""
+    if layer.lora_B is None or low is None or layer.merged or layer.impl == "cpu":
+        return None
+    return _low_rank(layer, low, layer.lora_B)
+
+
+@contextmanager
+def _plainly(x: Tensor) -> Iterator[None]:
+    """Without autocast (every dtype here is meant), and on x's GPU, where Triton would take the current one."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
+
+
+def _columns(w_in: Tensor, lora_A: Tensor | None, impl: str, dropped: bool) -> tuple[int, int]:
+    """The widths of what is kept: qkv, with T's columns where one product makes both; and T's alone where not."""
+    D3 = w_in.shape[0]
+    if lora_A is None:
+        return D3, 0
+    R = cpu.padded_rank(lora_A.shape[0] * lora_A.shape[1] * lora_A.shape[2])
+    apart = dropped or (impl == "cpu" and w_in.dtype.itemsize < 4)
+    return (D3, R) if apart else (D3 + R, 0)
+
+
+def forward(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    pool_tokens: Tensor | None,
+    pool: str,
+    pool_token: int,
+    keep: str,
+    num_heads: int,
+    parts: list[int],
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """The operator on real tensors: o, lse, cls, and what its backward pass reads, empty where nothing is kept.
+
+    projected `[B, N, 3D (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
+    low `[B, N, R]`: T, where it has a product of its own.
+    heads `[B, N, D]`: the un-gated heads, on a CPU, where they are not o itself.
+    """
+    arguments = locals()
+    if not x.numel():
+        return tuple(t.zero_() for t in forward_shapes(**arguments))
+    if impl != "cpu":
+        lora_B, gate = _packed(lora_B), _packed(gate)
+    layer = _Layer(x, w_in, b_in, lora_A, lora_B, seed, tuple(parts), scale, dropout_p, impl)
+    if impl == "cpu" and keep == "nothing" and lora_A is not None:
+        rank = lora_A.numel() // lora_A.shape[-1]
+        layer = layer._replace(few=x.shape[0] * x.shape[1] * rank < cpu.FEW * x.shape[2])
+    which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
+    attend: dict[str, Any] = {"num_heads": num_heads, "gate": gate, "mask": mask, "causal": causal, "pool": which}
+    kept: tuple[Tensor | None, ...] = (None, None, None)
+    gate_in_v = impl == "cpu" and keep == "nothing" and not pool and lora_A is not None and layer.merged
+    with _plainly(x):
+        if impl == "one_pass":
+            o, lse, cls = _one_pass(layer, attend)
+        else:
+            product = _project(layer, low_too=keep == "projections", gate=attend["gate"] if gate_in_v else None)
+            if gate_in_v:
+                attend["gate"] = None
+            if impl == "cpu":
+                o, lse, cls, heads = cpu.attention_fwd(product.qkv, **attend)
+            else:
+                delta = _delta(layer, product.low)
+                (o, lse, cls), heads = _parts(impl).attention_fwd(product.qkv, delta=delta, **attend), None
+            if keep == "projections":
+                kept = (product.whole, product.low if product.apart else None, heads)
+    cls = x.new_empty(0, dtype=lse.dtype) if cls is None else cls
+    return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in kept))
+
+
+def _one_pass(layer: _Layer, attend: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, b_in, A = layer.x, layer.b_in, layer.lora_A
+    out: tuple[Tensor, Tensor, Tensor | None] = _parts("one_pass").one_pass_fwd(
+        _rows(x),
+        _rows(layer.w_in.to(x.dtype)),
+        None if b_in is None else b_in.to(x.dtype).contiguous(),
+        None if A is None else _rows(A.to(x.dtype)),
+        layer.lora_B,
+        parts=layer.parts,
+        scale=layer.scale,
+        **attend,
+    )
+    return out
+
+
+def forward_shapes(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    pool_tokens: Tensor | None,
+    pool: str,
+    pool_token: int,
+    keep: str,
+    num_heads: int,
+    parts: list[int],
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """What `forward` returns, without values."""
+    B, N, D = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cls = x.new_empty((B, num_heads, D // num_heads) if pool else (0,), dtype=wide)
+    kept = keep == "projections" and impl != "one_pass"
+    both, low = _columns(w_in, lora_A, impl, seed is not None)
+    return (
+        x.new_empty(B, N, D),
+        x.new_empty(B, num_heads, N, dtype=wide),
+        cls,
+        x.new_empty((B, N, both) if kept else (0,)),
+        x.new_empty((B, N, low) if kept and low else (0,)),
+        x.new_empty((B, N, D) if kept and impl == "cpu" and gate is not None else (0,)),
+    )
+
+
+def backward(
+    do: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    projected: Tensor,
+    low: Tensor,
+    heads: Tensor,
+    needed: list[bool],
+    num_heads: int,
+    parts: list[int],
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """The gradients of x, w_in, b_in, lora_A, lora_B and gate; an empty tensor for each one not `needed`.
+
+    With P the probabilities, `g` a head's gate and dO the gradient of the gated output:
+
+        dP = dO Vᵀ          δ = rowsum(P ∘ dP)         dg = Σ δ
+        dS = g·P ∘ (dP − δ) / sqrt(dh)
+        dQ = dS K           dK = dSᵀ Q                 dV = g·Pᵀ dO          dY = [dQ, dK, dV]
+        U_h = s·dY_h B_h    dB_h = s·dY_hᵀ T_h         dA_h = U_hᵀ x         (never s·dYᵀ x, the dense gradient)
+        dx = dY W + U A     = dY W' where the deltas are merged
+        dW = dYᵀ x          db = Σ dY                  (a trainable base only)
+    """
+    arguments = locals()
+    if not x.numel():
+        return tuple(t.zero_() for t in backward_shapes(**arguments))
+    D3, R = w_in.shape[0], 0
+    impl = "delta" if impl == "one_pass" else impl
+    if impl != "cpu":
+        lora_B, gate = _packed(lora_B), _packed(gate)
+    layer = _Layer(x, w_in, b_in, lora_A, lora_B, seed, tuple(parts), scale, dropout_p, impl)
+    need = dict(zip(("x", "w_in", "b_in", "lora_A", "lora_B", "gate"), needed, strict=True))
+    attend: dict[str, Any] = {"num_heads": num_heads, "gate": gate, "mask": mask, "causal": causal}
+    grads: dict[str, Tensor] = {}
+    with _plainly(x):
+        if projected.numel():
+            product = _Product.of(projected, low, D3)
+        else:
+            product = _project(layer, low_too=True)
+        low_rank = product.low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged))
+        if product.low is not None and low_rank:
+            R = product.low.shape[-1]
+        dboth = x.new_empty(*x.shape[:2], D3 + R)
+        dqkv, u = dboth[..., :D3], dboth[..., D3:]
+        if impl == "cpu":
+            heads = heads if heads.numel() else cpu.attention_fwd(product.qkv, **attend | {"gate": None}, pool=None)[0]
+            dgate = cpu.attention_bwd(do, product.qkv, lse, heads, dqkv, **attend)
+        else:
+            delta = _delta(layer, product.low)
+            _, dgate = _parts(impl).attention_bwd(do, product.qkv, lse, delta=delta, out=dqkv, **attend)
+        if dgate is not None:
+            grads["gate"] = dgate
+        if R and lora_A is not None and lora_B is not None and product.low is not None:
+            grads["lora_B"] = _parts(impl).low_rank_bwd(dqkv, _low_rank(layer, product.low, lora_B), u)
+            if need["lora_A"]:
+                C = lora_A.numel() // lora_A.shape[-1]
+                grads["lora_A"] = (u[..., :C].flatten(0, 1).T @ layer.dropped().flatten(0, 1)).view_as(lora_A)
+        if need["x"]:
+            grads["x"] = _dx(layer, dboth, dqkv, u if R else None)
+        rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
+        if need["w_in"]:
+            grads["w_in"] = rows.T @ x.flatten(0, 1)
+        if need["b_in"]:
+            grads["b_in"] = rows.sum(0, dtype=lse.dtype)
+    inputs = {"x": x, "w_in": w_in, "b_in": b_in, "lora_A": lora_A, "lora_B": lora_B, "gate": gate}
+    return tuple(
+        x.new_empty(0) if like is None or not need[name] else grads[name].to(like.dtype)
+        for name, like in inputs.items()
+    )
+
+
+def _dx(layer: _Layer, dboth: Tensor, dqkv: Tensor, u: Tensor | None) -> Tensor:
+    """dx from dY and U, in one product with the weights of the forward pass where that has both."""
+    D3 = layer.w_in.shape[0]
+    if layer.lora_A is None:
+        return dqkv @ layer.w_in.to(dqkv.dtype)
+    weight = layer.fold()
+    if layer.merged:
+        return dqkv @ weight[:D3]
+    if u is None or layer.seed is None:
+        return dboth @ weight
+    return dqkv @ weight[:D3] + layer.drop(u @ weight[D3:])
+
+
+def backward_shapes(
+    do: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    gate: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """What `backward` returns, without values."""
+    needed = kwargs["needed"] if "needed" in kwargs else args[6]
+    inputs = (x, w_in, b_in, lora_A, lora_B, gate)
+    return tuple(
+        x.new_empty(0) if like is None or not need else like.new_empty(like.shape)
+        for like, need in zip(inputs, needed, strict=True)
+    )

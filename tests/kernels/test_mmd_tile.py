@@ -1,0 +1,222 @@
+"""The panel kernel of the multi-kernel MMD against `reference.kernel_sums` and its gradient by autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from numerics import BACKWARD, FORWARD, assert_right
+
+from fastheads.kernels.mmd import mmd_tile, product_precision
+from fastheads.reference import _centred, kernel_gammas, kernel_sums
+
+DOMAINBED = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+DOUBLING = (0, 2, 2, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What a kernel doesn't write is NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(N, S, seed=1):
+    return torch.randint(S, (N,), generator=torch.Generator().manual_seed(seed))
+
+
+def symmetric(L, S, seed=2):
+    c = draw(L, S, S, seed=seed)
+    return c + c.mT
+
+
+def doubling(x):
+    """Adaptive bandwidths, ascending: each half the next."""
+    return kernel_gammas(x, "adaptive").flip(-1).contiguous()
+
+
+def centred(x):
+    x = _centred(x)
+    return x, x.square().sum(-1)
+
+
+def by_panels(x, dom, S, gammas, powers, coeff, panel):
+    """`[L, S, S]` kernel sums and `[L, N, D]` gradient of Σ coeff ∘ K, put together as the kernel's caller does."""
+    x, x2 = centred(x)
+    L, N, _ = x.shape
+    sums, dx = torch.zeros(L, S, S, dtype=torch.float64), torch.zeros_like(x)
+    for i in range(0, N, panel):
+        rows = min(panel, N - i)
+        w = torch.full((L, rows, N - i), math.nan)
+        sums += mmd_tile(x, x2, dom, i, rows, num_domains=S, gammas=gammas, powers=powers, coeff=coeff, out=w)
+        dx[:, i : i + rows] += w @ x[:, i:] - w.sum(-1, keepdim=True) * x[:, i : i + rows]
+        right = w[:, :, rows:]
+        dx[:, i + rows :] += right.mT @ x[:, i : i + rows] - right.sum(1).unsqueeze(-1) * x[:, i + rows :]
+    return sums, 4 * dx
+
+
+def formula(x, dom, S, gammas, coeff, dtype):
+    x = x.to(dtype).requires_grad_()
+    K = kernel_sums(x, dom, x, dom, S, gammas.to(dtype), row_offset=0)
+    (dx,) = torch.autograd.grad((K * coeff).sum(), x)
+    return K.detach(), dx
+
+
+def check(x, dom, S, gammas, powers, panel, what=""):
+    coeff = symmetric(len(x), S)
+    K, dx = by_panels(x, dom, S, gammas, powers, coeff, panel)
+    plain, exact = (formula(x, dom, S, gammas, coeff, dtype) for dtype in (torch.float32, torch.float64))
+    assert_right(K, plain[0], exact[0], FORWARD, f"{what} kernel sums")
+    assert_right(dx, plain[1], exact[1], BACKWARD, f"{what} gradient")
+
+
+@pytest.mark.parametrize(
+    "L,N,D,S,panel",
+    [(2, 50, 33, 3, 64), (1, 300, 40, 4, 130), (2, 129, 7, 1, 128), (1, 200, 64, 20, 90), (1, 70, 16, 64, 33)],
+)
+def test_sums_and_gradient(L, N, D, S, panel):
+    x = draw(L, N, D)
+    check(x, ids(N, S), S, doubling(x), DOUBLING, panel)
+
+
+def test_bandwidths_of_their_own():
+    gammas = torch.tensor([[0.3, 0.01, 0.05], [0.02, 0.9, 0.01]])
+    check(draw(2, 90, 20), ids(90, 2), 2, gammas, (0, 0, 0), 64)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("powers", [(0,) * 7, (0, 10, 0, 10, 0, 10, 0)], ids=["own", "pairs"])
+def test_domainbed_by_pairs_of_exponentials(powers, scale):
+    """Every second bandwidth as the tenth power of the one before is as good as an exponential of its own."""
+    check(draw(1, 80, 24) * scale, ids(80, 3), 3, torch.tensor([DOMAINBED]), powers, 64)
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.01])
+def test_powers_of_ten_drift_unless_restarted(scale):
+    """A trap: each tenth power makes the relative error ten times as large. A new exponential starts afresh."""
+    x, dom, coeff, gammas = draw(1, 80, 24) * scale, ids(80, 3), symmetric(1, 3), torch.tensor([DOMAINBED])
+    exact = formula(x, dom, 3, gammas, coeff, torch.float64)[1]
+    chains = {(0, 10, 10, 10, 10, 10, 10): (5e-5, 1.0), (0, 10, 10, 10, 0, 10, 10): (0.0, 5e-5)}
+    for powers, (least, most) in chains.items():
+        dx = by_panels(x, dom, 3, gammas, powers, coeff, 80)[1]
+        assert least < float((dx - exact).abs().max() / exact.abs().max()) < most, powers
+
+
+def test_far_from_the_origin():
+    """The caller centres; without that, distances of 1 beside norms of 1e3 would have no digits left."""
+    x = draw(1, 80, 48) + 1e3
+    check(x, ids(80, 3), 3, doubling(x), DOUBLING, 64)
+
+
+def test_nearly_equal_points():
+    x = draw(1, 40, 32)
+    x = torch.cat((x, x + 1e-3 * draw(1, 40, 32, seed=3)), 1)
+    check(x, ids(80, 2), 2, torch.tensor([[0.01, 0.1, 1.0, 10.0]]), (0, 10, 10, 10), 64)
+
+
+def test_identical_points_are_finite():
+    x = torch.ones(1, 40, 8)
+    K, dx = by_panels(x, ids(40, 2), 2, doubling(x), DOUBLING, symmetric(1, 2), 32)
+    counts = torch.bincount(ids(40, 2)).double()
+    assert torch.equal(K[0], 5 * counts[:, None] * counts)
+    assert torch.equal(dx, torch.zeros_like(dx))
+
+
+def test_a_panel_by_itself():
+    """Sums: the square block as it stands, the columns right of it twice. Weights: the diagonal is exactly zero."""
+    x, S, i, rows = draw(2, 150, 12), 3, 40, 50
+    dom, gammas, coeff = ids(150, S), doubling(x), symmetric(2, S)
+    x, x2 = centred(x)
+    w = torch.full((2, rows, 110), math.nan)
+    given = dict(num_domains=S, gammas=gammas, powers=DOUBLING)
+    K = mmd_tile(x, x2, dom, i, rows, coeff=coeff, out=w, **given)
+    x64, g64 = x.double(), gammas.double()
+    one = x64[:, i : i + rows], dom[i : i + rows]
+    square = kernel_sums(*one, *one, S, g64, row_offset=0)
+    right = kernel_sums(*one, x64[:, i + rows :], dom[i + rows :], S, g64)
+    torch.testing.assert_close(K.double(), square + right + right.mT, rtol=1e-5, atol=0)
+    assert torch.equal(K, K.mT)
+    d2 = (x64[:, i : i + rows, None] - x64[:, None, i:]).square().sum(-1)
+    expected = sum(g.view(-1, 1, 1) * (-g.view(-1, 1, 1) * d2).exp() for g in g64.unbind(-1))
+    expected = expected * coeff.double()[:, dom[i : i + rows]][..., dom[i:]]
+    expected.diagonal(dim1=1, dim2=2).zero_()
+    torch.testing.assert_close(w.double(), expected, rtol=1e-4, atol=1e-7)
+    assert not w.diagonal(dim1=1, dim2=2).any()
+    # sums alone, and once more: bit for bit
+    assert torch.equal(mmd_tile(x, x2, dom, i, rows, **given), K)
+    again = torch.full_like(w, math.nan)
+    mmd_tile(x, x2, dom, i, rows, coeff=coeff, out=again, **given)
+    assert torch.equal(again, w)
+
+
+def test_rounded_weights_need_their_own_row_sums():
+    """A trap: weights in bf16 beside row sums in float32, the diagonal kept, spoil the gradient. With the diagonal zero
+    and the sums those of the rounded weights, bf16 would do; ours are float32."""
+    x, dom, gammas = 0.25 * draw(1, 96, 64), torch.arange(96) % 2, torch.ones(1, 1)
+    coeff = torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]) / 48**2
+    y, x2 = centred(x)
+    w = torch.empty(1, 96, 96)
+    mmd_tile(y, x2, dom, 0, 96, num_domains=2, gammas=gammas, powers=(0,), coeff=coeff, out=w)
+    assert not w.diagonal(dim1=1, dim2=2).any()
+    kept = w.clone()
+    kept.diagonal(dim1=1, dim2=2).fill_(1 / 48**2)
+
+    def error(weights, sums):
+        dx = 4 * (weights @ y - sums.sum(-1, keepdim=True) * y)
+        return float((dx - exact).norm() / exact.norm())
+
+    exact = formula(x, dom, 2, gammas, coeff, torch.float64)[1]
+    rounded = w.bfloat16().float()
+    assert error(kept.bfloat16().float(), kept) > 0.02
+    assert error(rounded, rounded) < 0.005
+    assert error(w, w) < 1e-5
+
+
+def test_strides_and_inputs_stay():
+    base = draw(60, 2, 40)
+    x, _ = centred(base.transpose(0, 1)[..., 3:30])
+    view = torch.empty(60, 2, 40).transpose(0, 1)[..., 3:30].copy_(x)
+    x2 = torch.empty(60, 2).T.copy_(x.square().sum(-1))
+    dom = torch.stack((ids(60, 3), torch.full((60,), 99)), 1)[:, 0]
+    out = torch.full((2, 30, 100), 7.0)
+    before = [t.clone() for t in (view, x2, dom)]
+    given = dict(num_domains=3, gammas=doubling(x), powers=DOUBLING, coeff=symmetric(2, 3))
+    K = mmd_tile(view, x2, dom, 20, 30, out=out[..., 5:45], **given)
+    w = torch.empty(2, 30, 40)
+    assert torch.equal(K, mmd_tile(x.contiguous(), x2.contiguous(), dom.contiguous(), 20, 30, out=w, **given))
+    assert torch.equal(out[..., 5:45], w)
+    assert bool((out[..., :5] == 7).all() and (out[..., 45:] == 7).all())
+    assert all(torch.equal(a, b) for a, b in zip(before, (view, x2, dom), strict=True))
+
+
+def test_not_a_number_is_not_hidden():
+    x, x2 = centred(draw(1, 20, 8))
+    x[0, 3, 2] = x2[0, 3] = math.nan
+    K = mmd_tile(x, x2, ids(20, 2), 0, 20, num_domains=2, gammas=torch.ones(1, 1), powers=(0,))
+    assert bool(torch.isnan(K).any())
+
+
+def test_what_it_refuses():
+    x, x2 = centred(draw(1, 20, 8))
+    with pytest.raises(ValueError, match="num_domains: got 65"):
+        mmd_tile(x, x2, ids(20, 2), 0, 20, num_domains=65, gammas=torch.ones(1, 1), powers=(0,))
+    for powers in ((), (2,), (0, 3)):
+        with pytest.raises(ValueError, match="powers"):
+            mmd_tile(x, x2, ids(20, 2), 0, 20, num_domains=2, gammas=torch.ones(1, 2), powers=powers)
+
+
+def test_tf32_only_where_torch_allows_it():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        assert product_precision() == "tf32x3"
+        matmul.allow_tf32 = True
+        assert product_precision() == "tf32"
+    finally:
+        matmul.allow_tf32 = before

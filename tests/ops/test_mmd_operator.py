@@ -1,0 +1,283 @@
+"""`kernel_sums` and `mmd_fused` as operators: autograd, compile, autocast, strides, threads, repetition, memory."""
+
+import os
+
+import pytest
+import torch
+from mmd_cases import BF16, F32, F64, close, gammas_of, known_defect, leaf
+from test_mmd import labels, randn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from fastheads import reference
+from fastheads.losses import mmd
+from fastheads.ops import kernel_sums, mmd_fused
+from fastheads.ops import mmd as module
+
+# ---- as an operator -----------------------------------------------------------------------------
+
+
+def test_gradients_are_the_derivatives(backend):
+    x, y, gammas = leaf(randn(2, 5, 3)), leaf(randn(2, 4, 3, seed=1)), gammas_of(2)
+    dx, dy = labels(2, 3), labels(3, 1)
+    assert gradcheck(lambda x: kernel_sums(x, dx, None, None, 2, gammas, impl="cpu"), [x])
+    assert gradcheck(lambda x, y: kernel_sums(x, dx, y, dy, 2, gammas, impl="cpu"), [x, y])
+    coeff = torch.tensor([[1.0, -0.5], [-0.5, 2.0]], dtype=F64)
+    assert gradcheck(lambda x: mmd_fused(x, dx, gammas, coeff, impl="cpu"), [x])
+
+
+def test_opcheck(backend):
+    x, y, dx, dy = leaf(randn(2, 5, 3)), leaf(randn(2, 4, 3, seed=1)), labels(2, 3), labels(3, 1)
+    gammas, chain, coeff = gammas_of(2), [0, 0, 0], torch.eye(2, dtype=F64).expand(2, -1, -1)
+    sums, fused = torch.ops.fastheads.kernel_sums.default, torch.ops.fastheads.mmd_fused.default
+    for x_ in (x, leaf(x.half())):
+        torch.library.opcheck(sums, (x_, dx, None, None, 2, gammas.to(F32), chain, 0, "cpu"))
+        torch.library.opcheck(fused, (x_, dx, None, None, 2, gammas.to(F32), chain, coeff, 0, True, "cpu"))
+    torch.library.opcheck(sums, (x, dx, y, dy, 2, gammas, chain, 1, "cpu"))
+    torch.library.opcheck(fused, (x, dx, y.detach(), dy, 2, gammas, chain, coeff, None, True, "cpu"))
+
+
+@known_defect
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kernel, reduction", [("adaptive", "mean"), ("domainbed", "none"), ((0.1, 0.5), "mean")])
+def test_compiles_in_one_graph(kernel, reduction, dynamic):
+    def loss(x, dom):
+        return mmd(x, dom, num_domains=3, kernel=kernel, reduction=reduction).nansum()
+
+    torch._dynamo.reset()  # or the cases share a limit of recompilations
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    dom = labels(4, 5, 3)
+    for n in (12, 9) if dynamic else (12,):
+        x = leaf(randn(2, n, 4))
+        got, want = compiled(x, dom[:n]), loss(x, dom[:n])
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        close(*(torch.autograd.grad(v, x)[0] for v in (got, want)))
+
+
+@known_defect
+@pytest.mark.slow
+def test_compiles_with_the_default_backend():
+    compiled = torch.compile(lambda x, dom: mmd(x, dom, num_domains=3), fullgraph=True)
+    x, dom = leaf(randn(2, 12, 4)), labels(4, 5, 3)
+    got, want = compiled(x, dom), mmd(x, dom)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    close(*(torch.autograd.grad(v, x)[0] for v in (got, want)))
+
+
+def test_autocast_changes_nothing(backend):
+    x, dom = leaf(randn(2, 30, 6, dtype=F32)), labels(12, 18)
+    want = mmd(x, dom)
+    (gradient,) = torch.autograd.grad(want, x)
+    with torch.autocast("cpu", dtype=BF16):
+        got = mmd(x, dom)
+        K = kernel_sums(x, dom, None, None, 2, gammas_of(2, dtype=F32))
+        (inside,) = torch.autograd.grad(K.sum(), x, retain_graph=True)
+    assert torch.equal(got, want) and torch.equal(torch.autograd.grad(got, x)[0], gradient)
+    (outside,) = torch.autograd.grad(K.sum(), x)
+    assert torch.equal(inside, outside)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "one layer expanded": lambda x: x[:1].expand(3, -1, -1),
+    "one sample expanded": lambda x: x[:, :1].expand(-1, 12, -1),
+    "one feature expanded": lambda x: x[..., :1].expand(-1, -1, 4),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_and_untouched_inputs(layout, backend):
+    x, dom = LAYOUTS[layout](randn(3, 12, 4)), labels(5, 7)
+    before, version = x.clone(), x._version
+    K = kernel_sums(x, dom, None, None, 2, gammas_of(3), impl="cpu")
+    close(K, reference.kernel_sums(before, dom, before, dom, 2, gammas_of(3), 0))
+    base = x.detach().requires_grad_()
+    dK = torch.ones((), dtype=F64).expand(3, 2, 2)  # and an incoming gradient of stride 0
+    K = kernel_sums(base, dom, None, None, 2, gammas_of(3), impl="cpu")
+    (got,) = torch.autograd.grad(K, base, dK)
+    own = leaf(before)
+    (want,) = torch.autograd.grad(reference.kernel_sums(own, dom, own, dom, 2, gammas_of(3), 0), own, dK)
+    assert (got - want).abs().max() <= 1e-12 * want.abs().max() + 1e-13
+    assert torch.equal(x, before) and x._version == version
+
+
+def test_gradients_may_come_in_transposed(backend):
+    x, y, dx, dy = leaf(randn(1, 6, 3)), leaf(randn(1, 8, 3, seed=1)), labels(2, 4), labels(5, 3)
+    dK = randn(1, 2, 2, seed=2).mT
+    for a, b in zip(
+        torch.autograd.grad(kernel_sums(x, dx, y, dy, 2, gammas_of(1), impl="cpu"), (x, y), dK),
+        torch.autograd.grad(kernel_sums(x, dx, y, dy, 2, gammas_of(1), impl="reference"), (x, y), dK),
+        strict=True,
+    ):
+        close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_are_the_references(reduction, backend):
+    x, dom = leaf(randn(6, 3)), labels(3, 3)
+    loss = mmd(x, dom, kernel=[0.2], reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="create_graph.*reference"):
+        torch.autograd.grad(loss, x, create_graph=True)
+    assert gradgradcheck(lambda x: mmd(x, dom, kernel=[0.2], reduction=reduction, impl="reference").sum(), [x])
+
+
+def test_two_backward_passes_of_one_loss(backend):
+    x, dom = leaf(randn(8, 3)), labels(3, 5)
+    loss = mmd(x, dom)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_no_gradient_is_computed_where_none_is_asked_for(backend):
+    x, dom = randn(8, 3), labels(3, 5)
+    assert not mmd(x, dom).requires_grad
+    with torch.no_grad():
+        assert torch.equal(mmd(leaf(x), dom), mmd(x, dom))
+    torch.testing.assert_close(mmd(leaf(x), dom).detach(), mmd(x, dom), rtol=1e-14, atol=0)
+
+
+def test_checkpointing_recomputes_the_same_gradient(backend):
+    x, dom = leaf(randn(8, 3)), labels(3, 5)
+    want = torch.autograd.grad(mmd(x.tanh(), dom), x)[0]
+    for reentrant in (False, True):
+        loss = torch.utils.checkpoint.checkpoint(lambda x: mmd(x.tanh(), dom), x, use_reentrant=reentrant)
+        loss.backward()
+        close(x.grad, want)
+        x.grad = None
+
+
+# ---- the same twice, and on any number of threads -----------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_results_repeat_bit_for_bit(dtype, backend, panels):
+    dom = labels(60, 30, 75)
+    x = leaf(randn(2, 165, 20, dtype=dtype))
+
+    def run():
+        loss = mmd(x, dom, kernel="domainbed")
+        return loss, torch.autograd.grad(loss, x)[0], mmd(x, dom, reduction="none")
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_the_loss_is_the_same_on_any_number_of_threads(threads, panels):
+    # The matrix products are the library's, which may sum in another order on more threads: rounding, no more.
+    dom, x = labels(60, 30, 75), leaf(randn(2, 165, 20))
+    found = []
+    for n in (1, 2, 3):
+        threads(n)
+        loss = mmd(x, dom, kernel="domainbed")
+        found.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-13, atol=0)
+        close(gradient, found[0][1], 1e-13)
+
+
+class _InWorker(torch.utils.data.Dataset):
+    """Threads that torch has in the worker, and the MMD of each item's samples computed there."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        loss = mmd(randn(80, 6, seed=i), labels(40, 40))
+        # Linux counts the threads of this process: the worker's own, and those the loader brings.
+        tasks = len(os.listdir("/proc/self/task")) if torch.get_num_threads() == 1 else -1
+        return torch.get_num_threads(), tasks, loss
+
+
+def test_a_data_loaders_worker_computes_on_one_thread(threads):
+    threads(2)
+    want = [mmd(randn(80, 6, seed=i), labels(40, 40)) for i in range(2)]  # with a parallel region before the fork
+    found = list(DataLoader(_InWorker(), batch_size=None, num_workers=1))
+    for (n, tasks, loss), expected in zip(found, want, strict=True):
+        assert n == 1
+        assert tasks <= 3, f"{tasks} threads in a worker that was given one"
+        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest storage that any operation inside returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_nothing_of_n_times_n_is_allocated(impl, monkeypatch):
+    N, D, limit = 1500, 4, 2**17
+    monkeypatch.setattr(module, "WORKSPACE", limit)
+    monkeypatch.setattr(reference, "BLOCK", limit)
+    x, dom = leaf(randn(N, D, dtype=F32)), torch.arange(N) % 3
+    saved = []
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = mmd(x, dom, kernel="domainbed", impl=impl)
+        held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
+        del saved[:]
+        loss.backward()
+    assert largest.elements <= limit < N * N / 8
+    assert sum(held.values()) <= 40 * x.numel() * 4, "saved for the backward pass"
+
+
+# ---- the blocked reference ----------------------------------------------------------------------
+
+
+def reference_results(x, y, offset, second):
+    S, dom_x, dom_y = 2, torch.arange(x.shape[1]) % 2, torch.arange(y.shape[1]) % 2
+    a = leaf(x)
+    b = a if offset == "itself" else leaf(y)
+    K = reference.kernel_sums(a, dom_x, b, dom_x if b is a else dom_y, S, gammas_of(2), 0 if b is a else offset)
+    leaves = [a] if b is a else [a, b]
+    grads = torch.autograd.grad((K * randn(2, S, S, seed=5)).sum(), leaves, create_graph=second)
+    found = [K, *grads]
+    if second:
+        found += torch.autograd.grad(sum((g * g).sum() for g in grads), leaves)
+    return found
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("offset", ["itself", None, 2])
+@pytest.mark.parametrize("block", [1, 2 * 13 * 4, 2 * 13 * 10])
+def test_blocks_of_the_reference_change_nothing(block, offset, second, monkeypatch):
+    x, y = randn(2, 11, 3), randn(2, 13, 3, seed=1)
+    if offset == 2:
+        x = y[:, 2:13]
+    want = reference_results(x, y, offset, second)
+    monkeypatch.setattr(reference, "BLOCK", block)
+    for i, (a, b) in enumerate(zip(reference_results(x, y, offset, second), want, strict=True)):
+        close(a, b, what=f"result {i}")
+
+
+def test_blocks_of_the_reference_without_gradients(monkeypatch):
+    x, dom = randn(2, 11, 3), labels(5, 6)
+    want = reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0)
+    monkeypatch.setattr(reference, "BLOCK", 1)
+    with torch.no_grad():
+        close(reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0), want)
+    close(reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0), want)
+
+
+def test_blocks_of_the_reference_pass_gradcheck(monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK", 1)
+    x, dom = leaf(randn(1, 5, 2)), labels(2, 3)
+    assert gradgradcheck(lambda x: reference.kernel_sums(x, dom, x, dom, 2, gammas_of(1), 0), [x])

@@ -1,0 +1,50 @@
+"""`mmd(..., group=)`: processes with their own rows give one process's loss and, after DDP's mean, its gradients."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from mmd_ranks import batch, build, loss_of, mmd_on_rank
+
+import fastheads
+
+CASES = {
+    2: [
+        dict(kernel="adaptive", sizes=[9, 9], reduction="mean", impl="auto"),
+        dict(kernel="domainbed", sizes=[4, 11], reduction="mean", impl="auto"),
+        dict(kernel="dan", sizes=[7, 9], reduction="none", impl="auto"),
+        dict(kernel="adaptive", sizes=[12, 6], reduction="mean", impl="reference"),
+        dict(kernel="domainbed", sizes=[0, 12], reduction="none", impl="reference"),
+    ],
+    4: [dict(kernel="adaptive", sizes=[8, 3, 6, 7], reduction="mean", impl="auto")],
+}
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", CASES)
+def test_processes_give_one_process_loss_and_gradients(world, tmp_path):
+    mp.spawn(mmd_on_rank, args=(world, _free_port(), CASES[world], tmp_path), nprocs=world)
+    for i, case in enumerate(CASES[world]):
+        model = build()
+        x, domains, _ = batch(case)
+        loss = loss_of(model(x), domains, case)
+        loss.backward()
+        largest = max(float(p.grad.abs().max()) for p in model.parameters())
+        for rank in range(world):
+            found = torch.load(tmp_path / f"{i}-{rank}.pt")
+            torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-12, atol=1e-12, msg=str(case))
+            for grad, p in zip(found["grads"], model.parameters(), strict=True):
+                # float64 sums in another order: far inside the 1e-6 of the largest that users are promised
+                assert (grad - p.grad).abs().max() <= 1e-10 * largest, case
+
+
+def test_a_group_needs_an_initialised_process_group():
+    with pytest.raises(ValueError, match="group.*init_process_group"):
+        fastheads.mmd(torch.randn(6, 4), torch.arange(6) % 2, group=object())
