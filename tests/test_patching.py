@@ -752,7 +752,8 @@ def test_capture_follows_the_forward_passes():
             features(model, batch=3, seed=2)
     features(model, batch=5)  # outside: not recorded
     assert both.features.shape == (2, 5, 4, 16)
-    assert torch.equal(both.features, torch.cat((first.features, second.features), 1))
+    # close, not equal: a matmul of PyTorch's may round a row differently with where the storage happens to lie
+    torch.testing.assert_close(both.features, torch.cat((first.features, second.features), 1))
 
 
 def test_capture_errors():

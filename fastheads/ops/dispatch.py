@@ -185,13 +185,16 @@ def _choose(impl: str, problem: Problem) -> Choice:
 _remembered = functools.lru_cache(maxsize=1024)(_choose)
 
 
-@torch.compiler.assume_constant_result
 def _triton_reasons(device: str) -> list[str]:
     if not HAS_TRITON:
         return ["needs Triton, which is not installed"]
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return ["needs compute capability 8.0 (A100) or newer"]
     return []
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo and with it Triton: 5 s at import.
+_triton_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _short(dtype: torch.dtype) -> str:
