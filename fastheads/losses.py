@@ -18,6 +18,11 @@ from fastheads.samples import Rows, bandwidths, gather_rows
 ESTIMATORS = {"domainbed": "biased", "adaptive": "unbiased", "dan": "biased"}
 
 
+def _looked_at(values: Tensor) -> bool:
+    """Whether values are checked: on a GPU that would wait for it, in a compiled graph there are none yet."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_kernel(kernel: object) -> None:
     if isinstance(kernel, str):
         if kernel not in ESTIMATORS:
@@ -29,14 +34,14 @@ def _check_kernel(kernel: object) -> None:
             raise ValueError(
                 f"kernel: got a {kernel.dtype} tensor of shape {tuple(kernel.shape)}; takes gammas, floats [U]"
             )
-        values = kernel.tolist() if kernel.device.type == "cpu" else []
+        values = kernel.tolist() if _looked_at(kernel) else []
     elif isinstance(kernel, Sequence) and all(isinstance(g, (int, float)) for g in kernel):
         values = list(kernel)
         if not values:
             raise ValueError("kernel: got no gammas; takes at least one")
     else:
         raise TypeError(f"kernel: got {kernel!r}; takes {', '.join(map(repr, ESTIMATORS))}, or a sequence of gammas")
-    if any(not math.isfinite(g) or g <= 0 for g in values):
+    if not all(0 < g < math.inf for g in values):
         raise ValueError(f"kernel: got gammas {values}; takes finite bandwidths > 0")
 
 
@@ -63,10 +68,10 @@ def _check_samples(features: Tensor, domains: Tensor, num_domains: int | None) -
 
 
 def _number_of_domains(domains: Tensor, num_domains: int | None) -> int:
-    """S, and that the ids are in 0 … S-1 (on the CPU)."""
+    """S, and that the ids are in 0 … S-1 (where `_looked_at`)."""
     if num_domains is None:
         num_domains = max(1, int(domains.max()) + 1) if domains.numel() else 1
-    if domains.device.type == "cpu" and domains.numel():
+    if _looked_at(domains) and domains.numel():
         low, high = int(domains.min()), int(domains.max())
         if low < 0 or high >= num_domains:
             raise ValueError(f"domains: got ids from {low} to {high}; takes 0 … {num_domains - 1} (num_domains − 1)")
@@ -84,7 +89,7 @@ def _check_pair_weights(pair_weights: Tensor | None, reduction: str, num_domains
         raise ValueError(
             'pair_weights: are constants of reduction="mean"; weight the pairs of reduction="none" yourself'
         )
-    if pair_weights.device.type == "cpu":
+    if _looked_at(pair_weights):
         fit = (pair_weights >= 0) & (pair_weights < math.inf) & (pair_weights == pair_weights.mT)
         if not bool(fit.all()):
             raise ValueError("pair_weights: takes symmetric, finite weights ≥ 0")
@@ -123,7 +128,7 @@ def mmd(
         impl: `"auto"`, `"cpu"` (one sweep, memory O(N·D)) or `"reference"`, which alone has a second derivative.
 
     Raises ValueError or TypeError naming the argument. Values of domain ids and one-sample domains (an error for
-    `"unbiased"`) are checked on the CPU only. Source: the conventions of DomainBed, TLlib and DAN.
+    `"unbiased"`) are checked on the CPU only, and not inside `torch.compile`. Source: the conventions of DomainBed, TLlib and DAN.
     """
     return _mmd(features, domains, None, num_domains, kernel, estimator, reduction, pair_weights, group, impl)
 
@@ -159,7 +164,7 @@ def _mmd(
     num_domains = _number_of_domains(rows.all_domains, num_domains)
     _check_pair_weights(pair_weights, reduction, num_domains)
     counts = torch.nn.functional.one_hot(rows.all_domains, num_domains).sum(0)
-    if estimator == "unbiased" and counts.device.type == "cpu" and bool((counts == 1).any()):
+    if estimator == "unbiased" and _looked_at(counts) and bool((counts == 1).any()):
         alone = (counts == 1).nonzero().flatten().tolist()
         raise ValueError(f"domains: {alone} have one sample each; the unbiased estimator needs two, biased takes one")
     if not rows.all_domains.numel():

@@ -8,7 +8,6 @@ from fastheads.ops import native
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 GAMMAS = (0.02, 0.3, 1.5)
 PANELS = (2**22, 64)  # WORKSPACE: all in one panel, and panels of 64 rows, the fewest there are
-known_defect = pytest.mark.xfail(strict=True, reason="a defect of fastheads/ops/mmd.py or losses.py, not yet mended")
 needs_library = pytest.mark.skipif(native.library() is None, reason="csrc/ was not built: no C++ compiler at install")
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from mmd_cases import BF16, F32, F64, close, gammas_of, known_defect, leaf
+from mmd_cases import BF16, F32, F64, close, gammas_of, leaf
 from test_mmd import labels, randn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +38,6 @@ def test_opcheck(backend):
     torch.library.opcheck(fused, (x, dx, y.detach(), dy, 2, gammas, chain, coeff, None, True, "cpu"))
 
 
-@known_defect
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kernel, reduction", [("adaptive", "mean"), ("domainbed", "none"), ((0.1, 0.5), "mean")])
 def test_compiles_in_one_graph(kernel, reduction, dynamic):
@@ -55,7 +54,6 @@ def test_compiles_in_one_graph(kernel, reduction, dynamic):
         close(*(torch.autograd.grad(v, x)[0] for v in (got, want)))
 
 
-@known_defect
 @pytest.mark.slow
 def test_compiles_with_the_default_backend():
     compiled = torch.compile(lambda x, dom: mmd(x, dom, num_domains=3), fullgraph=True)
