@@ -128,7 +128,8 @@ def mmd(
         impl: `"auto"`, `"cpu"` (one sweep, memory O(N·D)) or `"reference"`, which alone has a second derivative.
 
     Raises ValueError or TypeError naming the argument. Values of domain ids and one-sample domains (an error for
-    `"unbiased"`) are checked on the CPU only, and not inside `torch.compile`. Source: the conventions of DomainBed, TLlib and DAN.
+    `"unbiased"`) are checked on the CPU only, and not inside `torch.compile`. Source: the conventions of DomainBed,
+    TLlib and DAN.
     """
     return _mmd(features, domains, None, num_domains, kernel, estimator, reduction, pair_weights, group, impl)
 
