@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int64_t kChunk = 256; // columns at a time: their distances, exponentials and sums stay in the first cache
+constexpr int64_t kVector = 16; // the most floats that one instruction takes
 
 // exp(x) for x <= 0, without a branch, so that a loop of it becomes vector code: 2^n times a polynomial on ± ln(2) / 2.
 // Under exp(-80), and in float64 exp(-700), it is 0: that adds nothing to a sum of kernels, and subnormal numbers, which
@@ -80,60 +81,74 @@ template <class T> struct Row {
     double *sums;   // [num_domains]
 };
 
-// One row: sums per segment, and its weights in place of its inner products.
+// One row: sums per segment, and its weights in place of its inner products. The kernels don't ask which domain a column
+// is of, so that small domains fill vectors as well; the last chunk is filled up to whole vectors, with distances of 0.
 template <class T> FASTHEADS_INLINE void run_row(const Row<T> &row) {
-    T d2[kChunk], e[kChunk], k[kChunk], w[kChunk];
-    for (int64_t s = 0; s < row.num_domains; ++s) {
-        double sum = 0.0;
-        const T factor = row.coeff ? row.coeff[s] : T(0);
-        for (int64_t start = row.segments[s]; start < row.segments[s + 1]; start += kChunk) {
-            const int64_t left = row.segments[s + 1] - start;
-            const int64_t n = left < kChunk ? left : kChunk;
-            T *g = row.g + start;
-            const T *y2 = row.y2 + start;
-            const T x2 = row.x2;
+    alignas(64) T d2[kChunk], e[kChunk], k[kChunk], w[kChunk];
+    const int64_t columns = row.segments[row.num_domains];
+    for (int64_t s = 0; s < row.num_domains; ++s) row.sums[s] = 0.0;
+    int64_t domain = 0; // of the column reached
+    for (int64_t start = 0; start < columns; start += kChunk) {
+        const int64_t left = columns - start;
+        const int64_t n = left < kChunk ? left : kChunk;
+        const int64_t filled = (n + kVector - 1) / kVector * kVector;
+        T *g = row.g + start;
+        const T *y2 = row.y2 + start;
+        const T x2 = row.x2;
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) {
-                const T d = x2 + y2[j] - T(2) * g[j];
-                d2[j] = d < T(0) ? T(0) : d; // this way round a NaN stays one
-                k[j] = T(0);
-                w[j] = T(0);
-            }
-            const int64_t self = row.self - start;
-            const bool here = self >= 0 && self < n;
-            if (here) d2[self] = T(0);
-            for (int64_t u = 0; u < row.kernels; ++u) {
-                const T gamma = row.gammas[u];
-                if (row.powers[u] == 2) {
+        for (int64_t j = 0; j < n; ++j) {
+            const T d = x2 + y2[j] - T(2) * g[j];
+            d2[j] = d < T(0) ? T(0) : d; // this way round a NaN stays one
+        }
+        for (int64_t j = n; j < filled; ++j) d2[j] = T(0);
+        const int64_t self = row.self - start;
+        const bool here = self >= 0 && self < n;
+        if (here) d2[self] = T(0);
+        for (int64_t u = 0; u < row.kernels; ++u) {
+            const T gamma = row.gammas[u];
+            if (row.powers[u] == 2) {
 #pragma omp simd
-                    for (int64_t j = 0; j < n; ++j) e[j] *= e[j];
-                } else if (row.powers[u] == 10) {
+                for (int64_t j = 0; j < filled; ++j) e[j] *= e[j];
+            } else if (row.powers[u] == 10) {
 #pragma omp simd
-                    for (int64_t j = 0; j < n; ++j) {
-                        const T e2 = e[j] * e[j], e4 = e2 * e2;
-                        e[j] = e4 * e4 * e2;
-                    }
-                } else {
-#pragma omp simd
-                    for (int64_t j = 0; j < n; ++j) e[j] = exp_of(-gamma * d2[j]);
+                for (int64_t j = 0; j < filled; ++j) {
+                    const T e2 = e[j] * e[j], e4 = e2 * e2;
+                    e[j] = e4 * e4 * e2;
                 }
+            } else {
 #pragma omp simd
-                for (int64_t j = 0; j < n; ++j) {
+                for (int64_t j = 0; j < filled; ++j) e[j] = exp_of(-gamma * d2[j]);
+            }
+            if (u == 0) {
+#pragma omp simd
+                for (int64_t j = 0; j < filled; ++j) {
+                    k[j] = e[j];
+                    w[j] = gamma * e[j];
+                }
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < filled; ++j) {
                     k[j] += e[j];
                     w[j] += gamma * e[j];
                 }
             }
+        }
+        for (int64_t from = 0; from < n; ++domain) {
+            const int64_t end = row.segments[domain + 1] - start;
+            const int64_t to = end < n ? end : n;
             T part = T(0);
 #pragma omp simd reduction(+ : part)
-            for (int64_t j = 0; j < n; ++j) part += k[j];
-            sum += static_cast<double>(part);
+            for (int64_t j = from; j < to; ++j) part += k[j];
+            row.sums[domain] += static_cast<double>(part);
             if (row.coeff) {
+                const T factor = row.coeff[domain];
 #pragma omp simd
-                for (int64_t j = 0; j < n; ++j) g[j] = factor * w[j];
-                if (here) g[self] = T(0);
+                for (int64_t j = from; j < to; ++j) g[j] = factor * w[j];
             }
+            from = to;
+            if (end > n) break; // the domain goes on in the next chunk
         }
-        row.sums[s] = sum;
+        if (row.coeff && here) g[self] = T(0);
     }
 }
 

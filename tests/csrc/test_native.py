@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -116,6 +117,20 @@ def test_each_instruction_set_computes_the_formula(isa, dtype, tolerance, coeff)
         size = np.abs(weights).max()
         np.testing.assert_allclose(p["gram"][..., :C], weights, rtol=0, atol=tolerance * size)
     assert np.array_equal(p["gram"][..., C:], beyond), "columns beyond the tile were written"
+
+
+@needs_library
+@pytest.mark.parametrize("ends", [[0, 0], [255, 256], [256, 257], [1, 2], [300, 300], [0, 300], [100, 256]], ids=str)
+def test_domains_end_where_they_like(isa, ends):
+    """In the middle of a vector, of a chunk of 256 columns, at its edge, or nowhere at all."""
+    p = problem(S=3)
+    p["segments"] = np.array([0, *ends, 300], dtype=np.int64)
+    sums, weights = expected(p)
+    p["powers"][:] = 0
+    assert call(p) == 0
+    np.testing.assert_allclose(p["sums"], sums, rtol=3e-6, atol=0)
+    size = np.abs(weights).max()
+    np.testing.assert_allclose(p["gram"][..., :300], weights, rtol=0, atol=3e-6 * size)
 
 
 @needs_library
@@ -288,6 +303,20 @@ def test_compiles_in_seconds_and_without_a_warning(compiler, tmp_path):
     done = run(compiler, *flags(), *STRICT, "-fPIC", "-shared", *SOURCES, "-o", tmp_path / "lib.so")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert time.monotonic() - started < 60  # two seconds of an idle core
+
+
+@pytest.mark.slow
+def test_exponentials_become_vector_code(tmp_path):
+    """Each instruction set's own width: computed one at a time, they cost six times as much, and no number shows it."""
+    if "g++" not in COMPILERS:
+        pytest.skip("no g++ on this machine, whose report this reads")
+    done = run("g++", *flags(), "-fopt-info-vec-optimized", "-c", *SOURCES, "-o", tmp_path / "mmd.o")
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the widths are those of x86")
+    lines = Path(SOURCES[0]).read_text(encoding="utf-8").splitlines()
+    (at,) = (i for i, line in enumerate(lines, 1) if "e[j] = exp_of(" in line)
+    found = set(re.findall(rf"mmd\.cpp:{at}:.*vectorized using (\d+) byte", done.stderr))
+    assert {"16", "32", "64"} <= found, f"line {at}: {found}"
 
 
 @pytest.mark.slow
