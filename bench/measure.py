@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from bench.chips import Chip
-from bench.memory import held_bytes
+from bench.memory import held_bytes, peak_bytes
 from bench.passes import PATHS
 from bench.roofline import cost
-from bench.timing import compare, peak_bytes
+from bench.timing import compare
 from bench.variants import SETTINGS, VARIANTS, Setting, Step, UnavailableError, build, module_step, tower_step
 
 Say = Callable[[str], None]

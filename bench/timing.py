@@ -51,15 +51,3 @@ def _summary(samples: list[float]) -> dict[str, float]:
         "min": min(samples),
         "samples": len(samples),
     }
-
-
-def peak_bytes(run: Callable[[], Any], device: str) -> int | None:
-    """The most memory allocated while `run` runs, beyond what was before; None where the device doesn't count it."""
-    if device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

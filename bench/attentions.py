@@ -1,0 +1,264 @@
+"""Attention modules to be measured against, written from their definitions; each stands in OpenCLIP's block as its own.
+
+Four mathematics are among them:
+
+- `frozen`, `full`: the model's attention, its weights frozen or trained.
+- `ha-lora`: a low-rank delta of its own for each head's query and value, and a gate per head. What fastheads computes.
+- `lora qkvo`: plain LoRA on the input and the output projection, which is what PEFT documents for this module.
+- `lora qv`: plain LoRA on the query and the value projection, which is what CLIP-LoRA offers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastheads import reference
+from fastheads.reference import softmax_gate
+
+PARTS = (0, 2)  # q and v
+MATHS = ("frozen", "full", "ha-lora", "lora qkvo", "lora qv")
+
+
+def adapters(maths: str, width: int, heads: int, rank: int, layer: int) -> dict[str, Tensor]:
+    """The trained numbers of one layer, float32 on the CPU, the same at every call and for every contender.
+
+    ha-lora: lora_A `[2, H, r, D]`, lora_B `[2, H, dh, r]`, theta `[H]`. lora qkvo: in_A, out_A `[r, D]`,
+    in_B `[3D, r]`, out_B `[D, r]`. lora qv: lora_A `[2, r, D]`, lora_B `[2, D, r]`.
+    """
+    g = torch.Generator().manual_seed(1000 * rank + layer)
+
+    def down(*shape: int) -> Tensor:
+        return (torch.rand(*shape, rank, width, generator=g) * 2 - 1) * width**-0.5
+
+    def up(*shape: int) -> Tensor:
+        return 0.02 * torch.randn(*shape, rank, generator=g)
+
+    if maths == "ha-lora":
+        theta = 0.1 * torch.randn(heads, generator=g)
+        return {"lora_A": down(2, heads), "lora_B": up(2, heads, width // heads), "theta": theta}
+    if maths == "lora qkvo":
+        return {"in_A": down(), "in_B": up(3 * width), "out_A": down(), "out_B": up(width)}
+    if maths == "lora qv":
+        return {"lora_A": down(2), "lora_B": up(2, width)}
+    return {}
+
+
+class Attention(nn.Module):
+    """A layer's attention by plain PyTorch, called as OpenCLIP 3.3 calls it; its weights are the original module's."""
+
+    maths = "frozen"
+
+    def __init__(self, original: Any, rank: int, layer: int) -> None:
+        super().__init__()
+        self.num_heads, self.rank, width = original.num_heads, rank, original.embed_dim
+        self.in_proj_weight, self.in_proj_bias = original.in_proj_weight, original.in_proj_bias
+        self.out_proj = original.out_proj
+        weight = self.in_proj_weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        for name, value in adapters(self.maths, width, self.num_heads, rank, layer).items():
+            self.register_parameter(name, nn.Parameter(value.to(weight.device, dtype)))
+
+    def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return self.out_proj(self.heads(query)), None
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Heads `[B, N, D]`, concatenated, of x `[B, N, D]`."""
+        q, k, v = self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def split(self, y: Tensor) -> list[Tensor]:
+        """q, k, v, each `[B, H, N, dh]`, views of `[B, N, 3D]`."""
+        B, N, _ = y.shape
+        return [p.transpose(1, 2) for p in y.view(B, N, 3, self.num_heads, -1).unbind(2)]
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+# ------------------------------------------------------------------------------------------------------- HA-LoRA
+
+
+class HeadLora(Attention):
+    maths = "ha-lora"
+    lora_A: Tensor
+    lora_B: Tensor
+    theta: Tensor
+
+    def gated(self, o: Tensor) -> Tensor:
+        """`[B, H, N, dh]`, each head times its gate, as `[B, N, D]`."""
+        o = o * softmax_gate(self.theta).to(o.dtype).view(1, -1, 1, 1)
+        return o.transpose(1, 2).flatten(2)
+
+
+class Plain(HeadLora):
+    """As one writes it in PyTorch: projection, the low-rank path beside it, SDPA, gate."""
+
+    def heads(self, x: Tensor) -> Tensor:
+        each = self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))
+        dtype = each[0].dtype
+        for t, part in enumerate(PARTS):
+            low = torch.einsum("bnd,hrd->bhnr", x, self.lora_A[t].to(dtype))
+            each[part] = each[part] + 1.0 * (low @ self.lora_B[t].to(dtype).mT)
+        return self.gated(self.attend(*each))
+
+
+class XFormers(Plain):
+    """`Plain` with xformers' memory_efficient_attention, which wants `[B, N, H, dh]`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+class Reference(HeadLora):
+    """The formula in `fastheads.reference`; in float64 what all others are held to."""
+
+    def heads(self, x: Tensor) -> Tensor:
+        tensors = (x, self.in_proj_weight, self.in_proj_bias, self.lora_A, self.lora_B)
+        return reference.head_attention(*tensors, num_heads=self.num_heads, gate=softmax_gate(self.theta)).o
+
+
+class Compiled(Reference):
+    """torch.compile of the reference."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.compiled = torch.compile(super().heads, fullgraph=True)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return self.compiled(x)
+
+
+class Merged(HeadLora):
+    """W + s·B A formed under autograd, in float32, rounded once; then the stock projection, with a dense dW."""
+
+    def heads(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            for_q, for_v = torch.einsum("thdr,thrk->thdk", self.lora_B, self.lora_A).flatten(1, 2).unbind(0)
+            weight = self.in_proj_weight + torch.cat((for_q, torch.zeros_like(for_q), for_v))
+        bias = None if self.in_proj_bias is None else self.in_proj_bias.to(dtype)
+        return self.gated(self.attend(*self.split(F.linear(x, weight.to(dtype), bias))))
+
+
+class _Factored(torch.autograd.Function):
+    """y = x Wᵀ + b, then y_q += T_q B_qᵀ and y_v += T_v B_vᵀ in place; T = x Aᵀ.
+
+    U = dY_q B_q, dY_v B_v;  dA = Uᵀ x;  dB = dYᵀ T (its diagonal blocks are the heads');  dX = dY W, += U A in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, up: Tensor) -> Tensor:
+        """x `[M, D]`; a `[T, H·r, D]`, up `[T, D, H·r]` block-diagonal, both in x's dtype."""
+        D = w.shape[1]
+        y = F.linear(x, w, bias)
+        low = F.linear(x, a.flatten(0, 1)).unflatten(1, a.shape[:2])
+        for t, part in enumerate(PARTS):
+            y[:, part * D : (part + 1) * D].addmm_(low[:, t], up[t].T)
+        ctx.save_for_backward(x, w, a, up, low)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, a, up, low = ctx.saved_tensors
+        dy, D = grads[0], w.shape[1]
+        dx = dy @ w
+        da, dup = torch.empty_like(a), torch.empty_like(up)
+        for t, part in enumerate(PARTS):
+            d = dy[:, part * D : (part + 1) * D]
+            u = d @ up[t]
+            torch.mm(u.T, x, out=da[t])
+            torch.mm(d.T, low[:, t], out=dup[t])
+            dx.addmm_(u, a[t])
+        return dx, None, None, da, dup
+
+
+class Factored(HeadLora):
+    """The deltas factored through cuBLAS in one autograd.Function with in-place products, in unsloth's way."""
+
+    def heads(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        dtype, (T, H, dh, r) = self.compute_dtype(x), self.lora_B.shape
+        diagonal = torch.eye(H, device=x.device).view(1, H, 1, H, 1)
+        up = (self.lora_B.unsqueeze(3) * diagonal).reshape(T, H * dh, H * r).to(dtype)
+        bias = None if self.in_proj_bias is None else self.in_proj_bias.to(dtype)
+        flat = x.to(dtype).reshape(B * N, D)
+        with torch.autocast(x.device.type, enabled=False):
+            y = _Factored.apply(flat, self.in_proj_weight.to(dtype), bias, self.lora_A.flatten(1, 2).to(dtype), up)
+        return self.gated(self.attend(*self.split(y.view(B, N, 3 * D))))
+
+
+# ---------------------------------------------------------------------------------------------------- plain LoRA
+
+
+class LoraQKVO(Attention):
+    """y = (W + B A) x for the input and the output projection."""
+
+    maths = "lora qkvo"
+    in_A: Tensor
+    in_B: Tensor
+    out_A: Tensor
+    out_B: Tensor
+
+    def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        y = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        y = y + F.linear(F.linear(query, self.in_A.to(y.dtype)), self.in_B.to(y.dtype))
+        o = self.attend(*self.split(y)).transpose(1, 2).flatten(2)
+        return self.out_proj(o) + F.linear(F.linear(o, self.out_A.to(o.dtype)), self.out_B.to(o.dtype)), None
+
+
+class LoraQV(Attention):
+    """y = (W + B A) x for the query and the value projection."""
+
+    maths = "lora qv"
+    lora_A: Tensor
+    lora_B: Tensor
+
+    def heads(self, x: Tensor) -> Tensor:
+        each = list(F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
+        for t, part in enumerate(PARTS):
+            low = F.linear(x, self.lora_A[t].to(each[part].dtype))
+            each[part] = each[part] + F.linear(low, self.lora_B[t].to(low.dtype))
+        return self.attend(*self.split(torch.cat(each, -1))).transpose(1, 2).flatten(2)
+
+
+class ClipLora(LoraQV):
+    """CLIP-LoRA's way without dropout (loralib/layers.py, LinearLoRA): the delta is added to the weight before the
+    product and taken from it again, past autograd, before the backward pass reads it. A product per projection.
+    """
+
+    def heads(self, x: Tensor) -> Tensor:
+        D = x.shape[-1]
+        each = []
+        for part in range(3):
+            weight = self.in_proj_weight[part * D : (part + 1) * D]
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[part * D : (part + 1) * D]
+            if part not in PARTS:
+                each.append(F.linear(x, weight, bias))
+                continue
+            t = PARTS.index(part)
+            weight = weight.detach() + self.lora_B[t] @ self.lora_A[t]
+            each.append(F.linear(x, weight.to(self.in_proj_weight.dtype), bias))
+            with torch.no_grad():
+                weight.data -= self.lora_B[t] @ self.lora_A[t]
+        B, N, _ = x.shape
+        q, k, v = (y.view(B, N, self.num_heads, -1).transpose(1, 2) for y in each)
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+PLAIN: dict[str, type[Attention]] = {
+    "frozen": Attention,
+    "full": Attention,
+    "ha-lora": Plain,
+    "lora qkvo": LoraQKVO,
+    "lora qv": LoraQV,
+}
+EXACT: dict[str, type[Attention]] = {**PLAIN, "ha-lora": Reference}
