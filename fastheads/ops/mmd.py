@@ -18,7 +18,7 @@ from torch import Tensor
 from fastheads import reference
 from fastheads.ops import native
 from fastheads.ops.dispatch import HAS_TRITON, INTERPRETING
-from fastheads.reference import _autocast_off, _centred, _wide
+from fastheads.reference import _autocast_off, _wide
 
 WORKSPACE = 2**22  # elements of a panel: 16 MB in float32
 MMD_NAMES = ("triton", "cpu", "reference")
@@ -53,20 +53,27 @@ class _Samples(NamedTuple):
     itself: bool  # rows and columns are one sample set
 
 
+def _centre_(x: Tensor) -> Tensor:
+    """`reference._centred`, in place: x `[L, N, D]` minus its first row, minus the mean of that."""
+    if x.shape[1]:
+        x -= x[:, :1].clone()
+        x -= x.mean(1, keepdim=True)
+    return x
+
+
 def _samples(
     x: Tensor, dom_x: Tensor, y: Tensor | None, dom_y: Tensor | None, num_domains: int, row_offset: int | None
 ) -> _Samples:
     n = x.shape[1]
-    itself = y is None or dom_y is None
     order_x = torch.argsort(dom_x, stable=True)
+    itself = y is None or dom_y is None
     if y is None or dom_y is None:
-        rows = columns = _centred(_wide(x))[:, order_x].contiguous()
-        order_y, dom_y = order_x, dom_x
-        self = torch.arange(n, device=x.device)
+        rows = columns = _centre_(_wide(x).index_select(1, order_x))
+        dom_y, self = dom_x, torch.arange(n, device=x.device)
     else:
-        both = _centred(torch.cat((_wide(x), _wide(y)), 1))
+        both = _centre_(torch.cat((_wide(x), _wide(y)), 1))
         order_y = torch.argsort(dom_y, stable=True)
-        rows, columns = both[:, :n][:, order_x].contiguous(), both[:, n:][:, order_y].contiguous()
+        rows, columns = both[:, :n].index_select(1, order_x), both[:, n:].index_select(1, order_y)
         at = torch.empty_like(order_y)
         at[order_y] = torch.arange(len(order_y), device=x.device)
         self = torch.full_like(order_x, -1)
@@ -169,7 +176,8 @@ def _sweep_triton(
     """K `[L, S, S]` float64 and, with coeff, dx: panels as in `_sweep`, their inner products in the same launch."""
     from fastheads.kernels.mmd import mmd_tile
 
-    x = _centred(_wide(x)).contiguous()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = _centre_(x.to(wide, copy=True, memory_format=torch.contiguous_format))
     L, N, _ = x.shape
     x2, gammas = x.square().sum(-1), gammas.to(x.dtype).contiguous()
     own = None if coeff is None else coeff.to(x.dtype).contiguous()
@@ -251,10 +259,10 @@ def _mmd_fused(
         samples = _samples(x, dom_x, y, dom_y, num_domains, row_offset)
         K, ordered = _sweep(samples, num_domains, gammas, powers, coeff if backward else None)
         wide = samples.rows.dtype
-        dx = x.new_empty(x.shape if backward else 0, dtype=wide if backward else x.dtype)
-        if ordered is not None:
-            dx[:, samples.row_order] = ordered
-        return K.to(wide), (coeff.double() * K).sum((-2, -1)).to(wide), dx
+        loss = (coeff.double() * K).sum((-2, -1)).to(wide)
+        if ordered is None:
+            return K.to(wide), loss, x.new_empty(0)
+        return K.to(wide), loss, ordered.index_select(1, samples.row_order.argsort())
 
 
 def _sums_shape(x: Tensor, num_domains: int) -> Tensor:
