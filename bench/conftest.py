@@ -141,7 +141,7 @@ def _row(benchmark: Any, found: Contest, group: Group, case: Any, contender: Con
 def _verdict(row: Row) -> str:
     if row.status == "not run":
         return f"not run: {row.why}"
-    return "right" if row.status == "ok" else f"WRONG: {row.why}"
+    return f"right, off by {row.error:.0e}" if row.status == "ok" else f"WRONG: {row.why}"
 
 
 def _cells(row: Row, words: str) -> list[str]:

@@ -19,7 +19,6 @@ from bench.records import Row
 
 FORWARD, BACKWARD, FLOOR = 2.0, 3.0, 1e-6  # the numerics rule of CONTRIBUTING.md
 SLOW_START = "compiles for a minute or more; in the full set (--full)"
-DRAWS = 3  # of inputs, over which plain PyTorch's error is taken: a gate's gradient is a dozen numbers
 
 
 class NotRunError(Exception):
@@ -79,7 +78,8 @@ class Group:
     """A question with its contenders.
 
     exact, plain: outputs of a case, of the mathematics of that name, in float64 and as plain PyTorch has them in the
-    case's own precision. cases: for a device, the quick or the full set. baseline: the contender of the ratios.
+    case's own precision, its error the largest over `draws` of inputs. cases: for a device, the quick or the full set.
+    baseline: the contender of the ratios.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Group:
     cases: Callable[[str, bool], Sequence[Any]]
     exact: Callable[[Any, str], dict[str, Tensor]]
     plain: Callable[[Any, str], dict[str, Tensor]]
+    draws: int = 3  # a gate's gradient is a dozen numbers, a loss is one
 
     def of(self, case: Any) -> list[Contender]:
         return [c for c in self.contenders if c.applies(case)]
@@ -152,7 +153,7 @@ class Judge:
         if (case, maths) not in self._known:
             first: dict[str, Tensor] = {}
             errors: dict[str, dict[str, float]] = {}
-            for draw in range(DRAWS):
+            for draw in range(self.group.draws):
                 exact = {k: v.detach().double().cpu() for k, v in self.group.exact(case.small(draw), maths).items()}
                 plain = self.group.plain(case.small(draw), maths)
                 first = first or exact
