@@ -179,10 +179,13 @@ def out_of_head(p_o, p_lse, p_gate, p_tokens, token, b, h, heads, rows, HEAD: tl
 def cls_of_block(p_cls, i_bh, i_block, blocks, HEAD: tl.constexpr, POOL: tl.constexpr):
     """Where a block of queries leaves the pooled token, or its part of the mean."""
     if POOL == "mean":
-        p_cls += (i_bh * blocks + i_block) * HEAD.dim
-    if POOL == "token":
-        p_cls += i_bh * HEAD.dim
-    return p_cls
+        p_block = p_cls + (i_bh * blocks + i_block) * HEAD.dim
+    elif POOL == "token":
+        p_block = p_cls + i_bh * HEAD.dim
+    else:
+        # Nowhere, and nobody reads it; a function that is compiled cannot return None.
+        p_block = i_bh
+    return p_block
 
 
 # ------------------------------------------------------------------------------------------------------ attention
