@@ -97,9 +97,10 @@ define make_venv
 	    || echo "No uv for this machine: pip installs, more slowly." >&2
 endef
 
-# $(call install,folder,arguments): with uv, several times faster than pip; with pip where it can't.
+# $(call install,folder,arguments): with uv, several times faster than pip; with pip where it can't. Bytecode at once, as
+# pip does: where PYTHONDONTWRITEBYTECODE is set, every process would compile torch's and open_clip's sources for itself.
 define install
-	{ test -x $(1)/bin/uv && $(1)/bin/uv pip install --python $(1)/bin/python $(2); } \
+	{ test -x $(1)/bin/uv && $(1)/bin/uv pip install --compile-bytecode --python $(1)/bin/python $(2); } \
 	    || $(1)/bin/python -m pip install $(2)
 endef
 

@@ -16,6 +16,34 @@ def train_on_rank(rank, world, port, base, problem, recipe, out):
     torch.save({n: p.detach() for n, p in trainable(base).items()}, out / f"rank{rank}.pt")
 
 
+def train_until_killed(root, out, kill):
+    """Trains on the folders under `root`; killed by the system at step `kill`, or else saves what it learned."""
+    import json
+    import signal
+
+    import open_clip
+
+    from fastheads.demo.pretrain import CONFIG, MODEL, register
+    from fastheads.train.data import clip_transforms, read_domains
+    from fastheads.train.evaluation import make_problem
+    from fastheads.train.loop import Recipe
+
+    def report(values):
+        if values["step"] == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    register()
+    torch.manual_seed(0)
+    base = open_clip.CLIP(**json.loads(CONFIG.read_text())).eval()
+    transforms = clip_transforms(32, (0.5,) * 3, (0.25,) * 3, flip=False)
+    tokenizer = open_clip.get_tokenizer(MODEL)
+    problem = make_problem(base, tokenizer, read_domains(root), "red", transforms, with_contexts=False)
+    recipe = Recipe(steps=7, per_domain=2, lr=5e-3, mmd_weight=0.1, evaluate_every=3, save_every=2)
+    fit(base, METHODS["hap"], problem, recipe, out=out, report=report)
+    torch.save({n: p.detach() for n, p in trainable(base).items()}, f"{out}/final.pt")
+
+
 def step_on_rank(rank, world, folder, wrap):
     """One training step of a patched model on this process's share of a batch, in DDP or FSDP2; rank 0 saves it."""
     import torch.distributed as dist

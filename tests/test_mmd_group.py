@@ -1,11 +1,9 @@
 """`mmd(..., group=)`: processes with their own rows give one process's loss and, after DDP's mean, its gradients."""
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from mmd_ranks import batch, build, loss_of, mmd_on_rank
+from processes import free_port, on_ranks
 
 import fastheads
 
@@ -21,16 +19,10 @@ CASES = {
 }
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world", CASES)
 def test_processes_give_one_process_loss_and_gradients(world, tmp_path):
-    mp.spawn(mmd_on_rank, args=(world, _free_port(), CASES[world], tmp_path), nprocs=world)
+    on_ranks(mmd_on_rank, world, world, free_port(), CASES[world], tmp_path)
     for i, case in enumerate(CASES[world]):
         model = build()
         x, domains, _ = batch(case)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from problems import DEVICE, DTYPES, GPU, close
+from processes import on_ranks
 from ranks import step_on_rank
 from standins import BOTH, TowerOf, custom, fill_adapters, images, patched, relative, seeded, texts
 from torch.utils.checkpoint import checkpoint
@@ -110,7 +111,7 @@ def test_a_step_on_two_processes_is_a_single_processs(wrap, tmp_path):
     for name, p in model.named_parameters():
         if p.requires_grad:
             expected |= {f"gradient {name}": p.grad, f"parameter {name}": p.detach()}
-    torch.multiprocessing.spawn(step_on_rank, (2, str(tmp_path), wrap), nprocs=2)
+    on_ranks(step_on_rank, 2, 2, str(tmp_path), wrap)
     assert_same(torch.load(tmp_path / "step.pt"), expected, 1e-5)
 
 

@@ -4,12 +4,11 @@ import copy
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
+from processes import start
+from ranks import train_until_killed
 
 import fastheads
 from fastheads.train.evaluation import Score, fit_probe, score
@@ -113,47 +112,18 @@ def test_a_stopped_run_resumes_to_the_same_weights(base, problem, tmp_path, meth
 
 
 def test_a_run_killed_by_the_system_resumes_to_the_same_weights(folders, tmp_path):
-    """SIGKILL in the middle of a step, in a process of its own; then the same command again."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent(
-            f"""
-            import json, os, signal, sys, torch, open_clip
-            torch.set_num_threads(1)
-            from fastheads.demo.pretrain import CONFIG, MODEL, register
-            from fastheads.train.data import clip_transforms, read_domains
-            from fastheads.train.evaluation import make_problem
-            from fastheads.train.loop import Recipe, fit, trainable
-            from fastheads.train.objectives import METHODS
-            register()
-            torch.manual_seed(0)
-            base = open_clip.CLIP(**json.loads(CONFIG.read_text())).eval()
-            transforms = clip_transforms(32, (0.5,) * 3, (0.25,) * 3, flip=False)
-            folders = read_domains({str(folders.root)!r})
-            tokenizer = open_clip.get_tokenizer(MODEL)
-            problem = make_problem(base, tokenizer, folders, "red", transforms, with_contexts=False)
-            recipe = Recipe(steps=7, per_domain=2, lr=5e-3, mmd_weight=0.1, evaluate_every=3, save_every=2)
-            out, kill = sys.argv[1], int(sys.argv[2])
-            def report(values):
-                if values["step"] == kill:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            fit(base, METHODS["hap"], problem, recipe, out=out, report=report)
-            torch.save({{n: p.detach() for n, p in trainable(base).items()}}, out + "/final.pt")
-            """
-        )
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """SIGKILL in the middle of a step, in a process of its own; then the same run again, in another."""
 
     def run(out, kill):
         (tmp_path / out).mkdir(exist_ok=True)
-        command = [sys.executable, str(script), str(tmp_path / out), str(kill)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+        process = start(train_until_killed, str(folders.root), str(tmp_path / out), kill)
+        process.join(250)
+        return process.exitcode
 
-    whole = run("whole", -1)
-    assert whole.returncode == 0, whole.stderr
-    assert run("killed", 5).returncode == -signal.SIGKILL
-    again = run("killed", -1)
-    assert again.returncode == 0, again.stderr
+    assert run("whole", -1) == 0
+    assert run("killed", 5) == -signal.SIGKILL
+    assert not (tmp_path / "killed/final.pt").exists()
+    assert run("killed", -1) == 0
     assert same(torch.load(tmp_path / "whole/final.pt"), torch.load(tmp_path / "killed/final.pt"))
 
 
