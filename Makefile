@@ -25,7 +25,7 @@ FOR_BENCH := -e '.[train,bench,test]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types format bench sanitize grid compile-report install-dev clean
+.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types format bench sanitize grid compile-check compile-report install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,9 @@ sanitize: ## csrc/ under the address and undefined-behaviour sanitizers
 
 grid: $(VENV)/.for-test ## the numerics tests over long random grids (GRID problems each; an hour or more on two cores)
 	OMP_NUM_THREADS=1 FASTHEADS_GRID=$(GRID) $(BIN)/pytest -n $(JOBS) --timeout=0 tests/ops/test_numerics.py $(ARGS)
+
+compile-check: $(VENV)/.for-test ## the default rows compiled for sm_80 and sm_90: no spills, shared memory, tensor cores
+	$(BIN)/python -m bench.compile_report --quick --check --jobs $(JOBS) $(ARGS)
 
 compile-report: $(VENV)/.for-test ## every kernel and tile row for sm_80 and sm_90, without a GPU (half an hour on two cores)
 	$(BIN)/python -m bench.compile_report --check --json bench/results/compile.json --doc docs/performance.md $(ARGS)
