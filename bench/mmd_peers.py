@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -109,8 +108,15 @@ def bytes_needed(name: str, samples: int, width: int, domains: int) -> int:
         kept = 5 if name == "TLlib" else 1  # differences [2n, 2n, D] that their squares' backward needs
         return 4 * kept * pairs * (2 * per_domain) ** 2 * width
     if name == "DomainBed":
-        return 4 * pairs * 3 * (len(DOMAINBED_GAMMAS) + 1) * per_domain**2
+        # three blocks a pair, of each its distances and exponentials, and in the backward pass as much again
+        return 4 * pairs * 3 * 2 * (len(DOMAINBED_GAMMAS) + 1) * per_domain**2
     return 0
+
+
+def _available() -> int:
+    """Bytes that a program can have without anything being pushed out; Linux."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def refusal(name: str, samples: int, width: int, domains: int, layers: int = 1) -> str:
@@ -119,7 +125,7 @@ def refusal(name: str, samples: int, width: int, domains: int, layers: int = 1) 
         return "minutes a call; it is measured on 3 × 256 × 768"
     if name == "KeOps" and importlib.util.find_spec("pykeops") is None:
         return "pykeops is not installed (`pip install pykeops`)"
-    there = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = _available()
     needed = bytes_needed(name, samples, width, domains)
     if needed > 0.8 * there:
         return f"would keep {needed / 1e9:.0f} GB, of {there / 1e9:.0f} GB that are free"
