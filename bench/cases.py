@@ -36,15 +36,19 @@ class Case:
     dtype: str = "bfloat16"
     base: str = "float32"  # dtype that the base's weights are stored in
     merge: bool = True
+    targets: str = "qv"
+    shared: bool = False  # one down-projection for all heads
+    one_head: bool = False
 
     @property
     def default(self) -> bool:
         """A row that must not spill: what OpenCLIP's models ask of an implementation that is chosen by itself.
 
         Not: one_pass, which is asked for by name; float32, the check against PyTorch; masks but the text tower's;
-        deltas on heads wider than 80 or of ranks that nobody published; lengths that no model has at that head size.
+        deltas on heads wider than 80, of ranks that nobody published, of other targets than q and v or with a shared
+        down-projection; lengths that no model has at that head size.
         """
-        if self.launcher == "one_pass" or self.dtype == "float32":
+        if self.launcher == "one_pass" or self.dtype == "float32" or self.shared or self.targets != "qv":
             return False
         if self.mask and self.length != 77:
             return False
@@ -54,7 +58,11 @@ class Case:
 
     @property
     def heads(self) -> int:
-        return {**HEADS, **OTHER_HEADS}[self.head_dim]
+        return 1 if self.one_head else {**HEADS, **OTHER_HEADS}[self.head_dim]
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        return tuple("qkv".index(t) for t in self.targets)
 
     @property
     def batch(self) -> int:
@@ -71,11 +79,14 @@ class Case:
                 f"D {self.heads * self.head_dim}, rank {self.rank}, {self.base}, {'merged' if self.merge else 'beside'}"
             )
         words = [f"head {self.head_dim}", f"N {self.length}"]
+        words += ["one head"] if self.one_head else []
         words += [f"rank {self.rank}"] if self.rank else []
+        words += [f"of {self.targets}"] if self.targets != "qv" else []
+        words += ["shared"] if self.shared else []
         words += [f"{self.mask} mask"] if self.mask else []
         words += ["causal"] if self.causal else []
         words += [] if self.gate else ["no gate"]
-        words += ["mean pool"] if self.pool == "mean" else []
+        words += {None: ["no pool"], "mean": ["mean pool"], "tokens": ["pool per image"]}.get(self.pool, [])
         words += [] if self.dtype == "bfloat16" else [self.dtype]
         return ", ".join(words)
 
@@ -91,16 +102,30 @@ def _kernels(module: str) -> Any:
     return importlib.import_module(f"fastheads.kernels.{module}")
 
 
+def _columns(case: Case) -> int:
+    from fastheads.kernels.fold import padded_rank
+
+    return padded_rank(len(case.parts) * (1 if case.shared else case.heads) * (case.rank or 2))
+
+
+def _pool(case: Case) -> Any:
+    return meta(case.batch, dtype="int64") if case.pool == "tokens" else case.pool
+
+
 def _projected(case: Case) -> tuple[Tensor, Any]:
     """qkv and the delta as the projection's one product leaves them: views of `[B, N, 3D + columns]`."""
     B, N, H, dh = case.batch, case.length, case.heads, case.head_dim
     # The columns of T = x Aᵀ stand beside q, k, v whether or not the delta is added on chip.
-    columns = 2 * H * (case.rank or 2)
+    columns = _columns(case)
     y = meta(B, N, 3 * H * dh + columns, dtype=case.dtype)
     if not case.rank:
         return y[..., : 3 * H * dh], None
     low = _kernels("low_rank").LowRank(
-        low=y[..., 3 * H * dh :], up=meta(2, H, dh, case.rank), parts=(0, 2), scale=1.0, shared=False
+        low=y[..., 3 * H * dh :],
+        up=meta(len(case.parts), H, dh, case.rank),
+        parts=case.parts,
+        scale=1.0,
+        shared=case.shared,
     )
     return y[..., : 3 * H * dh], low
 
@@ -115,7 +140,7 @@ def _options(case: Case) -> dict[str, Any]:
 
 def _attention_fwd(case: Case) -> None:
     qkv, delta = _projected(case)
-    _kernels("attention_fwd").attention_fwd(qkv, delta=delta, pool=case.pool, **_options(case))
+    _kernels("attention_fwd").attention_fwd(qkv, delta=delta, pool=_pool(case), **_options(case))
 
 
 def _attention_bwd(case: Case) -> None:
@@ -127,18 +152,21 @@ def _attention_bwd(case: Case) -> None:
 
 def _low_rank_bwd(case: Case) -> None:
     qkv, delta = _projected(case)
-    columns = 2 * case.heads * case.rank
-    d = meta(case.batch, case.length, qkv.shape[-1] + columns, dtype=case.dtype)
+    d = meta(case.batch, case.length, qkv.shape[-1] + _columns(case), dtype=case.dtype)
     _kernels("low_rank").low_rank_bwd(d[..., : qkv.shape[-1]], delta, d[..., qkv.shape[-1] :])
 
 
 def _fold(case: Case) -> None:
-    D, H = case.heads * case.head_dim, case.heads
-    a, b = meta(2, H, case.rank, D), meta(2, H, case.head_dim, case.rank)
-    dtype = getattr(torch, case.dtype)
+    D, options = case.heads * case.head_dim, {"merge": case.merge, "dtype": getattr(torch, case.dtype)}
     _kernels("fold").fold(
-        meta(3 * D, D, dtype=case.base), a, b, parts=(0, 2), scale=1.0, shared=False, merge=case.merge, dtype=dtype
+        meta(3 * D, D, dtype=case.base), *_adapters(case), parts=case.parts, scale=1.0, shared=case.shared, **options
     )
+
+
+def _adapters(case: Case, dtype: str = "float32") -> tuple[Tensor, Tensor]:
+    T, H = len(case.parts), case.heads
+    a = meta(T, 1 if case.shared else H, case.rank, H * case.head_dim, dtype=dtype)
+    return a, meta(T, H, case.head_dim, case.rank)
 
 
 def _dropout(case: Case) -> None:
@@ -150,8 +178,8 @@ def _one_pass(case: Case) -> None:
     B, N, H, dh = case.batch, case.length, case.heads, case.head_dim
     D, options = H * dh, _options(case)
     x, w_in, b_in = (meta(*shape, dtype=case.dtype) for shape in ((B, N, D), (3 * D, D), (3 * D,)))
-    low = (meta(2, H, case.rank, D, dtype=case.dtype), meta(2, H, dh, case.rank)) if case.rank else (None, None)
-    _kernels("one_pass").one_pass_fwd(x, w_in, b_in, *low, parts=(0, 2), scale=1.0, pool=case.pool, **options)
+    low = _adapters(case, case.dtype) if case.rank else (None, None)
+    _kernels("one_pass").one_pass_fwd(x, w_in, b_in, *low, parts=case.parts, scale=1.0, pool=_pool(case), **options)
 
 
 def _mmd(case: Case) -> tuple[Tensor, Tensor]:
@@ -200,6 +228,8 @@ def quick_cases() -> list[Case]:
     cases += [Case("low_rank_bwd", 64, 197, rank=8), Case("low_rank_bwd", 80, 257, rank=2)]
     cases += [Case("fold", 64, rank=8), Case("fold", 64, rank=8, base="bfloat16", merge=False), Case("dropout")]
     cases += [Case("one_pass", 64, 50, rank=2), Case("one_pass", 64, 197, rank=8)]
+    # As every layer runs outside of `capture_heads`.
+    cases += [Case("attention_fwd", 64, n, pool=None) for n in (197, 577)] + [Case("one_pass", 64, 50, pool=None)]
     cases += [Case("mmd_small"), Case("mmd_small", gate=False), Case("mmd_tile")]
     return cases
 
@@ -227,4 +257,26 @@ def all_cases() -> list[Case]:
         ]
         cases += [Case("one_pass", dh, n, rank=r) for n in ONE_PASS_LENGTHS for r in (0, 8)]
         cases += [Case("one_pass", dh, 77, causal=True, rank=2)]
+    cases += _corners()
     return list(dict.fromkeys(cases))
+
+
+def _corners() -> list[Case]:
+    """What the kernels take and no model of today asks for: one head of one token, all targets, the highest ranks."""
+    cases = []
+    for launcher in ("attention_fwd", "attention_bwd", "low_rank_bwd"):
+        # Triton makes a constant of an argument that is 1.
+        cases += [Case(launcher, 16, 1, rank=1, one_head=True)]
+        cases += [Case(launcher, 64, 197, rank=8, targets="qkv", shared=True, pool="tokens")]
+        cases += [Case(launcher, dh, 257, rank=64, targets=t) for dh in (64, 80) for t in ("qv", "qkv")]
+        cases += [Case(launcher, 128, 197, rank=64, targets="qkv", dtype="float16")]
+        cases += [Case(launcher, 128, 197, rank=r, dtype="float32") for r in (8, 64)]
+        cases += [Case(launcher, 64, 77, rank=8, mask="bool", causal=True, pool="mean")]
+    cases += [Case("fold", 16, rank=1, one_head=True), Case("fold", 64, rank=8, targets="vkq", shared=True)]
+    cases += [
+        Case("one_pass", 16, 1, rank=1, one_head=True, pool="tokens"),
+        Case("one_pass", 72, 20, rank=3, mask="bool"),
+    ]
+    cases += [Case("one_pass", 128, 192, rank=32, targets="qkv"), Case("one_pass", 64, 272, rank=32, pool="mean")]
+    cases += [Case("one_pass", dh, n, rank=32, dtype="float32") for dh, n in ((64, 192), (128, 96))]
+    return cases

@@ -44,16 +44,19 @@ from fastheads.kernels.low_rank import LowRank
 LONGEST_ON_CHIP = 272  # 257 tokens, and what a multiple of 16 adds
 
 
-def tiles_of(arch: int, head_dim: int, length: int, dtype: torch.dtype, deltas: int = 0) -> Tiles:
-    """The tile table; `deltas`: how many of q, k, v have one.
+def tiles_of(arch: int, head_dim: int, length: int, dtype: torch.dtype, deltas: int = 0, rank: int = 0) -> Tiles:
+    """The tile table; `deltas`: how many of q, k, v have one, of `rank`.
 
     Chosen with the compiler only: bf16, without deltas and with those of q and v at rank 8, nothing spills.
     """
     columns = sum(width for _, width in pieces_of(head_dim))
+    low = deltas * max(16, triton.next_power_of_2(rank))
     if dtype == torch.float32:
         return Tiles((), 64, 0, 32 if columns <= 64 else 16, 8, 1)
     if arch == 80:
-        if length <= LONGEST_ON_CHIP and columns <= 80:
+        # Keys, values and the deltas' columns beside them, of 163 KB, of which queries and up-projections need a fifth.
+        fits = triton.cdiv(length, 16) * 16 * 2 * (2 * columns + low) <= 128 * 1024
+        if length <= LONGEST_ON_CHIP and columns <= 80 and fits:
             # 16 more queries are as dear as 64 where the head's last tile is 16 wide: every warp does all of them.
             tail = 16 if columns <= 64 and length > 64 and 0 < length % 64 <= 16 else 0
             return on_chip(length, 128, tail)
@@ -260,7 +263,8 @@ def attention_fwd(
     """
     B, N, _ = qkv.shape
     dh = qkv.shape[2] // 3 // num_heads
-    tiles = tiles_of(architecture(qkv), dh, N, qkv.dtype, 0 if delta is None else len(delta.parts))
+    deltas, rank = (0, 0) if delta is None else (len(delta.parts), delta.up.shape[-1])
+    tiles = tiles_of(architecture(qkv), dh, N, qkv.dtype, deltas, rank)
     out = outputs_of(qkv, num_heads, dh, tiles, pool)
     low, form = None, None
     if delta is not None:

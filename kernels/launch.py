@@ -48,7 +48,8 @@ def architecture(x: Tensor) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of a `tl.dot` on operands of `dtype`: tf32 only where PyTorch's own products may use it."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    # Not allow_tf32: it raises where fp32_precision, which follows it, was set.
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

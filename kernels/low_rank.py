@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastheads.kernels.launch import dot_precision, launch, on_grid, strides
 
-# Rows per block, and the number of programs to aim for: two to four per SM of an A100 (108) or H100 (132). Counted from
-# the shape alone, so that the sums, and the last bits of dB, are the same on every chip.
+# Rows per block of 16 bits, and the number of programs to aim for: two to four per SM of an A100 (108) or H100 (132).
+# Counted from the shape alone, so that the sums, and the last bits of dB, are the same on every chip.
 BLOCK_ROWS, PROGRAMS = 128, 432
 
 
@@ -117,7 +117,8 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
     BD, R = max(16, triton.next_power_of_2(dh)), max(16, triton.next_power_of_2(r))
     rows = on_grid(B * N, "low_rank_bwd")
     groups = T if delta.shared else T * H
-    blocks = triton.cdiv(rows, BLOCK_ROWS)
+    block = BLOCK_ROWS if dqkv.dtype.itemsize == 2 else 32 if R == 16 else 64  # more rows of float32 would spill
+    blocks = triton.cdiv(rows, block)
     steps = 1 if delta.shared else triton.cdiv(blocks, max(1, PROGRAMS // groups))
     splits = triton.cdiv(blocks, steps) if blocks else 0
     partial = torch.empty((splits, T, H, dh, r), dtype=torch.float32, device=dqkv.device)
@@ -144,7 +145,7 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
         PARTS=delta.parts,
         SHARED=delta.shared,
         PREC=dot_precision(dqkv.dtype),
-        BR=BLOCK_ROWS,
+        BR=block,
         BD=BD,
         R=R,
         num_warps=8 if BD * R > 64 * 64 else 4,

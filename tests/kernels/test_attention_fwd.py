@@ -9,6 +9,7 @@ from numerics import FORWARD, assert_right
 from fastheads.kernels import attention_fwd as module
 from fastheads.kernels.attend import Tiles, chunks_of, pieces_of
 from fastheads.kernels.attention_fwd import attention_fwd, on_chip, tiles_of
+from fastheads.kernels.launch import dot_precision
 from fastheads.kernels.low_rank import LowRank
 from fastheads.reference import attend, pool_heads
 
@@ -184,6 +185,32 @@ def test_every_shape_has_a_row(deltas, arch):
                 assert tiles.chunks or tiles.block_n >= 16
                 assert not tiles.chunks or length <= 272
                 assert not tiles.tail or 0 < length % tiles.block_m <= tiles.tail
+
+
+def test_what_stays_on_chip_is_what_fits_there():
+    # an A100's block has 163 KB; what queries and up-projections need beside keys and values came to 32 KB at most
+    for head_dim in (16, 64, 72, 80):
+        for length in (50, 197, 257, 272):
+            for deltas, rank in ((0, 0), (2, 8), (2, 64), (3, 16), (3, 32), (3, 64)):
+                tiles = tiles_of(80, head_dim, length, torch.bfloat16, deltas, rank)
+                columns = 2 * sum(width for _, width in pieces_of(head_dim)) + deltas * max(16, rank)
+                assert sum(rows for _, rows in tiles.chunks) * columns * 2 <= 131 * 1024
+    assert (
+        not tiles_of(80, 64, 257, torch.bfloat16, 3, 64).chunks and tiles_of(80, 64, 257, torch.bfloat16, 3, 32).chunks
+    )
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_products_of_float32_follow_pytorchs_setting_of_tf32(precision):
+    # read by the new name: the old one raises where the new one was set
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = precision
+        assert dot_precision(torch.float32) == precision
+        assert dot_precision(torch.float16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("head_dim", range(1, 129))

@@ -47,7 +47,8 @@ REASONS = {
     "small head": (TRITON, {"head_dim": 8}, "takes head sizes 16 to 128, not 8"),
     "large head": (TRITON, {"head_dim": 136}, "takes head sizes 16 to 128, not 136"),
     "odd head": (TRITON, {"head_dim": 36}, "multiples of 8, not 36"),
-    "rank": (TRITON, {"rank": 65}, "takes ranks up to 64, not 65"),
+    "rank": (("stacked", "delta"), {"rank": 65}, "takes ranks up to 64, not 65"),
+    "rank of one pass": (("one_pass",), {"rank": 33}, "takes ranks up to 32, not 33"),
     "length": (("one_pass",), {"length": 273}, "takes up to 272 tokens, not 273"),
     "on chip": (("one_pass",), {"length": 257, "head_dim": 128}, "on chip, where 257 tokens do not fit"),
     "dropout": (("stacked", "one_pass"), {"dropout": True}, "has no LoRA dropout"),
@@ -87,6 +88,14 @@ def test_chips_before_the_a100_are_refused(monkeypatch, capability, taken):
     choice = choose("auto", problem())
     assert choice.name == ("stacked" if taken else "reference")
     assert taken or "compute capability 8.0 (A100) or newer" in choice.refused["delta"][0]
+
+
+def test_one_pass_asks_the_chip_for_its_shared_memory(monkeypatch):
+    taken = problem(dtype=BF16, length=257)
+    assert not_supported_reasons("one_pass", taken) == []
+    monkeypatch.setattr(dispatch, "_room", lambda device: 35 * 1024)  # of the 99 KB that a block has on a small chip
+    assert "on chip, where 257 tokens do not fit" in not_supported_reasons("one_pass", taken)[0]
+    assert not_supported_reasons("one_pass", problem(dtype=BF16, length=50)) == []
 
 
 def test_every_implementation_states_its_tolerances():
