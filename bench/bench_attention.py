@@ -59,12 +59,13 @@ class AttentionCase:
         return qkv.requires_grad_(), gate.requires_grad_(), do
 
 
-def cases(device: str, full: bool) -> list[AttentionCase]:
+def cases(device: str, size: str) -> list[AttentionCase]:
+    if size == "rehearsal":
+        return [AttentionCase("tiny", 2, device, "bf16" if device == "cuda" else "float32")]
     if device == "cuda":
         return [AttentionCase(key, batch, device, "bf16") for key, batch in (("B/16", 256), ("L/14", 128))]
-    if full:
-        return [AttentionCase(key, batch, device, "float32") for key, batch in (("B/32", 8), ("B/16", 2))]
-    return [AttentionCase("B/32", 8, device, "float32")]
+    shapes = [("B/32", 8), ("B/16", 2)] if size == "full" else [("B/32", 8)]
+    return [AttentionCase(key, batch, device, "float32") for key, batch in shapes]
 
 
 def split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,7 +39,7 @@ class MMDCase:
         return f"{layers}{self.domains} × {self.each} × {self.width}, {KERNELS[self.kernel]} kernels"
 
     def small(self, draw: int) -> MMDCase:
-        return replace(self, each=min(self.each, 24), draw=draw)
+        return replace(self, layers=min(self.layers, 2), each=min(self.each, 24), draw=draw)
 
     def extra(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("layers", "domains", "each", "width", "kernel")}
@@ -53,12 +53,15 @@ class MMDCase:
         return (x.double() if self.exact else x).requires_grad_(), ids.to(self.device)
 
 
-def cases(device: str, full: bool) -> list[MMDCase]:
+def cases(device: str, size: str) -> list[MMDCase]:
+    if size == "rehearsal":
+        return [MMDCase(1, 2, 4, 8, kernel, device) for kernel in KERNELS]
     paper = [MMDCase(12, 3, 12, 768, kernel, device) for kernel in KERNELS]
     middle, large = (MMDCase(1, 3, each, 768, "domainbed", device) for each in (256, 2048))
-    if device == "cuda":
+    if device == "cuda" or size == "full":
         return [*paper, middle, large]
-    return [*paper, middle, large] if full else [*paper, replace(middle, each=128)]
+    one_layer = [replace(case, layers=1) for case in paper[1:]]
+    return [paper[0], *one_layer, replace(middle, each=128)]
 
 
 def ours(x: Tensor, ids: Tensor, case: MMDCase, impl: str) -> Tensor:

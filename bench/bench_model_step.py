@@ -6,16 +6,13 @@ from collections.abc import Callable
 
 from bench.contest import Contender
 from bench.models import SETTINGS
-from bench.vision import VisionCase, group
+from bench.vision import VisionCase, group, shapes
 from bench.ways import TRAINING
 
 
-def cases(device: str, full: bool) -> list[VisionCase]:
-    if device == "cuda":
-        shapes = [(key, batch, p) for p in ("amp", "bf16") for key, batch in (("B/16", 256), ("L/14", 128))]
-    else:
-        shapes = [("B/32", 8, "fp32"), ("B/16", 2, "fp32")] if full else [("tiny", 8, "fp32"), ("B/32", 2, "fp32")]
-    return [VisionCase("model step", key, batch, device, p, SETTINGS[key].ranks()) for key, batch, p in shapes]
+def cases(device: str, size: str) -> list[VisionCase]:
+    found = shapes(device, size, quick=[("tiny", 8), ("B/32", 2)])
+    return [VisionCase("model step", key, batch, device, p, SETTINGS[key].ranks()) for key, batch, p in found]
 
 
 GROUP = group("model step", TRAINING, cases)

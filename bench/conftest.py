@@ -2,6 +2,7 @@
 
 pytest bench/                     quick on a CPU (minutes, no compiled contenders), everything on a GPU
 pytest bench/ --full              everything
+pytest bench/ --rehearse          tiny shapes, in seconds: that it runs, and that ours is right
 pytest bench/ -k mmd --rows FILE  one group; its rows, as `bench.records` has them, to FILE
 """
 
@@ -24,28 +25,36 @@ from bench.records import Row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = {"cpu": 2.0, "cuda": 1.0}  # of timed calls of a contender
-ROUNDS = (5, 40)  # at least, at most
+ROUNDS = (5, 40)  # at least, at most; FEW where one takes seconds
+FEW = 3
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--full", action="store_true", help="the full set on a CPU too: larger, with compiled contenders")
+    group.addoption("--rehearse", action="store_true", help="tiny shapes, whose times mean nothing")
     group.addoption("--rows", type=Path, metavar="FILE", help="write the rows to this file")
+
+
+def _size(config: pytest.Config) -> str:
+    if config.getoption("--rehearse"):
+        return "rehearsal"
+    return "full" if config.getoption("--full") or DEVICE == "cuda" else "quick"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" not in metafunc.fixturenames:
         return
     group: Group = metafunc.module.GROUP
-    pairs = [(case, c) for case in group.cases(DEVICE, metafunc.config.getoption("--full")) for c in group.of(case)]
+    pairs = [(case, c) for case in group.cases(DEVICE, _size(metafunc.config)) for c in group.of(case)]
     metafunc.parametrize(("case", "contender"), pairs, ids=[f"{case.name}: {c.name}" for case, c in pairs])
 
 
 class Contest:
     """The rows so far, and of the case at hand its judge and its baseline's trial."""
 
-    def __init__(self, full: bool) -> None:
-        self.full, self.rows = full, list[Row]()
+    def __init__(self, size: str) -> None:
+        self.size, self.rows = size, list[Row]()
         self.words: dict[tuple[str, str], str] = {}
         self._judges: dict[str, Judge] = {}
         self._baseline: tuple[Any, Trial] | None = None
@@ -65,7 +74,7 @@ class Contest:
 
 @pytest.fixture(scope="session")
 def _contest(request: pytest.FixtureRequest) -> Contest:
-    found = Contest(request.config.getoption("--full") or DEVICE == "cuda")
+    found = Contest(_size(request.config))
     request.config.stash[KEY] = found
     return found
 
@@ -86,6 +95,11 @@ def _seconds(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+def _rounds(seconds: float) -> int:
+    least = FEW if seconds > SECONDS[DEVICE] else ROUNDS[0]
+    return min(max(round(SECONDS[DEVICE] / seconds), least), ROUNDS[1])
 
 
 @pytest.fixture
@@ -110,7 +124,7 @@ def compete(benchmark: Any, _contest: Contest) -> Iterator[Callable[[Group, Any,
 
 
 def _row(benchmark: Any, found: Contest, group: Group, case: Any, contender: Contender) -> Row:
-    if contender.slow_start and not found.full:
+    if contender.slow_start and found.size != "full":
         raise NotRunError(contest.SLOW_START)
     verdict = found.judge(group).check(contender, case)
     baseline = _synchronised(found.baseline(group, case).run)
@@ -122,7 +136,7 @@ def _row(benchmark: Any, found: Contest, group: Group, case: Any, contender: Con
         calls.append(_seconds(baseline))
 
     once = _seconds(call) + _seconds(baseline)
-    rounds = min(max(round(SECONDS[DEVICE] / once), ROUNDS[0]), ROUNDS[1])
+    rounds = FEW if found.size == "rehearsal" else _rounds(once)
     benchmark.pedantic(call, setup=in_turn, rounds=rounds, warmup_rounds=1)
     row: dict[str, Any] = {"extra": case.extra(), "baseline": group.baseline, **contest.memory_of(trial, case.device)}
     if benchmark.stats is not None:  # not with --benchmark-disable

@@ -18,6 +18,7 @@ from bench.memory import held_bytes, peak_bytes
 from bench.records import Row
 
 FORWARD, BACKWARD, FLOOR = 2.0, 3.0, 1e-6  # the numerics rule of CONTRIBUTING.md
+SIZES = ("rehearsal", "quick", "full")
 SLOW_START = "compiles for a minute or more; in the full set (--full)"
 
 
@@ -78,14 +79,14 @@ class Group:
     """A question with its contenders.
 
     exact, plain: outputs of a case, of the mathematics of that name, in float64 and as plain PyTorch has them in the
-    case's own precision, its error the largest over `draws` of inputs. cases: for a device, the quick or the full set.
+    case's own precision, its error the largest over `draws` of inputs. cases: for a device and one of SIZES.
     baseline: the contender of the ratios.
     """
 
     name: str
     baseline: str
     contenders: tuple[Contender, ...]
-    cases: Callable[[str, bool], Sequence[Any]]
+    cases: Callable[[str, str], Sequence[Any]]
     exact: Callable[[Any, str], dict[str, Tensor]]
     plain: Callable[[Any, str], dict[str, Tensor]]
     draws: int = 3  # a gate's gradient is a dozen numbers, a loss is one

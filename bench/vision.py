@@ -31,6 +31,7 @@ class VisionCase:
     """kind: "block" (one layer's attention module, forward and backward), "model step" or "inference" (the tower).
 
     setting: a key of SETTINGS. ranks: of the layers that are run. tokens: of a block; 0: the setting's.
+    closed: heads per layer whose gate is 0, where there are gates.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class VisionCase:
     precision: str
     ranks: tuple[int, ...]
     tokens: int = 0
+    closed: int = 0
     draw: int = 0
     exact: bool = False
 
@@ -56,7 +58,11 @@ class VisionCase:
         parts = [self.of.name, f"batch {self.batch}"]
         parts += [f"{self.tokens} tokens"] if self.tokens else []
         parts += [f"rank {self.ranks[0]}"] if self.kind == "block" else []
-        return ", ".join([*parts, PRECISION_WORDS[self.precision]])
+        return ", ".join([*parts, self.precision_words])
+
+    @property
+    def precision_words(self) -> str:
+        return PRECISION_WORDS[self.precision]
 
     def small(self, draw: int) -> VisionCase:
         return replace(self, batch=2, draw=draw)
@@ -94,8 +100,18 @@ def _stock(setting: str, layers: int, device: str, dtype: torch.dtype) -> Any:
 
 def trial(case: VisionCase, way: Way) -> Trial:
     model = way.of(case.model(), case.ranks)
+    if case.closed:
+        _close_heads(case, way, model)
     kinds = {"block": block_trial, "model step": step_trial, "inference": inference_trial}
     return kinds[case.kind](case, way, model)
+
+
+def _close_heads(case: VisionCase, way: Way, model: Any) -> None:
+    with torch.no_grad():
+        for block in blocks_of(model):
+            theta = trained(way, block).get("theta")
+            if theta is not None:
+                theta[: case.closed] = -torch.inf
 
 
 def block_trial(case: VisionCase, way: Way, model: Any) -> Trial:
@@ -202,7 +218,16 @@ def plain(case: VisionCase, maths: str) -> dict[str, Tensor]:
     return _standard(case, maths, PLAIN)
 
 
-def group(kind: str, ways: Sequence[Way], cases: Callable[[str, bool], Sequence[VisionCase]]) -> Group:
+def shapes(device: str, size: str, quick: Sequence[tuple[str, int]]) -> list[tuple[str, int, str]]:
+    """Setting, batch and precision of a group's cases; `quick`: the quick set's on a CPU."""
+    if size == "rehearsal":
+        return [("tiny", 2, "amp" if device == "cuda" else "fp32")]
+    if device == "cuda":
+        return [(key, batch, p) for p in ("amp", "bf16") for key, batch in (("B/16", 256), ("L/14", 128))]
+    return [(key, batch, "fp32") for key, batch in ((("B/32", 8), ("B/16", 2)) if size == "full" else quick)]
+
+
+def group(kind: str, ways: Sequence[Way], cases: Callable[[str, str], Sequence[VisionCase]]) -> Group:
     contenders = tuple(
         Contender(w.name, w.words, functools.partial(_build, way=w), w.maths, w.fault, w.ours, w.slow_start)
         for w in ways

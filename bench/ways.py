@@ -200,6 +200,7 @@ INFERENCE = (
     COMPILED,
 )
 AUTO = Way("auto", "fastheads, auto", "ha-lora", _patched("auto"), ours=True)
+AUTO_RECOMPUTE = Way("auto, recompute", "fastheads, auto, recompute", "ha-lora", _patched("auto", True), ours=True)
 
 
 def way(name: str, ways: Sequence[Way] = (*TRAINING, AUTO)) -> Way:

@@ -1,0 +1,305 @@
+"""What happens along a line: ours, stock OpenCLIP and plain-PyTorch HA-LoRA, against one quantity.
+
+    python -m bench.sweeps batch  --json FILE    a training step of whole models, until memory ends: the largest batch
+    python -m bench.sweeps length --json FILE    one attention module, sequences of N tokens, tokens in all fixed
+    python -m bench.sweeps rank   --json FILE    one attention module, the deltas' rank
+    python -m bench.sweeps closed --json FILE    one attention module, the share of heads whose gate is 0
+
+Contenders of one x take turns; in `batch` each has the memory, and so the machine, to itself. What `--seconds` leaves
+no time for is in the file as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import records
+from bench.contest import NotRunError, Trial, first_line, free
+from bench.markdown import table
+from bench.memory import peak_bytes
+from bench.models import SETTINGS
+from bench.records import Row
+from bench.timing import compare
+from bench.vision import VisionCase, trial
+from bench.ways import AUTO, AUTO_RECOMPUTE, TRAINING, Way, way
+
+KINDS = ("batch", "length", "rank", "closed")
+CONTENDERS = (AUTO, way("stock", TRAINING), way("plain", TRAINING))
+REAL = ("B/32", "B/16", "L/14", "L/14-336", "H/14")
+LENGTHS = {"cuda": (50, 65, 128, 197, 257, 401, 577, 730, 1024, 2048), "cpu": (25, 50, 100, 197, 400, 800)}
+TOKENS = {"cuda": 256 * 197, "cpu": 1600}
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SHARES = (0, 0.25, 0.5, 0.75, 0.9)
+FINEST = 8  # the largest batch is found to within an eighth
+
+
+class OutOfMemoryError(Exception):
+    """Of the device, or of the budget; its text says how much was asked for."""
+
+
+@dataclass
+class Sweep:
+    """How a sweep runs. budget: bytes that a step may take, model included; None: what the device has.
+
+    seconds: for everything. rounds, sample_seconds: of `bench.timing.compare`.
+    """
+
+    device: str
+    precision: str
+    seconds: float
+    budget: int | None = None
+    rounds: int = 7
+    sample_seconds: float = 0.1
+    say: Callable[[str], None] = print
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.seconds
+
+    def timing(self) -> dict[str, Any]:
+        return {"rounds": self.rounds, "sample_seconds": self.sample_seconds}
+
+    def left_out(self, group: str, case: str, names: Iterable[str], x: float, why: str) -> None:
+        for name in names:
+            self.rows.append(Row(group, case, name, "not run", why, x=x))
+            self.say(f"  {name}, x = {x:g}: not run, {why}")
+
+
+# --------------------------------------------------------------------------------------------------------- the batch
+
+
+def memory_error(error: BaseException) -> str | None:
+    """What an error says of memory that ended; None where it is about something else."""
+    if isinstance(error, (OutOfMemoryError, torch.OutOfMemoryError, MemoryError)):
+        return first_line(error) or "out of memory"
+    text = str(error)
+    return first_line(error) if "out of memory" in text or "ALLOC_FAILED" in text else None
+
+
+def largest(fits: Callable[[int], bool], start: int = 1) -> int:
+    """The largest batch for which `fits` holds, to within an eighth: doubled until it fails, then halved in between."""
+    if not fits(start):
+        return 0
+    good, bad = start, start * 2
+    while fits(bad):
+        good, bad = bad, bad * 2
+    while bad - good > max(1, good // FINEST):
+        middle = (good + bad) // 2
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+class _NoTimeError(Exception):
+    pass
+
+
+def sweep_batch(sweep: Sweep, settings: Sequence[str], contenders: Sequence[Way], start: int = 1) -> None:
+    """Rows per model, contender and batch; the last one's `extra` says that it was the largest, and what ended it."""
+    pairs = [(setting, c) for setting in settings for c in contenders]
+    for i, (setting, contender) in enumerate(pairs):
+        share = (sweep.deadline - time.monotonic()) / (len(pairs) - i)
+        _grow(sweep, setting, contender, time.monotonic() + share, start)
+
+
+def _grow(sweep: Sweep, setting: str, contender: Way, deadline: float, start: int) -> None:
+    of = SETTINGS[setting]
+    case = VisionCase("model step", setting, start, sweep.device, sweep.precision, of.ranks())
+    where = case.name.replace(f", batch {start}", "")
+    seen: dict[int, tuple[float, Row]] = {}  # batch: seconds of its calls, its row
+    ended = ""
+
+    def fits(batch: int) -> bool:
+        nonlocal ended
+        before = max(seen, default=0)
+        if seen and time.monotonic() + seen[before][0] * batch / before > deadline:
+            raise _NoTimeError
+        try:
+            if seen and sweep.budget is not None:
+                _within(sweep.budget, (seen[before][1].extra or {})["bytes"] * batch / before)
+            seconds, row = _point(sweep, replace(case, batch=batch), contender, where)
+        except Exception as error:
+            why = memory_error(error)
+            if why is None:
+                raise
+            ended = why
+        else:
+            seen[batch] = seconds, row
+            sweep.say(f"  {where}, {contender.name}: batch {batch}, {row.per_second:,.1f} images/s")
+        free()
+        return batch in seen
+
+    try:
+        largest(fits, start)
+    except NotRunError as error:
+        sweep.left_out("batch sweep", where, [contender.name], start, str(error))
+        return
+    except _NoTimeError:
+        if not seen:
+            sweep.left_out("batch sweep", where, [contender.name], start, f"no time left of {sweep.seconds:g} s")
+        ended = f"no time left of {sweep.seconds:g} s"
+        largest_known = False
+    else:
+        largest_known = True
+    free()
+    for batch, (_, row) in sorted(seen.items()):
+        last = batch == max(seen)
+        note = {"largest": largest_known, "ended": ended} if last else {}
+        sweep.rows.append(replace(row, extra={**(row.extra or {}), **note}))
+    if not seen and largest_known:
+        sweep.left_out("batch sweep", where, [contender.name], start, ended)
+
+
+def _within(budget: int, needed: float) -> None:
+    if needed > budget:
+        raise OutOfMemoryError(f"a step would take {needed / 1e9:.3g} GB, of {budget / 1e9:.3g} GB")
+
+
+def _point(sweep: Sweep, case: VisionCase, contender: Way, where: str) -> tuple[float, Row]:
+    """Seconds of its calls, without what only a first one takes, and its row."""
+    made = trial(case, contender)
+    made.run()
+    started = time.monotonic()
+    peak = peak_bytes(made.run, sweep.device)
+    beside = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made.known()}
+    needed = peak + sum(beside.values())
+    if sweep.budget is not None:
+        _within(sweep.budget, needed)
+    took = compare({"": made.run}, sweep.device, **{**sweep.timing(), "rounds": min(5, sweep.rounds)})[""]
+    row = Row("batch sweep", where, contender.name, seconds=took, peak_bytes=peak, x=case.batch)
+    per_second, extra = case.batch / took["median"], {**case.extra(), "bytes": needed}
+    return time.monotonic() - started, replace(row, per_second=per_second, extra=extra)
+
+
+# --------------------------------------------------------------------------------------------- one attention module
+
+
+def sweep_module(
+    sweep: Sweep, kind: str, where: str, points: Sequence[tuple[float, VisionCase]], contenders: Sequence[Way]
+) -> None:
+    """Forward and backward of one module, contenders in turn at each x."""
+    group = f"{kind} sweep"
+    last = 0.0  # seconds of a point's timed calls
+    for x, case in points:
+        names = [c.name for c in contenders]
+        if time.monotonic() + last > sweep.deadline:
+            sweep.left_out(group, where, names, x, f"no time left of {sweep.seconds:g} s")
+            continue
+        trials: dict[str, Trial] = {}
+        for contender in contenders:
+            try:
+                trials[contender.name] = trial(case, contender)
+                trials[contender.name].run()
+            except Exception as error:
+                why = str(error) if isinstance(error, NotRunError) else memory_error(error)
+                if why is None:
+                    raise
+                trials.pop(contender.name, None)
+                sweep.left_out(group, where, [contender.name], x, why)
+        started = time.monotonic()
+        times = compare({n: t.run for n, t in trials.items()}, sweep.device, **sweep.timing())
+        last = time.monotonic() - started
+        for name, took in times.items():
+            ratio = took["median"] / times["stock"]["median"] if "stock" in times else None
+            peak = peak_bytes(trials[name].run, sweep.device)
+            row = Row(group, where, name, seconds=took, baseline="stock", ratio=ratio, peak_bytes=peak, x=x)
+            sweep.rows.append(replace(row, per_second=case.batch / took["median"], extra=case.extra()))
+        sweep.say(f"  {where}, x = {x:g}: " + ", ".join(f"{n} {t['median'] * 1e3:.2f} ms" for n, t in times.items()))
+        del trials
+        free()
+
+
+def points_of(kind: str, case: VisionCase, rehearse: bool) -> list[tuple[float, VisionCase]]:
+    """What a sweep of one module goes through."""
+    if kind == "length":
+        lengths = (8, 17) if rehearse else LENGTHS[case.device]
+        total = 64 if rehearse else TOKENS[case.device]
+        return [(n, replace(case, tokens=n, batch=max(1, total // n))) for n in lengths]
+    if kind == "rank":
+        return [(r, replace(case, ranks=(r,))) for r in ((1, 4) if rehearse else RANKS)]
+    heads = case.of.heads
+    shares = sorted({round(share * heads) for share in ((0, 0.5) if rehearse else SHARES)})
+    return [(closed / heads, replace(case, closed=closed)) for closed in shares]
+
+
+def run(kind: str, sweep: Sweep, settings: Sequence[str], rehearse: bool = False) -> None:
+    """Fills `sweep.rows`."""
+    if kind == "batch":
+        sweep_batch(sweep, settings, (*CONTENDERS, AUTO_RECOMPUTE), start=8 if sweep.budget is None else 2)
+        return
+    until = sweep.deadline
+    for i, setting in enumerate(settings):
+        sweep.deadline = time.monotonic() + (until - time.monotonic()) / (len(settings) - i)
+        batch = 256 if sweep.device == "cuda" else 8
+        case = VisionCase("block", setting, 2 if rehearse else batch, sweep.device, sweep.precision, (8,))
+        parts = [case.of.name]
+        parts += [] if kind == "length" else [f"batch {case.batch}"]
+        parts += [] if kind == "rank" else ["rank 8"]
+        where = ", ".join([*parts, case.precision_words])
+        sweep_module(sweep, kind, where, points_of(kind, case, rehearse), CONTENDERS)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A table per case: x down, contenders across; of `batch` also the largest."""
+    parts = []
+    for group, case in dict.fromkeys((row.group, row.case) for row in rows):
+        own = [row for row in rows if (row.group, row.case) == (group, case) and row.status == "ok"]
+        names = list(dict.fromkeys(row.contender for row in own))
+        at = {(row.x, row.contender): row for row in own}
+        cells = [
+            [f"{x:g}", *(f"{at[x, n].per_second:,.1f}" if (x, n) in at else "" for n in names)]
+            for x in sorted({row.x for row in own if row.x is not None})
+        ]
+        parts.append(f"{group}: {case}; per second\n\n{table(('x', *names), cells)}")
+        for row in own:
+            if row.extra and "ended" in row.extra:
+                word = "largest batch" if row.extra["largest"] else "reached batch"
+                parts.append(f"{row.contender}: {word} {row.x:g}, {row.per_second:,.1f} images/s; {row.extra['ended']}")
+    return "\n\n".join(parts)
+
+
+def _available() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.sweeps", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
+    parser.add_argument("--setting", nargs="+", choices=tuple(SETTINGS), help="models; default: B/32 on a CPU")
+    parser.add_argument("--seconds", type=float, default=120, help="for everything")
+    parser.add_argument("--memory-gb", type=float, metavar="GB", help="what a step may take; default on a CPU: half")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model, two points")
+    given = parser.parse_args(argv)
+    cpu = given.device == "cpu"
+    default = ("tiny",) if given.rehearse else ("B/32",) if cpu else REAL if given.kind == "batch" else ("B/16", "L/14")
+    budget = None if given.memory_gb is None else int(given.memory_gb * 1e9)
+    if budget is None and given.rehearse:
+        budget = 2_000_000 if cpu else 20_000_000
+    elif budget is None and cpu:
+        budget = _available() // 2
+    quick: dict[str, Any] = {"rounds": 2, "sample_seconds": 0.002} if given.rehearse else {}
+    sweep = Sweep(given.device, "fp32" if cpu else "amp", given.seconds, budget, **quick)
+    run(given.kind, sweep, given.setting or default, given.rehearse)
+    print(summary(sweep.rows))
+    if given.json is not None:
+        records.write(given.json, records.environment(given.device), sweep.rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
