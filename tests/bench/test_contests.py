@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_attention, bench_block, bench_inference, bench_model_step, records
-from bench import bench_mmd_group as bench_mmd
+from bench import bench_attention, bench_block, bench_inference, bench_mmd, bench_model_step, records
 from bench.attentions import EXACT, PLAIN, LoraQKVO, adapters
 from bench.contest import Contender, Group, Judge, NotRunError, Trial, build, memory_of
 from bench.models import SETTINGS, Clip, blocks_of
