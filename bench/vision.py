@@ -73,7 +73,10 @@ class VisionCase:
 
     def model(self) -> Any:
         """A stock model of its own; in float64 where `exact`, of the weights as the precision rounds them."""
-        model = copy.deepcopy(_stock(self.setting, len(self.ranks), self.device, self.stored))
+        if self.device == "cpu":
+            model = copy.deepcopy(_stock(self.setting, len(self.ranks), self.stored))
+        else:  # made in no time, and a copy would lie in the way of the largest batch
+            model = self.of.model(len(self.ranks), self.device, self.stored)
         return model.double() if self.exact else model
 
     @property
@@ -91,8 +94,8 @@ class VisionCase:
 
 
 @functools.lru_cache(maxsize=2)
-def _stock(setting: str, layers: int, device: str, dtype: torch.dtype) -> Any:
-    return SETTINGS[setting].model(layers, device, dtype)
+def _stock(setting: str, layers: int, dtype: torch.dtype) -> Any:
+    return SETTINGS[setting].model(layers, "cpu", dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- trials

@@ -7,30 +7,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.memory import held_bytes, saved_bytes
 from bench.passes import PATHS
-from bench.peers import PEERS, blocks_of, check_peer
-from bench.variants import Setting, build, module_step
+from bench.models import SETTINGS, Setting
+from bench.vision import VisionCase, trial
+from bench.ways import way
 
 # Large enough that a weight is little beside an activation.
-SMALL = Setting("small", batch=128, image=32, patch=4, width=64, head_dim=32, layers=4)  # 65 tokens
+SETTINGS["small"] = Setting("small", "", image=32, patch=4, width=64, head_dim=32, layers=4)  # 65 tokens
 RANK = 4
-
-
-def module(name: str):
-    model = build(name, SMALL, [RANK], "cpu", "bf16")
-    return module_step(blocks_of(model)[0], SMALL, "cpu", "bf16")
-
-
-@pytest.mark.parametrize("name", [n for n in PEERS if n != "xformers"])
-def test_peers_compute_the_same_heads_as_the_reference(name):
-    assert check_peer(name) < 1e-12
+SMALL = VisionCase("block", "small", 128, "cpu", "bf16", (RANK,))
+SHAPE = SETTINGS["small"].shape(128)
 
 
 @pytest.mark.parametrize("name", ["stock", "plain", "factored", "merged"])
 def test_saved_bytes_of_the_peers_are_what_autograd_keeps(name):
-    step, shape = module(name), SMALL.shape
-    step.both()
-    held = held_bytes(step.forward, step.known) + shape.row  # the module's input is kept too
-    assert held == saved_bytes(step.forward, step.known) + shape.row
+    made, shape = trial(SMALL, way(name)), SHAPE
+    made.run()
+    held = held_bytes(made.forward, made.known()) + shape.row  # the module's input is kept too
+    assert held == saved_bytes(made.forward, made.known()) + shape.row
     # biases, gates and LayerNorm's statistics are not modelled; of the merged weights there are two casts
     small = 8 * shape.batch * shape.tokens + 40 * shape.weight + 2 * shape.low(RANK)
     assert PATHS[name](shape, RANK)[2] == pytest.approx(held, abs=small)
@@ -44,12 +37,11 @@ def test_saved_bytes_of_the_kernels_are_what_the_operator_keeps(name):
 
         if dispatch.choose("auto", dispatch.Problem("cuda", torch.bfloat16, torch.bfloat16, 12, 64, 2)).falls_back:
             pytest.skip("no fused implementation in this version")
-    setting = Setting("B/16", batch=256, image=224, patch=16, width=768, head_dim=64, layers=12)
+    case, shape = VisionCase("block", "B/16", 256, "cuda", "bf16", (2,)), SETTINGS["B/16"].shape(256)
     with FakeTensorMode():
-        model = build(name, setting, [2], "cuda", "bf16")
-        step = module_step(blocks_of(model)[0], setting, "cuda", "bf16")
-        held = held_bytes(step.forward, step.known) + setting.shape.row
-    assert held == pytest.approx(PATHS[name](setting.shape, 2)[2], rel=0.02)
+        made = trial(case, way(name))
+        held = held_bytes(made.forward, made.known()) + shape.row
+    assert held == pytest.approx(PATHS[name](shape, 2)[2], rel=0.02)
 
 
 class Traffic(TorchDispatchMode):
@@ -76,11 +68,10 @@ class Traffic(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["stock", "plain", "factored", "merged"])
 def test_traffic_of_the_peers_is_what_torch_moves(name):
-    shape = SMALL.shape
-    step = module(name)
-    step.both()
+    shape, made = SHAPE, trial(SMALL, way(name))
+    made.run()
     with Traffic(shape.row // 2) as seen:
-        step.both()
+        made.run()
     forward, backward, _ = PATHS[name](shape, RANK)
     # Only FlashAttention-2 on a GPU has these two.
     apart = ("SDPA backward: Σ dO ∘ O", "SDPA backward: dQ rounded")
