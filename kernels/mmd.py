@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.launch import architecture, launch, on_grid, strides
+from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, strides
 
 MAX_DOMAINS = 64
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -31,7 +31,13 @@ def product_precision() -> str:
 
     Else three TF32 products, each partial sum added in float32: as exact as float32, and on tensor cores.
     """
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if dot_precision(torch.float32) == "tf32" else "tf32x3"
+
+
+def round_to_tf32_(x: Tensor) -> Tensor:
+    """x, float32, rounded in place to the eleven bits of TF32, which a product in TF32 then takes as they are."""
+    large = x * 8193  # 2^13 + 1: the sum below keeps 24 − 13 bits (Veltkamp); a NaN stays one
+    return x.sub_(large).add_(large)
 
 
 @triton.jit
@@ -89,7 +95,7 @@ def store_sums(p_sums, b_rows, b_a, o_t, o_s, S):
 @triton.jit
 def mmd_tile_kernel(
     p_x, s_x_l, s_x_n, p_x2, s_x2_l, s_x2_n, p_dom, s_dom, p_gammas, p_coeff, p_out, s_out_l, s_out_n, p_sums,
-    N, D, S, first, rows, tiles_m, tiles_n,
+    N, D, S, first, rows, start, own, once, tiles_m, tiles_n,
     POWERS: tl.constexpr, WEIGHTS: tl.constexpr, PREC: tl.constexpr, BLOCKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -97,10 +103,10 @@ def mmd_tile_kernel(
     pid = tl.program_id(0)
     i_m, i_n, i_l = pid % tiles_m, (pid // tiles_m) % tiles_n, (pid // (tiles_m * tiles_n)).to(tl.int64)
     U: tl.constexpr = len(POWERS)
-    # rows and columns within the panel, and the samples they are
+    # rows and columns within the panel, and the samples they are; row o_m is column o_m + own
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
-    o_i, o_j = (first + o_m).to(tl.int64), (first + o_n).to(tl.int64)
-    m_m, m_n = o_m < rows, o_n < N - first
+    o_i, o_j = (first + o_m).to(tl.int64), (start + o_n).to(tl.int64)
+    m_m, m_n = o_m < rows, o_n < N - start
     o_d, o_s = tl.arange(0, BD), tl.arange(0, BS)
     p_i = p_x + i_l * s_x_l + (o_i * s_x_n)[:, None] + o_d[None, :]
     p_j = p_x + i_l * s_x_l + (o_j * s_x_n)[None, :] + o_d[:, None]
@@ -114,7 +120,7 @@ def mmd_tile_kernel(
     p_x2 += i_l * s_x2_l
     b_x2 = tl.load(p_x2 + o_i * s_x2_n, mask=m_m, other=0.0)
     b_y2 = tl.load(p_x2 + o_j * s_x2_n, mask=m_n, other=0.0)
-    same = o_m[:, None] == o_n[None, :]
+    same = (o_m + own)[:, None] == o_n[None, :]
     b_d2 = b_x2[:, None] + b_y2[None, :] - 2 * b_g
     b_d2 = tl.where(same, 0.0, tl.maximum(b_d2, 0.0, propagate_nan=tl.PropagateNan.ALL))
     b_k, b_w = gaussians(b_d2, load_gammas(p_gammas + i_l * U, U), POWERS)
@@ -130,9 +136,15 @@ def mmd_tile_kernel(
             for s in range(0, S, BS):
                 b_c = add_coeff(b_c, p_coeff, b_a, b_b, s + o_s, S)
         p_w = p_out + i_l * s_out_l + (o_m.to(tl.int64) * s_out_n)[:, None] + o_n[None, :]
-        tl.store(p_w, tl.where(same, 0.0, b_w * b_c), mask=m_m[:, None] & m_n[None, :])
-    # right of the square block a pair stands for both its directions
-    b_times = tl.where(o_n < rows, 1.0, 2.0)
+        b_w = tl.where(same, 0.0, b_w * b_c)
+        if PREC == "tf32":
+            # what a product in TF32 would make of them: their row sums, which it is taken from, are then the same.
+            # A GPU's NaN, all ones, would become −0.
+            b_bits = (b_w.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+            b_w = tl.where(b_w == b_w, b_bits.to(tl.float32, bitcast=True), b_w)
+        tl.store(p_w, b_w, mask=m_m[:, None] & m_n[None, :])
+    # beyond these columns a pair stands for both its directions
+    b_times = tl.where(o_n < once, 1.0, 2.0)
     p_sums += pid.to(tl.int64) * S * S
     # a loop of one turn would keep its operands in registers
     if BLOCKS == 1:
@@ -156,11 +168,13 @@ def mmd_tile(
     powers: tuple[int, ...],
     coeff: Tensor | None = None,
     out: Tensor | None = None,
+    start: int | None = None,
+    own: int | None = None,
 ) -> Tensor:
-    """One panel of the kernel matrix: rows first … first+rows-1 against columns first … N-1, all layers at once.
+    """One panel of the kernel matrix: rows first … first+rows-1 against columns start … N-1, all layers at once.
 
         d²_ij = max(x2_i + x2_j − 2 x_i·x_j, 0), 0 where i = j        e_u = exp(−γ_u d²)
-        out_ij = coeff[dom_i, dom_j] Σ_u γ_u e_u, 0 where i = j
+        out_ij = coeff[dom_i, dom_j] Σ_u γ_u e_u, 0 where i = j, rounded to TF32 where products may be
 
     Args:
         x: `[L, N, D]` float32, centred by the caller, last dimension contiguous; x2: `[L, N]`, its squared norms.
@@ -168,11 +182,13 @@ def mmd_tile(
         num_domains: S, at most `MAX_DOMAINS`.
         gammas: `[L, U]` float32, contiguous, on the device.
         powers: U numbers: 0 for an exponential of its own, 2 or 10 where e_u is that power of e_{u-1}.
-        coeff: `[L, S, S]` float32, contiguous, and out: `[L, rows, N-first]` float32, last dimension contiguous: both
+        coeff: `[L, S, S]` float32, contiguous, and out: `[L, rows, N-start]` float32, last dimension contiguous: both
             or neither.
+        start: None is `first`: x with itself, on and above the diagonal. Else the rows are other samples than the
+            columns, but that row `first` is column start + `own`, and so on with those after it (None: no row is).
 
-    Returns the panel's part of the kernel sums, `[L, S, S]` float32, symmetric: pairs of the square block (columns up
-    to first+rows) as they stand, pairs right of it in both directions. Bitwise repeatable.
+    Returns the panel's part of the kernel sums, `[L, S, S]` float32. Of x with itself they are symmetric: pairs of the
+    square block (columns up to first+rows) as they stand, pairs right of it in both directions. Bitwise repeatable.
     """
     L, N, D = x.shape
     S = num_domains
@@ -185,7 +201,13 @@ def mmd_tile(
     many = blocks > 1 or len(powers) > FEW_BANDWIDTHS
     tile = TILE_MANY if many else TILES[precision, 90 if architecture(x) >= 90 else 80]
     BM, BN, BD, warps, stages = tile
-    tiles_m, tiles_n = triton.cdiv(rows, BM), triton.cdiv(N - first, BN)
+    itself = start is None
+    if start is None:
+        start, own, once = first, 0, rows
+    else:
+        once = N - start
+        own = -rows if own is None else min(max(own, -rows), once)  # out of range is no column, and never overflows
+    tiles_m, tiles_n = triton.cdiv(rows, BM), triton.cdiv(N - start, BN)
     tiles = tiles_m * tiles_n
     partial = torch.empty((L, tiles, S, S), dtype=torch.float32, device=x.device)
     launch(
@@ -207,6 +229,9 @@ def mmd_tile(
         S,
         first,
         rows,
+        start,
+        own,
+        once,
         tiles_m,
         tiles_n,
         POWERS=powers,
@@ -221,6 +246,6 @@ def mmd_tile(
         num_stages=stages,
         maxnreg=255,  # sm_80's ptxas would sometimes settle on 128 and spill
     )
-    # the square block is symmetric, the rest was counted twice in one direction
     sums = partial.sum(1)
-    return torch.lerp(sums, sums.mT, 0.5)
+    # the square block is symmetric, the rest was counted twice in one direction
+    return torch.lerp(sums, sums.mT, 0.5) if itself else sums

@@ -171,43 +171,65 @@ def _sweep(
 
 
 def _sweep_triton(
-    x: Tensor, dom: Tensor, num_domains: int, gammas: Tensor, powers: list[int], coeff: Tensor | None
+    x: Tensor,
+    dom_x: Tensor,
+    y: Tensor | None,
+    dom_y: Tensor | None,
+    num_domains: int,
+    gammas: Tensor,
+    powers: list[int],
+    coeff: Tensor | None,
+    row_offset: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """K `[L, S, S]` float64 and, with coeff, dx: panels as in `_sweep`, their inner products in the same launch."""
-    from fastheads.kernels.mmd import mmd_tile
+    """K `[L, S, S]` float64 and, with coeff, dx: panels as in `_sweep`, their inner products in the same launch.
 
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x = _centre_(x.to(wide, copy=True, memory_format=torch.contiguous_format))
-    L, N, _ = x.shape
-    x2, gammas = x.square().sum(-1), gammas.to(x.dtype).contiguous()
-    own = None if coeff is None else coeff.to(x.dtype).contiguous()
-    K = x.new_zeros(L, num_domains, num_domains, dtype=torch.float64)
-    dx = None if coeff is None else torch.zeros_like(x)
-    height = min(N, max(128, WORKSPACE // N // 128 * 128))
-    layers = max(1, WORKSPACE // (height * N))
-    with torch.cuda.device_of(x):
-        for first in range(0, L, layers):
-            at = slice(first, min(L, first + layers))
-            for i in range(0, N, height):
-                e = min(N, i + height)
-                out = None if own is None else x.new_empty(len(x[at]), e - i, N - i)
-                K[at] += mmd_tile(
-                    x[at],
-                    x2[at],
-                    dom,
-                    i,
-                    e - i,
-                    num_domains=num_domains,
-                    gammas=gammas[at],
-                    powers=tuple(powers),
-                    coeff=None if own is None else own[at],
-                    out=out,
-                )
-                if dx is None or out is None:
-                    continue
-                _pull(dx[at, i:e], out, x[at, i:e], x[at, i:])
-                if e < N:
-                    _pull(dx[at, e:], out[:, :, e - i :].mT, x[at, e:], x[at, i:e])
+    Where products may be in TF32, the centred features are rounded to it once: all that follows is then as exact as in
+    float32, of features a little off. Distances of unrounded ones would lose the digits that they cancel.
+    """
+    from fastheads.kernels.mmd import mmd_tile, product_precision, round_to_tf32_
+
+    R = x.shape[1]
+    if y is None or dom_y is None:
+        z = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        dom, start = dom_x, 0
+    else:
+        z, dom, start = torch.cat((x.float(), y.float()), 1), torch.cat((dom_x, dom_y)), R
+    itself = start == 0
+    z = _centre_(z)
+    if product_precision() == "tf32":
+        z = round_to_tf32_(z)
+    z2, gammas = torch.linalg.vecdot(z, z), gammas.float().contiguous()
+    coeff = None if coeff is None else coeff.float().contiguous()
+    L, N, _ = z.shape
+    C = N - start
+    K = z.new_zeros(L, num_domains, num_domains, dtype=torch.float64)
+    dx = None if coeff is None else torch.zeros_like(z[:, :R])
+    height = min(R, max(128, WORKSPACE // C // 128 * 128))
+    layers = max(1, WORKSPACE // (height * C))
+    for first in range(0, L, layers):
+        at = slice(first, min(L, first + layers))
+        for i in range(0, R, height):
+            e, begin = min(R, i + height), i if itself else start
+            out = None if coeff is None else z.new_empty(len(z[at]), e - i, N - begin)
+            K[at] += mmd_tile(
+                z[at],
+                z2[at],
+                dom,
+                i,
+                e - i,
+                num_domains=num_domains,
+                gammas=gammas[at],
+                powers=tuple(powers),
+                coeff=None if coeff is None else coeff[at],
+                out=out,
+                start=None if itself else start,
+                own=None if row_offset is None else i + row_offset,
+            )
+            if dx is None or out is None:
+                continue
+            _pull(dx[at, i:e], out, z[at, i:e], z[at, begin:])
+            if itself and e < R:
+                _pull(dx[at, e:], out[:, :, e - i :].mT, z[at, e:], z[at, i:e])
     return K, None if dx is None else dx.mul_(-4)
 
 
@@ -232,8 +254,10 @@ def _kernel_sums(
     impl: str,
 ) -> Tensor:
     with _autocast_off(x):
-        if impl == "triton" and y is None and x.shape[1]:
-            return _sweep_triton(x, dom_x, num_domains, gammas, powers, None)[0].float()
+        if impl == "triton" and x.shape[1] and (y is None or y.shape[1]):
+            with torch.cuda.device_of(x):
+                K, _ = _sweep_triton(x, dom_x, y, dom_y, num_domains, gammas, powers, None, row_offset)
+            return K.float()
         samples = _samples(x, dom_x, y, dom_y, num_domains, row_offset)
         K, _ = _sweep(samples, num_domains, gammas, powers, None)
         return K.to(samples.rows.dtype)
@@ -253,8 +277,10 @@ def _mmd_fused(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with _autocast_off(x):
-        if impl == "triton" and y is None and x.shape[1]:
-            K, dx = _sweep_triton(x, dom_x, num_domains, gammas, powers, coeff if backward else None)
+        if impl == "triton" and x.shape[1] and (y is None or y.shape[1]):
+            own = coeff if backward else None
+            with torch.cuda.device_of(x):
+                K, dx = _sweep_triton(x, dom_x, y, dom_y, num_domains, gammas, powers, own, row_offset)
             return K.float(), (coeff.double() * K).sum((-2, -1)).float(), x.new_empty(0) if dx is None else dx
         samples = _samples(x, dom_x, y, dom_y, num_domains, row_offset)
         K, ordered = _sweep(samples, num_domains, gammas, powers, coeff if backward else None)
@@ -360,7 +386,7 @@ def _mmd_small(
             gammas=gammas,
             powers=tuple(powers),
             estimator=estimator,
-            gate=gate,
+            gate=None if gate is None else gate.float().contiguous(),
             backward=backward,
         )
     return loss, K, x.new_empty(0) if gradient is None else gradient

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numerics import BACKWARD, FORWARD, assert_right
 
-from fastheads.kernels.mmd import mmd_tile, product_precision
+from fastheads.kernels.mmd import mmd_tile, product_precision, round_to_tf32_
 from fastheads.reference import _centred, kernel_gammas, kernel_sums
 
 DOMAINBED = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
@@ -210,13 +210,102 @@ def test_what_it_refuses():
             mmd_tile(x, x2, ids(20, 2), 0, 20, num_domains=2, gammas=torch.ones(1, 2), powers=powers)
 
 
-def test_tf32_only_where_torch_allows_it():
+@pytest.fixture
+def tf32_allowed(monkeypatch):
+    """As after `torch.set_float32_matmul_precision("high")`."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    try:
-        matmul.allow_tf32 = False
-        assert product_precision() == "tf32x3"
-        matmul.allow_tf32 = True
-        assert product_precision() == "tf32"
-    finally:
-        matmul.allow_tf32 = before
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
+def test_tf32_only_where_torch_allows_it(tf32_allowed):
+    assert product_precision() == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert product_precision() == "tf32x3"
+
+
+def is_tf32(x):
+    """Whether the last 13 bits of the mantissa are zero."""
+    return not (x.view(torch.int32) & 0x1FFF).any()
+
+
+def test_weights_are_rounded_to_what_a_product_in_tf32_would_make_of_them(tf32_allowed):
+    """The trap above, in TF32: row sums of unrounded weights beside a product that rounds them. It shows in clusters,
+    whose points are far from the mean and near each other."""
+    x, dom, gammas = 0.02 * draw(1, 96, 64), torch.arange(96) % 2, torch.ones(1, 1)
+    x += torch.where(torch.arange(96) < 48, 1.0, -1.0)[:, None]
+    coeff = torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]) / 48**2
+    y = round_to_tf32_(centred(x)[0])
+    w = torch.empty(1, 96, 96)
+    given = dict(num_domains=2, gammas=gammas, powers=(0,), coeff=coeff)
+    mmd_tile(y, y.square().sum(-1), dom, 0, 96, out=w, **given)
+    assert is_tf32(w) and bool((w != 0).any())
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    full = torch.empty(1, 96, 96)
+    mmd_tile(y, y.square().sum(-1), dom, 0, 96, out=full, **given)
+    assert not is_tf32(full)
+    exact = formula(y, dom, 2, gammas, coeff, torch.float64)[1]
+
+    def error(sums):
+        dx = 4 * (w @ y - sums.sum(-1, keepdim=True) * y)  # y is TF32 already: this product is the GPU's
+        return float((dx - exact).norm() / exact.norm())
+
+    assert error(w) < 1e-3 and error(full) > 5e-3, (error(w), error(full))
+
+
+@pytest.mark.parametrize("N", [1, 300])
+def test_rounding_to_tf32_keeps_eleven_bits_and_every_nan(N):
+    x = draw(1, N, 8) * torch.logspace(-20, 20, 8)
+    rounded = round_to_tf32_(x.clone())
+    assert is_tf32(rounded)
+    assert bool(((rounded - x).abs() <= 2.0**-11 * x.abs()).all())
+    assert torch.equal(round_to_tf32_(rounded.clone()), rounded)
+    gpus = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    assert bool(torch.isnan(round_to_tf32_(gpus.clone())).all())
+
+
+def test_not_a_number_is_not_hidden_by_the_rounding(tf32_allowed):
+    x, x2 = centred(draw(1, 20, 8))
+    bad = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    x[0, 3, 2] = x2[0, 3] = bad
+    w = torch.zeros(1, 20, 20)
+    mmd_tile(
+        x, x2, ids(20, 2), 0, 20, num_domains=2, gammas=torch.ones(1, 1), powers=(0,), coeff=symmetric(1, 2), out=w
+    )
+    assert bool(torch.isnan(w[0, 3, 4:]).all())
+
+
+@pytest.mark.parametrize(
+    "rows, columns, own", [(40, 70, None), (40, 70, 0), (40, 70, 25), (33, 150, -20), (40, 70, 10**9), (1, 1, 0)]
+)
+@pytest.mark.parametrize("S", [3, 20])
+def test_rows_against_other_columns(rows, columns, own, S):
+    """A process's rows against all processes' columns: each pair once, a row's own column at no distance and weight."""
+    x, dom = draw(2, rows + columns, 12), ids(rows + columns, S)
+    for i in range(rows) if own is not None else ():
+        if 0 <= i + own < columns:
+            x[:, rows + i + own], dom[rows + i + own] = x[:, i], dom[i]
+    gammas, coeff = doubling(x), symmetric(2, S)
+    x, x2 = centred(x)
+    w = torch.full((2, rows, columns), math.nan)
+    given = dict(num_domains=S, gammas=gammas, powers=DOUBLING, start=rows, own=own)
+    K = mmd_tile(x, x2, dom, 0, rows, coeff=coeff, out=w, **given)
+    x64, g64 = x.double(), gammas.double()
+    a, b = (x64[:, :rows], dom[:rows]), (x64[:, rows:], dom[rows:])
+    torch.testing.assert_close(K.double(), kernel_sums(*a, *b, S, g64, own), rtol=1e-5, atol=0)
+    d2 = (a[0][:, :, None] - b[0][:, None]).square().sum(-1)
+    expected = sum(g.view(-1, 1, 1) * (-g.view(-1, 1, 1) * d2).exp() for g in g64.unbind(-1))
+    expected = expected * coeff.double()[:, a[1]][..., b[1]]
+    for i in range(rows) if own is not None else ():
+        if 0 <= i + own < columns:
+            expected[:, i, i + own] = 0
+    torch.testing.assert_close(w.double(), expected, rtol=1e-4, atol=1e-7)
+    # the second half of the rows, as a panel by itself
+    half = rows // 2
+    if half:
+        given["own"] = None if own is None else own + half
+        part = torch.full((2, rows - half, columns), math.nan)
+        mmd_tile(x, x2, dom, half, rows - half, coeff=coeff, out=part, **given)
+        torch.testing.assert_close(part, w[:, half:])
