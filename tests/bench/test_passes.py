@@ -6,8 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.memory import held_bytes, saved_bytes
-from bench.passes import PATHS
 from bench.models import SETTINGS, Setting
+from bench.passes import PATHS
 from bench.vision import VisionCase, trial
 from bench.ways import way
 
