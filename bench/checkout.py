@@ -1,7 +1,7 @@
-"""Makes `fastheads.kernels` importable from a checkout that was never installed.
+"""Makes `fastheads.kernels` the kernels/ of this checkout, also where the checkout was never installed.
 
-setup.py maps the folder kernels/ to that name; on a machine where the repository was only copied, nobody has. Also a
-pytest plugin: `pytest -p bench.checkout`.
+setup.py maps the folder to that name; on a machine where the repository was only copied, nobody has. And where another
+checkout is installed beside, its kernels must not answer for this one's. Also a pytest plugin: `-p bench.checkout`.
 """
 
 import importlib.util
@@ -15,9 +15,12 @@ def find_kernels() -> None:
     """Registers kernels/ as `fastheads.kernels`, unless it is that already."""
     import fastheads
 
-    if importlib.util.find_spec("fastheads.kernels") is not None:
-        return
     folder = ROOT / "kernels"
+    found = importlib.util.find_spec("fastheads.kernels")
+    if found is not None and found.origin is not None and Path(found.origin).resolve().parent == folder:
+        return
+    if ROOT not in Path(fastheads.__file__).resolve().parents:
+        return  # an installed fastheads, which has its own kernels
     spec = importlib.util.spec_from_file_location(
         "fastheads.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )

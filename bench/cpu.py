@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu import environment
 from bench.markdown import table, write_block
+from bench.records import environment
 from bench.timing import compare
 
 MODEL = "ViT-B-32"

@@ -1,42 +1,89 @@
-"""The one-command GPU run: its verdicts, its reading of pytest's report, and a rehearsal on the CPU."""
+"""The one-command GPU run: parts and limits, verdicts, and a rehearsal on the CPU in an uninstalled checkout."""
 
 import json
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 
-from bench.gpu import main, read_junit, run_tests
-from bench.summary import Target, chosen, module_targets, tower_targets
+from bench import records
+from bench.check import copy_working_tree
+from bench.chips import CHIPS
+from bench.gpu import Outcome, Part, Run, main, read_junit
+from bench.records import Row
+from bench.roofline import cost
+from bench.shapes import SHAPES
+from bench.stopwatch import Stopwatch
+from bench.targets import LARGE, PAPER, Target, mmd_targets, module_targets, step_target
 from bench.timing import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def variant(ms: float, saved: float = 1.0) -> dict:
-    return {"both_ms": ms, "inference_ms": ms, "saved_mb": saved, "peak_mb": None, "share_of_peak": 0.5}
+def block(name: str, rank: int, ratio: float, saved: int = 100, **fields) -> Row:
+    extra = {"setting": "B/16", "precision": "amp", "ranks": [rank], "batch": 256}
+    values = {"seconds": {"median": 1e-3}, "baseline": "stock", "ratio": ratio, "saved_bytes": saved, "extra": extra}
+    return Row("block", f"rank {rank}", name, **{**values, **fields})
+
+
+def by_what(targets: list[Target]) -> dict[str, Target]:
+    return {t.what: t for t in targets}
 
 
 def test_targets_are_met_or_missed_by_their_numbers():
-    assert Target("", 1.05, True, 1.05).verdict() == "met"
-    assert Target("", 1.05, True, 1.06).verdict() == "missed"
-    assert Target("", 1.6, False, 1.7).verdict() == "met"
-    assert Target("", 1.6, False, None, "no peft").verdict() == "not measured: no peft"
+    assert Target("", "", 1.05, True, 1.05).verdict() == "met"
+    assert Target("", "", 1.05, True, 1.06).verdict() == "missed"
+    assert Target("", "", 1.6, False, 1.7).verdict() == "met"
+    assert Target("", "", 1.6, False, None, "no peft").verdict() == "not measured: no peft"
 
 
-def test_targets_of_the_module_come_from_one_runs_medians():
-    variants = {"stock": variant(2.0), "stacked": variant(2.2, 6.0), "plain": variant(3.3, 10.0), "delta": variant(9)}
-    found = {"precision": "amp", "variants": variants, "refused": {"peft": "peft is not installed"}}
-    assert chosen(found) == "stacked" and chosen({**found, "precision": "bf16"}) == "delta"
-    stock, plain, peft, _, saved, *_ = module_targets(found)
-    assert (stock.value, stock.verdict()) == (pytest.approx(1.1), "missed")
-    assert (plain.value, plain.verdict()) == (pytest.approx(1.5), "missed")
-    assert peft.verdict() == "not measured: peft is not installed"
-    assert (saved.value, saved.verdict()) == (pytest.approx(0.6), "met")
-    (step,) = tower_targets(found)
-    assert step.value == pytest.approx(1.1)
+def test_the_modules_targets_weigh_ranks_by_their_layers():
+    rows = [block("stacked", 2, 1.0), block("stacked", 8, 1.6), block("plain", 2, 2.2), block("plain", 8, 2.2)]
+    rows += [block("peft", r, 0, status="not run", why="peft is not installed", seconds=None) for r in (2, 8)]
+    found = by_what(module_targets(rows, "NVIDIA H100", "B/16", "amp"))
+    assert found["stacked / stock frozen"].value == pytest.approx((10 * 1.0 + 2 * 1.6) / 12)
+    assert found["stacked / stock frozen"].verdict() == "missed"
+    assert found["plain PyTorch / stacked"].value == pytest.approx(2.2 / 1.1)
+    assert found["PEFT / stacked"].verdict() == "not measured: peft: peft is not installed"
+    assert (
+        found["saved: stacked, recompute / plain"].verdict().startswith("not measured: stacked, recompute has no row")
+    )
+    least = cost("stacked", SHAPES["B/16"], [CHIPS["H100"]]).seconds("H100")
+    assert found["share of the roofline, reachable rates"].value == pytest.approx(least / 1e-3)
+
+
+def test_saved_memory_counts_the_modules_input():
+    row = 256 * 197 * 768 * 2
+    rows = [block(n, r, 1, saved=s) for n, s in (("stacked", 0), ("plain", row)) for r in (2, 8)]
+    assert by_what(module_targets(rows, "", "B/16", "amp"))["saved: stacked / plain"].value == pytest.approx(0.5)
+
+
+def test_a_step_is_held_against_the_frozen_models():
+    extra = {"setting": "L/14", "precision": "bf16", "ranks": [2, 8], "batch": 128}
+    rows = [Row("model step", "", "delta", seconds={"median": 1.0}, ratio=1.02, extra=extra)]
+    assert step_target(rows, "L/14", "bf16").verdict() == "met"
+    assert step_target(rows, "L/14", "amp").verdict() == "not measured: stacked has no row"
+
+
+def test_the_mmds_targets_come_from_rows_rates_and_launches():
+    def row(name: str, case: tuple, ratio: float, seconds: float = 1e-3) -> Row:
+        extra = dict(zip(("layers", "domains", "each", "width", "kernel"), case, strict=True))
+        peak = 4 * 16384 * 768
+        return Row("mmd", "", name, seconds={"median": seconds}, ratio=ratio, peak_bytes=peak, extra=extra)
+
+    seconds = 3 * 16384**2 * 768 / 100e12  # 100 TFLOP/s
+    rows = [row("auto", LARGE, 1.0, seconds), row("DomainBed", LARGE, 6), row("DomainBed", PAPER, 40)]
+    kernels = {"mmd, 12 × 36 × 768": [{"kernel": "a", "calls": 1}, {"kernel": "b", "calls": 3}]}
+    found = by_what(mmd_targets(rows, {"tf32": 200e12}, kernels))
+    assert found["launches, forward and gradient"].verdict() == "missed"
+    assert found["DomainBed's loop / ours"].verdict() == "missed"
+    assert found["materialised PyTorch (DomainBed's) / ours"].verdict() == "met"
+    assert found["KeOps / ours"].verdict() == "not measured: KeOps has no row"
+    assert found["share of the tf32 matmul rate, 3 N²D"].value == pytest.approx(0.5)
+    assert found["memory / inputs and gradients"].value == pytest.approx(1.0)
 
 
 def test_a_junit_report_is_read():
@@ -56,10 +103,48 @@ def test_variants_take_turns():
     assert found["a"]["samples"] == 3
 
 
-@pytest.mark.slow
-def test_tests_that_take_too_long_are_stopped():
-    found = run_tests(["tests/bench/test_roofline.py"], limit=0.1)
-    assert found["exit"] == 124 and "stopped after" in found["output"]
+def test_without_pytest_benchmark_a_stopwatch_takes_turns_too():
+    order, watch = [], Stopwatch()
+    watch.pedantic(lambda: order.append("call"), setup=lambda: order.append("setup"), rounds=2, warmup_rounds=1)
+    assert order == ["setup", "call"] * 3
+    assert 0 < watch.stats.stats.min <= watch.stats.stats.median
+
+
+class Sleeping(Run):
+    """A run whose parts sleep, or fail."""
+
+    def command(self, part: Part, limit: float) -> list[str]:
+        return [sys.executable, "-c", f"import sys, time; time.sleep({part.arguments[0]}); {part.arguments[1]}"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Sleeping(tmp_path, rehearse=True, say=print)
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_says_so(run):
+    outcome = run.run(Part("slow", "python", 1, 1, ("60", "")), limit=0.5)
+    assert outcome.status == "stopped" and "its 0 s were over" in outcome.why and outcome.seconds < 20
+    assert run.outcome("slow") == outcome
+
+
+def test_a_part_that_fails_says_its_last_line(run):
+    outcome = run.run(Part("bad", "python", 9, 1, ("0", "sys.exit('no such chip')")), limit=30)
+    assert (outcome.status, outcome.why) == ("failed", "no such chip")
+
+
+def test_a_part_that_is_complete_is_known_from_its_file(run, tmp_path):
+    run.run(Part("good", "python", 9, 1, ("0", "")), limit=30)
+    assert Run(tmp_path, True, print).outcome("good").status == "done"
+    assert Run(tmp_path, True, print).outcome("other") is None
+
+
+def test_a_folder_of_another_commit_is_refused(run, monkeypatch):
+    run.environment()
+    there = records.environment("cpu")
+    monkeypatch.setattr(records, "environment", lambda device: {**there, "commit": "f" * 40})
+    with pytest.raises(ValueError, match="has parts of commit .* and this is fff"):
+        run.environment()
 
 
 def test_without_a_gpu_it_says_how_to_rehearse(capsys, tmp_path, monkeypatch):
@@ -69,18 +154,50 @@ def test_without_a_gpu_it_says_how_to_rehearse(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unknown_part_is_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--rehearse", "--again", "nothing"])
+    assert "--again: got nothing; takes rates" in capsys.readouterr().err
+
+
+def uninstalled(folder: Path) -> dict[str, str]:
+    """A copy of the files, and an interpreter that has every package but no fastheads; the environment to run it in.
+
+    A path in PYTHONPATH is searched, but the .pth files in it, of which an editable install is one, are not read.
+    """
+    (folder / "checkout").mkdir()
+    copy_working_tree(ROOT, folder / "checkout")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VIRTUAL_ENV")}
+    return env | {"PYTHONPATH": sysconfig.get_path("purelib"), "OMP_NUM_THREADS": "1"}
+
+
 @pytest.mark.slow
-def test_the_rehearsal_writes_tests_bench_and_summary(tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path), "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    tests = json.loads((tmp_path / "tests.json").read_text())
-    assert tests["lanes"]["rehearsal"]["counts"]["failures"] == 0
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["environment"]["versions"]["torch"]
-    assert {"stock", "plain", "merged", "factored", "reference"} <= set(found["modules"][0]["variants"])
-    assert "stacked" in found["modules"][0]["refused"]
-    assert not found["left_out"]
-    summary = (tmp_path / "summary.md").read_text()
-    assert "rehearsal" in summary and "time / stock frozen" in summary and "training step" in summary
+def test_the_rehearsal_runs_in_a_checkout_that_was_never_installed(tmp_path):
+    env = uninstalled(tmp_path)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    options = {"env": env, "capture_output": True, "text": True}
+    elsewhere = subprocess.run([python, "-c", "import fastheads"], cwd=tmp_path, **options)
+    assert "No module named 'fastheads'" in elsewhere.stderr
+
+    command = [python, "-m", "bench.gpu", "--out", str(tmp_path / "out"), "--rehearse"]
+    done = subprocess.run(command, cwd=tmp_path / "checkout", timeout=280, **options)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert f"fastheads of {tmp_path / 'checkout'}" in done.stdout
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert {name: part["status"] for name, part in found["parts"].items()} == dict.fromkeys(found["parts"], "done")
+    _, rows = records.read(tmp_path / "out" / "gpu.json")
+    ran = {(r.group, r.contender) for r in rows if r.seconds and r.status == "ok"}
+    kernels = {("block", n) for n in ("stacked", "delta", "one_pass")} | {("mmd", "triton"), ("inference", "patched")}
+    assert kernels <= ran
+    assert {r.group for r in rows if r.group.endswith("sweep")} == {
+        f"{k} sweep" for k in ("batch", "length", "rank", "closed")
+    }
+    assert any(r.status == "wrong" for r in rows if r.contender == "peft") or "peft" in found["environment"]["missing"]
+    assert found["environment"]["rates"]["copy"] > 0 and found["profile"]["step, ours"]
+    assert (tmp_path / "out" / "traces.tar.gz").stat().st_size > 1000
+    assert "not measured" in (tmp_path / "out" / "summary.md").read_text()
+
+    again = subprocess.run(command, cwd=tmp_path / "checkout", timeout=60, **options)
+    assert again.returncode == 0 and again.stdout.count("there already") == len(found["parts"])
+    assert isinstance(Outcome(**found["parts"]["rates"]).seconds, float)
