@@ -65,7 +65,8 @@ class VisionCase:
         return PRECISION_WORDS[self.precision]
 
     def small(self, draw: int) -> VisionCase:
-        return replace(self, batch=2, draw=draw)
+        """Two images, and of a tower its last three layers: both published ranks are among them."""
+        return replace(self, batch=2, ranks=self.ranks[-3:], draw=draw)
 
     def extra(self) -> dict[str, Any]:
         found = {"setting": self.setting, "batch": self.batch, "tokens": self.length, "precision": self.precision}
@@ -93,7 +94,7 @@ class VisionCase:
         return found.double() if self.exact else found
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _stock(setting: str, layers: int, dtype: torch.dtype) -> Any:
     return SETTINGS[setting].model(layers, "cpu", dtype)
 
