@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -196,13 +197,14 @@ def _triton_reasons(device: str) -> list[str]:
 def _room(device: str) -> int:
     """Bytes of a block's shared memory for what stays on chip; 64 KB are for what goes by. An A100 has 163 KB."""
     if device == "cuda" and torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties().shared_memory_per_block_optin) - 64 * 1024
+        properties: Any = torch.cuda.get_device_properties()
+        return int(properties.shared_memory_per_block_optin) - 64 * 1024
     return 99 * 1024
 
 
 # What torch.compiler.assume_constant_result does, which imports torch._dynamo and with it Triton: 5 s at import.
-for _constant in (_triton_reasons, _room):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_triton_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_room._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _short(dtype: torch.dtype) -> str:

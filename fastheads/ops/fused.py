@@ -12,8 +12,8 @@ The parts (fold, attention_fwd, attention_bwd, low_rank_bwd, dropout) are Triton
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -65,13 +65,12 @@ class _Layer(NamedTuple):
     scale: float
     dropout_p: float
     impl: str
-    few: bool = False
 
     @property
     def merged(self) -> bool:
-        """True where the deltas are folded into the weights: not for so `few` tokens that folding costs more."""
+        """True where the deltas are folded into the weights."""
         if self.impl == "cpu":
-            return self.seed is None and self.w_in.dtype.itemsize >= 4 and not self.few
+            return self.seed is None and self.w_in.dtype.itemsize >= 4
         return self.impl == "stacked"
 
     @property
@@ -118,11 +117,8 @@ class _Product(NamedTuple):
         return cls(whole, whole[..., :width], whole[..., width:], False)
 
 
-def _project(layer: _Layer, low_too: bool, gate: Tensor | None = None) -> _Product:
-    """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel).
-
-    gate: folded into v where given, for merged weights without T.
-    """
+def _project(layer: _Layer, low_too: bool) -> _Product:
+    """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
     x, b_in, D3 = layer.x, layer.b_in, layer.w_in.shape[0]
     bias = None if b_in is None else b_in.to(x.dtype)
     if layer.lora_A is None or layer.lora_B is None:
@@ -133,11 +129,6 @@ def _project(layer: _Layer, low_too: bool, gate: Tensor | None = None) -> _Produ
     weight = layer.fold()
     if layer.seed is not None:
         return _Product.of(F.linear(x, weight[:D3], bias), F.linear(layer.dropped(), weight[D3:]), D3)
-    if gate is not None:
-        D = D3 // 3
-        factors = gate.repeat_interleave(D // len(gate)).to(weight.dtype)
-        weight[2 * D : D3] *= factors.unsqueeze(1)
-        bias = None if bias is None else torch.cat((bias[: 2 * D], bias[2 * D :] * factors))
     if layer.merged and not low_too:
         return _Product.of(F.linear(x, weight[:D3], bias), None, D3)
     return _Product.of(F.linear(x, weight, None if bias is None else F.pad(bias, (0, weight.shape[0] - D3))), None, D3)
@@ -154,9 +145,14 @@ def _delta(layer: _Layer, low: Tensor | None) -> Any:
     return _low_rank(layer, low, layer.lora_B)
 
 
-@contextmanager
-def _plainly(x: Tensor) -> Iterator[None]:
+def _plainly(x: Tensor) -> AbstractContextManager[None]:
     """Without autocast (every dtype here is meant), and on x's GPU, where Triton would take the current one."""
+    nothing_to_do = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return nullcontext() if nothing_to_do else _without_autocast(x)
+
+
+@contextmanager
+def _without_autocast(x: Tensor) -> Iterator[None]:
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         yield
 
@@ -203,20 +199,16 @@ def forward(
     if impl != "cpu":
         lora_B, gate = _packed(lora_B), _packed(gate)
     layer = _Layer(x, w_in, b_in, lora_A, lora_B, seed, tuple(parts), scale, dropout_p, impl)
-    if impl == "cpu" and keep == "nothing" and lora_A is not None:
-        rank = lora_A.numel() // lora_A.shape[-1]
-        layer = layer._replace(few=x.shape[0] * x.shape[1] * rank < cpu.FEW * x.shape[2])
     which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
     attend: dict[str, Any] = {"num_heads": num_heads, "gate": gate, "mask": mask, "causal": causal, "pool": which}
     kept: tuple[Tensor | None, ...] = (None, None, None)
-    gate_in_v = impl == "cpu" and keep == "nothing" and not pool and lora_A is not None and layer.merged
     with _plainly(x):
         if impl == "one_pass":
             o, lse, cls = _one_pass(layer, attend)
+        elif impl == "cpu" and keep == "nothing" and seed is None:
+            o, lse, cls = cpu.infer(x, w_in, b_in, lora_A, lora_B, parts=parts, scale=scale, **attend)
         else:
-            product = _project(layer, low_too=keep == "projections", gate=attend["gate"] if gate_in_v else None)
-            if gate_in_v:
-                attend["gate"] = None
+            product = _project(layer, low_too=keep == "projections")
             if impl == "cpu":
                 o, lse, cls, heads = cpu.attention_fwd(product.qkv, **attend)
             else:
@@ -226,6 +218,26 @@ def forward(
                 kept = (product.whole, product.low if product.apart else None, heads)
     cls = x.new_empty(0, dtype=lse.dtype) if cls is None else cls
     return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in kept))
+
+
+def infer(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    pool: int | Tensor | str | None,
+    num_heads: int,
+    parts: Sequence[int],
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`forward` of `impl="cpu"` where nothing is kept and nothing dropped, without the operator around it."""
+    options: dict[str, Any] = {"num_heads": num_heads, "mask": mask, "causal": causal, "pool": pool}
+    with _plainly(x):
+        return cpu.infer(x, w_in, b_in, lora_A, lora_B, parts=parts, scale=scale, gate=gate, **options)
 
 
 def _one_pass(layer: _Layer, attend: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -130,6 +130,10 @@ def head_attention(
     lora_A, lora_B, gate = (None if t is None else t.to(wide) for t in (lora_A, lora_B, gate))
     inputs = (x, w_in, b_in, lora_A, lora_B, gate)
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    parts = [TARGETS.index(t) for t in targets]
+    if name == "cpu" and not (backward or dropout or torch.compiler.is_compiling()) and x.numel():
+        # The way through the dispatcher costs as much as a short sequence's attention.
+        return HeadAttentionOutput(*fused.infer(*inputs, mask, pool, num_heads, parts, scale, causal))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
     kind = "" if pool is None else pool if isinstance(pool, str) else "token" if isinstance(pool, int) else "tokens"
     o, lse, cls, *_ = torch.ops.fastheads.head_attention(
@@ -141,7 +145,7 @@ def head_attention(
         pool if isinstance(pool, int) else 0,
         ("inputs" if recompute else "projections") if backward else "nothing",
         num_heads,
-        [TARGETS.index(t) for t in targets],
+        parts,
         scale,
         causal,
         dropout_p,
@@ -165,19 +169,18 @@ def _check(
 ) -> None:
     """Raises ValueError, naming the argument, for shapes that do not fit each other."""
 
-    def shape(name: str, tensor: Tensor, *takes: tuple[int, ...]) -> None:
-        # spelled out for torch.compile, which cannot look for sizes it does not know in a tuple
-        if not any(tensor.dim() == len(t) and all(n == m for n, m in zip(tensor.shape, t, strict=True)) for t in takes):
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; takes {' or '.join(map(str, takes))}")
+    def refuse(name: str, tensor: Tensor, *takes: tuple[int, ...]) -> None:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; takes {' or '.join(map(str, takes))}")
 
     if x.dim() != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}; takes [batch, tokens, width]")
     B, N, D = x.shape
     if num_heads < 1 or D % num_heads:
         raise ValueError(f"num_heads: got {num_heads}; takes a divisor of the width {D}")
-    shape("w_in", w_in, (3 * D, D))
-    if b_in is not None:
-        shape("b_in", b_in, (3 * D,))
+    if w_in.shape != (3 * D, D):
+        refuse("w_in", w_in, (3 * D, D))
+    if b_in is not None and b_in.shape != (3 * D,):
+        refuse("b_in", b_in, (3 * D,))
     wrong = [t for t in targets if t not in TARGETS]
     if wrong or len(set(targets)) != len(targets):
         raise ValueError(f"targets: got {tuple(targets)}; takes different ones of {', '.join(TARGETS)}")
@@ -185,10 +188,12 @@ def _check(
         raise ValueError(f"lora_{'B' if lora_B is None else 'A'}: got None beside the other; takes both or neither")
     if lora_A is not None and lora_B is not None:
         T, r = len(targets), lora_B.shape[-1]
-        shape("lora_B", lora_B, (T, num_heads, D // num_heads, r))
-        shape("lora_A", lora_A, (T, num_heads, r, D), (T, 1, r, D))
-    if gate is not None:
-        shape("gate", gate, (num_heads,))
+        if lora_B.shape != (T, num_heads, D // num_heads, r):
+            refuse("lora_B", lora_B, (T, num_heads, D // num_heads, r))
+        if lora_A.shape != (T, num_heads, r, D) and lora_A.shape != (T, 1, r, D):
+            refuse("lora_A", lora_A, (T, num_heads, r, D), (T, 1, r, D))
+    if gate is not None and gate.shape != (num_heads,):
+        refuse("gate", gate, (num_heads,))
     if mask is not None and (
         mask.dim() > 4
         or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed((B, num_heads, N, N)), strict=False))
@@ -200,9 +205,10 @@ def _check(
         raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
     if isinstance(pool, int) and not -N <= pool < N:
         raise ValueError(f"pool: got token {pool}; takes {-N} to {N - 1}")
-    if isinstance(pool, Tensor):
-        shape("pool", pool, (B,))
-    others = {"w_in": w_in, "b_in": b_in, "lora_A": lora_A, "lora_B": lora_B, "gate": gate, "mask": mask}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
+    if isinstance(pool, Tensor) and pool.shape != (B,):
+        refuse("pool", pool, (B,))
+    names = ("w_in", "b_in", "lora_A", "lora_B", "gate", "mask")
+    device = x.device
+    for name, tensor in zip(names, (w_in, b_in, lora_A, lora_B, gate, mask), strict=True):
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}: is on {tensor.device}; takes one on x's device, {x.device}")
