@@ -38,7 +38,7 @@ def only_from(tree: Path) -> None:
                 name, kernels, submodule_search_locations=[str(kernels.parent)]
             )
 
-    sys.meta_path.insert(0, Kernels)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Kernels)
 
 
 def check_origin(tree: Path) -> None:

@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("There is no CUDA device here; `--rehearse` runs the same on the CPU.", file=sys.stderr)
         return 2
     for module in (fastheads, fastheads.kernels):
-        if ROOT not in Path(module.__file__).resolve().parents:
+        if ROOT not in Path(str(module.__file__)).resolve().parents:
             print(f"{module.__name__} is {module.__file__}, not that of {ROOT}: run this in {ROOT}", file=sys.stderr)
             return 2
 

@@ -94,6 +94,13 @@ def cost(path: str, shape: Shape, chips: Sequence[Chip]) -> Cost:
     )
 
 
+def shares_of(path: str, shape: Shape, rank: int, chip: Chip, measured: float) -> tuple[float, float]:
+    """The least seconds of a module's forward and backward over `measured`, at the peaks and at reachable rates."""
+    forward, backward, _ = PATHS[path](shape, rank)
+    passes = [*forward, *backward]
+    return seconds(passes, chip.peak) / measured, seconds(passes, chip.reached) / measured
+
+
 def all_costs(chips: Sequence[Chip]) -> list[Cost]:
     return [cost(path, shape, chips) for shape in SHAPES.values() for path in PATHS]
 

@@ -9,8 +9,10 @@ from bench.chips import CHIPS
 from bench.compile_report import doc_blocks, from_json
 from bench.cpu import report as cpu_report
 from bench.markdown import read_block, table, write_block
+from bench.report import stale
 from bench.roofline import all_costs, backward_table, cost_table, target_table
 from bench.shapes import SHAPES
+from bench.sources import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -46,6 +48,10 @@ def test_the_compile_tables_are_those_of_the_result_file():
 def test_the_cpu_table_is_that_of_the_result_file():
     rows = json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))["rows"]
     assert read_block(PAGE, "cpu").strip() == cpu_report(rows)
+
+
+def test_tables_charts_and_readme_are_those_of_the_result_files():
+    assert stale(sources(sorted(RESULTS.glob("*.json")))) == []
 
 
 def test_blocks_are_replaced_and_unknown_ones_refused(tmp_path):
