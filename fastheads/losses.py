@@ -78,6 +78,17 @@ def _number_of_domains(domains: Tensor, num_domains: int | None) -> int:
     return num_domains
 
 
+def _check_no_lone_sample(domains: Tensor) -> None:
+    """That no domain has one sample, which the unbiased estimator cannot take (where `_looked_at`)."""
+    if _looked_at(domains):
+        ids, counts = domains.unique(return_counts=True)
+        if bool((counts == 1).any()):
+            alone = ids[counts == 1].tolist()
+            raise ValueError(
+                f"domains: {alone} have one sample each; the unbiased estimator needs two, biased takes one"
+            )
+
+
 def _check_pair_weights(pair_weights: Tensor | None, reduction: str, num_domains: int) -> None:
     if pair_weights is None:
         return
@@ -125,7 +136,8 @@ def mmd(
             columns are gathered. Every process returns the global loss, and its features' gradient is world size times
             a single process's, so that DDP's mean over processes gives a single process's parameter gradients. None:
             the process's own batch.
-        impl: `"auto"`, `"cpu"` (one sweep, memory O(N·D)) or `"reference"`, which alone has a second derivative.
+        impl: `"auto"`: on a CPU `"cpu"`, on a GPU `"triton"` (both: loss and gradient in one sweep, memory O(N·D)),
+            else `"reference"`, which alone has a second derivative.
 
     Raises ValueError or TypeError naming the argument. Values of domain ids and one-sample domains (an error for
     `"unbiased"`) are checked on the CPU only, and not inside `torch.compile`. Source: the conventions of DomainBed,
@@ -157,22 +169,21 @@ def _mmd(
         raise ValueError(f'reduction: got {reduction!r}; takes "mean" or "none"')
     _check_samples(features, domains, num_domains)
     x = features.unsqueeze(0) if features.dim() == 2 else features
-    small = reduction == "mean" and pair_weights is None and group is None and 0 < x.shape[1] <= SMALL
+    small = reduction == "mean" and pair_weights is None and group is None and x.shape[1] <= SMALL and x.numel() > 0
     if gate is not None and not (small and choose_mmd(impl, x, num_domains or 1) == "triton"):
         x = (x.unflatten(2, (gate.shape[1], -1)) * gate[:, None, :, None].to(x.dtype)).flatten(2)
         gate = None
     rows = Rows(x, domains.long()) if group is None else gather_rows(x, domains.long(), group)
     num_domains = _number_of_domains(rows.all_domains, num_domains)
     _check_pair_weights(pair_weights, reduction, num_domains)
-    counts = torch.nn.functional.one_hot(rows.all_domains, num_domains).sum(0)
-    if estimator == "unbiased" and _looked_at(counts) and bool((counts == 1).any()):
-        alone = (counts == 1).nonzero().flatten().tolist()
-        raise ValueError(f"domains: {alone} have one sample each; the unbiased estimator needs two, biased takes one")
+    if estimator == "unbiased":
+        _check_no_lone_sample(rows.all_domains)
     if not rows.all_domains.numel():
         nothing = 0.0 * x.float().sum()
         return nothing if reduction == "mean" else nothing + x.new_full((len(x), num_domains, num_domains), math.nan)
     if small and choose_mmd(impl, x, num_domains) == "triton":
         return _small(x, rows.domains, num_domains, kernel, estimator, gate).mean()
+    counts = torch.nn.functional.one_hot(rows.all_domains, num_domains).sum(0)
     gammas, powers = bandwidths(rows.all, kernel)
     if reduction == "none":
         K = rows.kernel_sums(num_domains, gammas, powers, impl)
