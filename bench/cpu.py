@@ -2,7 +2,8 @@
 
     python -m bench.cpu --json bench/results/cpu.json [--doc docs/performance.md]
 
-Stock runs as OpenCLIP runs it, `nn.MultiheadAttention`'s own inference path included. They take turns.
+Stock runs as OpenCLIP runs it, `nn.MultiheadAttention`'s own inference path included. They take turns, and the ratio is
+the median of the turns' own. Some five minutes on one core without bfloat16 instructions, where bfloat16 is slow.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,10 @@ import torch
 
 from bench.markdown import table, write_block
 from bench.records import environment
-from bench.timing import compare
 
 MODEL = "ViT-B-32"
 TARGETS = {"training": 1.10, "inference": 1.02}
+SECONDS, LEAST, MOST = 40.0, 5, 41  # of a row's turns, and how many of them
 
 
 def models() -> dict[str, Any]:
@@ -58,16 +61,40 @@ def runs(found: dict[str, Any], batch: int, kind: str, dtype: torch.dtype) -> di
     return {name: run(model) for name, model in found.items()}
 
 
-def measure(batches: Sequence[int], rounds: int, with_bf16: bool) -> list[dict[str, Any]]:
+def turns(run: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call: as many turns as fit into `seconds`, the order changing from turn to turn."""
+
+    def timed(step: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        step()
+        return time.perf_counter() - started
+
+    for step in run.values():
+        step()
+    rounds = int(seconds / sum(timed(step) for step in run.values()))
+    found: dict[str, list[float]] = {name: [] for name in run}
+    for i in range(max(LEAST, min(MOST, rounds))):
+        for name in list(run)[:: 1 if i % 2 else -1]:
+            found[name].append(timed(run[name]))
+    return found
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(samples, n=4)
+    return {"median": median, "low": low, "high": high, "min": min(samples), "samples": len(samples)}
+
+
+def measure(batches: Sequence[int], bf16_batches: Sequence[int], seconds: float) -> list[dict[str, Any]]:
     found, rows = models(), []
-    for dtype in (torch.float32, torch.bfloat16) if with_bf16 else (torch.float32,):
+    for dtype, sizes in ((torch.float32, batches), (torch.bfloat16, bf16_batches)):
         for kind in TARGETS:
-            for batch in batches:
-                times = compare(runs(found, batch, kind, dtype), "cpu", rounds=rounds)
-                ratio = times["fastheads"]["median"] / times["stock"]["median"]
-                name = str(dtype).removeprefix("torch.")
-                rows.append({"kind": kind, "dtype": name, "batch": batch, "ratio": ratio, "seconds": times})
-                print(f"{kind}, {name}, batch {batch}: {ratio:.3f} × stock", flush=True)
+            for batch in sizes:
+                times = turns(runs(found, batch, kind, dtype), seconds)
+                ratios = [own / stock for own, stock in zip(times["fastheads"], times["stock"], strict=True)]
+                row = {"kind": kind, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
+                each = {name: summary(samples) for name, samples in times.items()}
+                rows.append({**row, "ratio": statistics.median(ratios), "ratios": summary(ratios), "seconds": each})
+                print(f"{kind}, {row['dtype']}, batch {batch}: {rows[-1]['ratio']:.3f} × stock", flush=True)
     return rows
 
 
@@ -93,14 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--doc", type=Path, metavar="FILE", help="fills the table in this document")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing, read a result")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--no-bf16", action="store_true", help="on CPUs without bfloat16 it is slow")
+    parser.add_argument("--bf16-batch", type=int, nargs="*", default=[1], metavar="N", help="under bfloat16 autocast")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each row's turns")
     args = parser.parse_args(argv)
     if args.source:
         result = json.loads(args.source.read_text())
     else:
-        where = environment("cpu")
-        result = {"environment": where, "model": MODEL, "rows": measure(args.batch, args.rounds, not args.no_bf16)}
+        where, rows = environment("cpu"), measure(args.batch, args.bf16_batch, args.seconds)
+        result = {"environment": where, "model": MODEL, "rows": rows}
     print(report(result["rows"]))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
