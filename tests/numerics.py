@@ -55,6 +55,14 @@ def plain_head_attention(*tensors, gate=None, **options):
     return o.transpose(1, 2).flatten(2)
 
 
+def far(t: Tensor) -> Tensor:
+    """The numbers of t, its first dimension 2³⁰ elements a step: offsets that 32 bits don't hold. Pages that nobody
+    touches take no memory."""
+    steps = torch.empty(t.shape[1:], device="meta").stride()
+    memory = torch.empty_strided(((t.shape[0] - 1) * 2**30 + t[0].numel(),), (1,), dtype=t.dtype)
+    return memory.as_strided(t.shape, (2**30, *steps)).copy_(t)
+
+
 def assert_right(got: Tensor, plain: Tensor, exact: Tensor, factor: float, what: str = "") -> None:
     """`got` against the rule: `plain` is PyTorch's result in the same dtype, `exact` the float64 one."""
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"

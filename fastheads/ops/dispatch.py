@@ -42,7 +42,7 @@ class Implementation:
     """What one implementation supports, and how far from float64 it may be.
 
     forward_tolerance, backward_tolerance: its error against float64 is at most this many times plain PyTorch's own in
-    the same dtype (docs/numerics in CONTRIBUTING.md; the tests hold every implementation to its own numbers).
+    the same dtype (the tests hold every implementation to its own numbers).
     """
 
     name: str

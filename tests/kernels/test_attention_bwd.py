@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import BACKWARD, assert_right, assert_within
+from numerics import BACKWARD, assert_right, assert_within, far
 
 from fastheads.kernels.attend import pieces_of
 from fastheads.kernels.attention_bwd import AT_ONCE, Tile, attention_bwd
@@ -234,6 +234,21 @@ def test_written_to_a_view_and_nowhere_else():
         assert dy is out
         out.fill_(7.0)
         assert bool((buffer == 7).all())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the memory would be real")
+def test_offsets_beyond_two_to_the_31():
+    for tile in (ONCE, WHOLE, LONG):
+        qkv, do, gate = inputs(4, 5, 1, 16, torch.float16)
+        lse = exact(do, qkv, 1)[2]
+        low = LowRank(torch.randn(4, 5, 8).half(), torch.randn(2, 1, 16, 4), (0, 2), 1.0, False)
+        mask = torch.randn(4, 1, 5, 5)
+        options = {"num_heads": 1, "gate": gate, "_tile": tile}
+        want = attention_bwd(do, qkv, lse, delta=low, mask=mask, **options)
+        out = far(torch.zeros(4, 5, 48).half())
+        distant = low._replace(low=far(low.low))
+        got = attention_bwd(far(do), far(qkv), lse, delta=distant, mask=far(mask), out=out, **options)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 def test_empty_batch():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from numerics import FORWARD, assert_right
+from numerics import FORWARD, assert_right, far
 
 from fastheads.kernels import attention_fwd as module
 from fastheads.kernels.attend import Tiles, chunks_of, pieces_of
@@ -393,10 +393,9 @@ def test_the_same_bits_every_time():
 @pytest.mark.skipif(DEVICE == "cuda", reason="the memory would be real")
 @pytest.mark.parametrize("stream", [False, True])
 def test_offsets_beyond_two_to_the_31(stream, monkeypatch):
-    """Strides of 2³⁰ fit 32 bits, their multiples don't. Pages that nobody touches take no memory."""
     streamed(monkeypatch) if stream else kept_on_chip(monkeypatch, 5)
-    small, _ = inputs(4, 5, 1, 16, torch.float16)
-    storage = torch.empty_strided((3 * 2**30 + small[0].numel(),), (1,), dtype=torch.float16)
-    qkv = storage.as_strided(small.shape, (2**30, 48, 1))
-    qkv.copy_(small)
-    assert torch.equal(attention_fwd(qkv, num_heads=1)[0], attention_fwd(small, num_heads=1)[0])
+    qkv, low = inputs(4, 5, 1, 16, torch.float16, (0, 2))
+    mask = torch.randn(4, 1, 5, 5)
+    want = attention_fwd(qkv, num_heads=1, delta=low, mask=mask)[0]
+    low = low._replace(low=far(low.low))
+    assert torch.equal(attention_fwd(far(qkv), num_heads=1, delta=low, mask=far(mask))[0], want)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from numerics import BACKWARD, FORWARD, assert_right
+from numerics import BACKWARD, FORWARD, assert_right, far
 
 from fastheads.kernels import low_rank
 from fastheads.kernels.dropout import dropout
@@ -82,6 +82,25 @@ def test_low_rank_gradients_in_several_steps_repeat_bit_for_bit(monkeypatch):
     assert_right(results[0][0][..., :columns], u.float(), u, BACKWARD)
     assert_right(results[0][1], formulas(dqkv, delta, columns, torch.float32)[1], db, BACKWARD)
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_low_rank_gradients_at_offsets_beyond_two_to_the_31(shared):
+    dqkv, delta, _ = low_rank_problem(4, 5, 2, 16, 3, (0, 2), shared, torch.float16)
+    u = torch.zeros(delta.low.shape, dtype=torch.float16)
+    want = low_rank_bwd(dqkv, delta, u)
+    u_far = far(torch.zeros_like(u))
+    assert torch.equal(low_rank_bwd(far(dqkv), delta._replace(low=far(delta.low)), u_far), want)
+    assert torch.equal(u_far, u)
+
+
+def test_folding_and_dropout_at_offsets_beyond_two_to_the_31():
+    w, a, b = torch.randn(48, 16), torch.randn(2, 1, 3, 16), torch.randn(2, 1, 16, 3)
+    rows = torch.empty_strided((47 * 2**26 + 16,), (1,), dtype=torch.float16).as_strided((48, 16), (2**26, 1))
+    options = {"parts": (0, 2), "scale": 1.0, "shared": False, "merge": True, "dtype": torch.float32}
+    assert torch.equal(fold(rows.copy_(w), a, b, **options), fold(w.half(), a, b, **options))
+    x, seed = torch.randn(4, 5, 24).half(), torch.tensor([1])
+    assert torch.equal(dropout(far(x), 0.5, seed), dropout(x, 0.5, seed))
 
 
 def test_low_rank_gradients_of_an_empty_batch():

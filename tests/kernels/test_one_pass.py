@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from numerics import FORWARD, assert_right, plain_head_attention
+from numerics import FORWARD, assert_right, far, plain_head_attention
 
 from fastheads.kernels import one_pass as module
 from fastheads.kernels.attend import Tiles, chunks_of
@@ -127,6 +127,13 @@ def test_strided_inputs_and_an_empty_batch():
     assert torch.equal(one_pass_fwd(other, beside, b, A, up, num_heads=2, parts=(0, 2))[0], want)
     o, lse, cls = one_pass_fwd(x[:0], w, b, A, up, num_heads=2, parts=(0, 2), pool=0)
     assert (o.shape, lse.shape, cls.shape) == ((0, 10, 32), (0, 2, 10), (0, 2, 16))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the memory would be real")
+def test_offsets_beyond_two_to_the_31():
+    x, w, b, A, up = inputs(4, 5, 1, 16, torch.float16, (0, 2))
+    want = one_pass_fwd(x, w, b, A, up, num_heads=1, parts=(0, 2))[0]
+    assert torch.equal(one_pass_fwd(far(x), w, b, A, up, num_heads=1, parts=(0, 2))[0], want)
 
 
 def test_what_fits():

@@ -25,7 +25,7 @@ from problems import (
 )
 
 from fastheads import reference
-from fastheads.ops import cpu, head_attention
+from fastheads.ops import cpu, fused, head_attention
 
 IMPLS = tuple(DTYPES)
 EVERY = pytest.mark.parametrize("impl", IMPLS)
@@ -392,7 +392,48 @@ def test_large_finite_masks_keep_a_softmax(impl):
     close(got["o"], reference.gate_heads(v.mean(2, keepdim=True).expand_as(v), None, F32), 1e-5, "o")
 
 
+@EVERY
+@pytest.mark.parametrize("least", [-1e9, -1.7e9, torch.finfo(F32).min])
+def test_rows_that_see_only_hugely_masked_keys_pass_nothing_back(impl, least):
+    # of such a row float32's log-sum-exp has no digits left: exp(S - lse) may be anything, infinity too
+    case = Case(B=1, N=18, H=2, pool=None, gate=None)
+    tensors, do, options = made(case, impl)
+    mask = torch.zeros(18, 18, device=do.device)
+    mask[[2, 9]] = least
+    got = results(head_attention, tensors, do, **options | {"mask": mask}, impl=impl)
+    blind = do.clone()
+    blind[:, [2, 9]] = 0
+    expected = exact_results(tensors, blind, **options)
+    for name in INPUTS[:5]:
+        close(got[f"d{name}"], expected[f"d{name}"], SAME, f"d{name}")
+
+
 # --------------------------------------------------------------------------------------------------- derivatives
+
+
+@EVERY
+def test_the_dense_gradient_of_a_frozen_base_is_never_formed(impl):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                sizes.append(out.numel())
+            return out
+
+    case = Case(B=1, N=5, H=2, dh=32, pool=None)  # of few tokens, so that nothing else is as large as D x D
+    tensors, do, options = made(case, impl)
+    kept = fused.forward(*tensors.values(), None, None, None, "", 0, "projections", 2, [0, 2], 1.0, False, 0.0, impl)
+    saved = (*tensors.values(), None, None, kept[1], *kept[3:])
+    for base in (False, True):
+        sizes.clear()
+        needed = [True, base, False, True, True, True]
+        with Products():
+            fused.backward(do, *saved, needed, 2, [0, 2], 1.0, False, 0.0, impl)
+        assert (max(sizes) >= 3 * case.D * case.D) == base, sizes
 
 
 @EVERY
