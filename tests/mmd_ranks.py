@@ -2,6 +2,7 @@
 
 import os
 
+import standins
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,16 +27,49 @@ def batch(case):
 
 def loss_of(features, domains, case, group=None):
     options = dict(kernel=case["kernel"], num_domains=3, group=group, impl=case["impl"])
+    if case.get("weighted"):
+        options["pair_weights"] = torch.tensor([[0.0, 1, 2], [1, 0, 3], [2, 3, 0]])
     if case["reduction"] == "mean":
         return fastheads.mmd(features, domains, **options)
     pairs = fastheads.mmd(features, domains, reduction="none", **options)
     return (pairs * torch.tensor([[0.0, 1, 2], [1, 0, 3], [2, 3, 0]]).double()).nansum()
 
 
-def mmd_on_rank(rank, world, port, cases, out):
+def build_patched():
+    """A patched CLIP of a few layers in float64, its deltas and gates not at their start."""
+    return standins.patched("clip", fastheads.HeadConfig(), dtype=torch.float64)
+
+
+def head_loss(model, own, group=None):
+    """`head_mmd` of the rows `own` of a batch of 7; model may be wrapped."""
+    images, domains = standins.images(7, seed=3).double(), torch.tensor([0, 1, 0, 1, 1, 0, 1])
+    inner = getattr(model, "module", model)
+    with fastheads.capture_heads(inner) as heads:
+        features = model(images[own])
+    features = features[0] if isinstance(features, tuple) else features
+    # 0 × features: DDP wants every parameter it waits for in the graph
+    loss = fastheads.head_mmd(heads, domains[own], num_domains=2, kernel="domainbed", group=group)
+    return loss + 0.0 * features.sum()
+
+
+def join(rank, world, port):
     torch.set_num_threads(1)
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def head_mmd_on_rank(rank, world, port, out):
+    join(rank, world, port)
+    model = nn.parallel.DistributedDataParallel(build_patched(), find_unused_parameters=True)
+    loss = head_loss(model, slice(0, 2) if rank == 0 else slice(2, 7), dist.group.WORLD)
+    loss.backward()
+    grads = [theta.grad for theta in fastheads.gate_parameters(model.module)]
+    torch.save({"loss": loss.detach(), "grads": grads}, out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def mmd_on_rank(rank, world, port, cases, out):
+    join(rank, world, port)
     for i, case in enumerate(cases):
         model = nn.parallel.DistributedDataParallel(build())
         x, domains, rows = batch(case)
