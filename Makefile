@@ -4,7 +4,7 @@
 #   VENV     where it stands
 #   JOBS     processes the tests run in, one thread each
 #   ARGS     passed on to fastheads or pytest
-#   RESULT   where `make bench` writes its numbers
+#   RESULT   where `make bench` writes its rows
 #   GRID     problems of `make grid`
 #   CXX, SANITIZED   the C++ compiler of `make sanitize`, and the program it builds
 
@@ -25,10 +25,10 @@ FOR_BENCH := -e '.[train,bench,test]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types format bench sanitize grid compile-check compile-report install-dev clean
+.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types format bench bench-check report sanitize grid compile-check compile-report install-dev clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.for-test ## train on the digits that come with scikit-learn, and write a report
 	$(BIN)/fastheads demo $(ARGS)
@@ -62,9 +62,14 @@ format: $(VENV)/.for-dev ## reformat, and correct what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.for-bench ## the benches in bench/, their numbers in RESULT
-	@mkdir -p $(dir $(RESULT))
-	$(BIN)/pytest bench --benchmark-only --benchmark-json=$(RESULT) --timeout=0 $(ARGS)
+bench: $(VENV)/.for-bench ## fastheads beside its peers: `pytest bench/`, rows in RESULT (ARGS=--full: all shapes, compiled peers)
+	$(BIN)/pytest bench --rows $(RESULT) --timeout=0 $(ARGS)
+
+bench-check: $(VENV)/.for-test ## has the CPU path become slower than the base commit? (ARGS='--base REV')
+	$(BIN)/python -m bench.check $(ARGS)
+
+report: $(VENV)/.for-test ## docs/performance.md, its charts and README's figures, from bench/results/
+	$(BIN)/python -m bench.report $(ARGS)
 
 # -O1 keeps the lines of a report; OpenMP stays on, so that what threads share is seen as well.
 sanitize: ## csrc/ under the address and undefined-behaviour sanitizers
