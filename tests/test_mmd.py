@@ -307,9 +307,9 @@ def test_two_domains_agree_with_the_published_code(preset, D, impl):
     torch.testing.assert_close(ours, published, **EXACT)
     ours.backward()
     published.backward()
-    # gammas up to 1000 multiply the rounding of the distances once more in the gradient
-    torch.testing.assert_close(x.grad[domains == 0], a.grad, rtol=1e-8, atol=1e-11)
-    torch.testing.assert_close(x.grad[domains == 1], b.grad, rtol=1e-8, atol=1e-11)
+    largest = max(a.grad.abs().max(), b.grad.abs().max())
+    assert (x.grad[domains == 0] - a.grad).abs().max() <= 1e-10 * largest
+    assert (x.grad[domains == 1] - b.grad).abs().max() <= 1e-10 * largest
 
 
 def test_domainbed_penalty_over_many_domains_of_unequal_size():

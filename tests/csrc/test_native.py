@@ -366,6 +366,24 @@ def build(tmp_path, cxx):
     return run(sys.executable, *command, cwd=ROOT, env=environment)
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_a_source_distribution_has_all_that_the_native_kernels_need(tmp_path):
+    """An isolated build has nothing but that: no repository around it."""
+    (egg := tmp_path / "egg").mkdir()
+    command = ["setup.py", "--quiet", "egg_info", "--egg-base", egg, "sdist", "--dist-dir", tmp_path]
+    done = run(sys.executable, *command, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path)
+    (unpacked,) = (p for p in tmp_path.iterdir() if p.is_dir() and p != egg)
+    started = time.monotonic()
+    done = run(sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", tmp_path / "lib", cwd=unpacked)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "lib" / "fastheads").glob("libfastheads*")), done.stderr
+    assert time.monotonic() - started < 60  # some three seconds of an idle core
+
+
 SAY = """
 import torch, fastheads
 from fastheads.ops import native
