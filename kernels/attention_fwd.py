@@ -56,7 +56,8 @@ def tiles_of(arch: int, head_dim: int, length: int, dtype: torch.dtype, deltas: 
     if arch == 80:
         # Keys, values and the deltas' columns beside them, of 163 KB, of which queries and up-projections need a fifth.
         fits = triton.cdiv(length, 16) * 16 * 2 * (2 * columns + low) <= 128 * 1024
-        if length <= LONGEST_ON_CHIP and columns <= 80 and fits:
+        # Of 80 columns more keys than these spill.
+        if length <= (LONGEST_ON_CHIP if columns <= 64 else 80) and columns <= 80 and fits:
             # 16 more queries are as dear as 64 where the head's last tile is 16 wide: every warp does all of them.
             tail = 16 if columns <= 64 and length > 64 and 0 < length % 64 <= 16 else 0
             return on_chip(length, 128, tail)

@@ -13,9 +13,9 @@ BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 
 
 def padded_rank(columns: int) -> int:
-    """The rows that A takes below the weights: its own, up to a multiple of 8, so that rows of `[B, N, 3D + R]` stay
-    aligned to 16 bytes."""
-    return -(-columns // 8) * 8
+    """The rows that A takes below the weights: its own, up to a multiple of 16. Triton loads a row of `[B, N, 3D + R]`
+    16 bytes at a time only where it knows its length for a multiple of 16 elements."""
+    return -(-columns // 16) * 16
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from fastheads.reference import TARGETS, pool_heads
 # Forming W' reads and writes 3 D² numbers: for fewer than about FEW · D / (columns of T) tokens, 640 at ViT-B's
 # published ranks, products beside W cost less. Measured between 400 and 800 on one core.
 FEW = 40
-_ALIGNED = 8  # columns of T come in eights, so that rows of [q, k, v, T] in 16 bits start at multiples of 16 bytes
+_ALIGNED = 16  # as in `fastheads.kernels.fold.padded_rank`
 
 
 class LowRank(NamedTuple):

@@ -12,6 +12,7 @@ from fastheads.kernels import low_rank
 from fastheads.kernels.dropout import dropout
 from fastheads.kernels.fold import fold, padded_rank
 from fastheads.kernels.low_rank import LowRank, low_rank_bwd
+from fastheads.ops import cpu
 from fastheads.reference import up_matrix
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -135,7 +136,8 @@ def test_fold(parts, shared, stored):
 
 
 def test_padded_rank():
-    assert [padded_rank(c) for c in (1, 8, 9, 48)] == [8, 8, 16, 48]
+    assert [padded_rank(c) for c in (1, 16, 17, 48)] == [16, 16, 32, 48]
+    assert [cpu.padded_rank(c) for c in (1, 16, 17, 48)] == [16, 16, 32, 48]  # what is kept has its width
 
 
 @DTYPES
