@@ -245,10 +245,10 @@ class ClipLora(LoraQV):
                 each.append(F.linear(x, weight, bias))
                 continue
             t = PARTS.index(part)
-            weight = weight.detach() + self.lora_B[t] @ self.lora_A[t]
-            each.append(F.linear(x, weight.to(self.in_proj_weight.dtype), bias))
-            with torch.no_grad():
-                weight.data -= self.lora_B[t] @ self.lora_A[t]
+            delta = (self.lora_B[t] @ self.lora_A[t]).to(weight.dtype)
+            weight = weight.detach() + delta
+            each.append(F.linear(x, weight, bias))
+            weight.data -= delta.detach()
         B, N, _ = x.shape
         q, k, v = (y.view(B, N, self.num_heads, -1).transpose(1, 2) for y in each)
         return self.attend(q, k, v).transpose(1, 2).flatten(2)
