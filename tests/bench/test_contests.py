@@ -221,24 +221,20 @@ def test_the_tower_written_out_is_openclips():
 # ------------------------------------------------------------------------------------------------- the whole command
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory):
-    """`pytest bench/ --rehearse` in a process of its own, without the interpreter and without OpenCLIP."""
-    folder = tmp_path_factory.mktemp("rehearsal")
-    blocker = folder / "no_open_clip.py"
+@pytest.mark.slow
+def test_the_command_gives_every_contender_a_row_and_a_verdict(tmp_path):
+    """`pytest bench/ --rehearse` in a process of its own, without Triton's interpreter and without OpenCLIP."""
+    blocker = tmp_path / "no_open_clip.py"
     blocker.write_text("import sys\nsys.modules['open_clip'] = None\n")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    rows = folder / "rows.json"
+    env |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    file = tmp_path / "rows.json"
     command = [sys.executable, "-m", "pytest", "-p", "no_open_clip", "-p", "no:cacheprovider", "bench/", "--rehearse"]
-    done = subprocess.run([*command, "--rows", str(rows)], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    return done.stdout, *records.read(rows)
+    done = subprocess.run([*command, "--rows", str(file)], cwd=ROOT, env=env, capture_output=True, text=True)
+    shown = done.stdout
+    assert done.returncode == 0, shown[-4000:] + done.stderr[-2000:]
 
-
-@pytest.mark.slow
-def test_every_contender_has_a_row(rehearsed):
-    _, environment, rows = rehearsed
+    environment, rows = records.read(file)
     assert environment["versions"]["torch"]
     expected = {(g.name, k.name, c.name) for g in GROUPS.values() for k in g.cases("cpu", "rehearsal") for c in g.of(k)}
     assert {(r.group, r.case, r.contender) for r in rows} == expected
@@ -248,12 +244,6 @@ def test_every_contender_has_a_row(rehearsed):
         else:
             assert row.seconds["median"] > 0 and row.ratio > 0 and row.peak_bytes >= 0 and row.allowed > 0
             assert row.baseline == GROUPS[row.group].baseline
-
-
-@pytest.mark.slow
-def test_the_tables_say_what_is_right_wrong_and_not_run(rehearsed):
-    shown, _, rows = rehearsed
-    assert "block: a tiny tower, batch 2, rank 8, float32" in shown
-    assert "right, off by" in shown and "not run: runs on cuda, not on cpu" in shown
     assert {r.contender for r in rows if r.status == "wrong"} <= {"peft", "peft, merged", "clip-lora"}
-    assert "WRONG: dx is off by" in shown
+    assert "block: a tiny tower, batch 2, rank 8, float32" in shown
+    assert "right, off by" in shown and "not run: runs on cuda, not on cpu" in shown and "WRONG: dx is off by" in shown
