@@ -39,6 +39,10 @@ class Case:
     targets: str = "qv"
     shared: bool = False  # one down-projection for all heads
     one_head: bool = False
+    preset: str = "adaptive"  # of the MMD: its bandwidths
+    domains: int = 3
+    backward: bool = True
+    tf32: bool = False
 
     @property
     def default(self) -> bool:
@@ -48,6 +52,8 @@ class Case:
         deltas on heads wider than 80, of ranks that nobody published, of other targets than q and v or with a shared
         down-projection; lengths that no model has at that head size.
         """
+        if self.launcher.startswith("mmd"):
+            return True
         if self.launcher == "one_pass" or self.dtype == "float32" or self.shared or self.targets != "qv":
             return False
         if self.mask and self.length != 77:
@@ -65,15 +71,23 @@ class Case:
         return tuple("qkv".index(t) for t in self.targets)
 
     @property
+    def rows(self) -> int:
+        """Samples of the MMD in one launch: the paper's batch unless `length` says another."""
+        return 36 if self.length == 197 else self.length
+
+    @property
     def batch(self) -> int:
         return max(1, 256 * 197 // self.length)
 
     def shape(self) -> str:
         """The problem in a few words."""
-        if self.launcher == "mmd_small":
-            return f"12 × 36 × {self.heads * self.head_dim}, {'gated' if self.gate else 'features'}"
-        if self.launcher == "mmd_tile":
-            return f"1,024 × 4,096 × {self.heads * self.head_dim}"
+        if self.launcher.startswith("mmd"):
+            small = self.launcher == "mmd_small"
+            words = [f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.heads * self.head_dim}"]
+            words += [("gated" if self.gate else "features")] if small else []
+            words += [] if self.preset == "adaptive" else [self.preset]
+            words += [] if self.domains == 3 else [f"{self.domains} domains"]
+            return ", ".join(words + ["sums only"] * (not self.backward) + ["tf32"] * self.tf32)
         if self.launcher == "fold":
             return (
                 f"D {self.heads * self.head_dim}, rank {self.rank}, {self.base}, {'merged' if self.merge else 'beside'}"
@@ -182,22 +196,26 @@ def _one_pass(case: Case) -> None:
     _kernels("one_pass").one_pass_fwd(x, w_in, b_in, *low, parts=case.parts, scale=1.0, pool=_pool(case), **options)
 
 
-def _mmd(case: Case) -> tuple[Tensor, Tensor]:
-    layers, rows = (12, 36) if case.launcher == "mmd_small" else (1, 4096)
-    return meta(layers, rows, case.heads * case.head_dim), meta(rows, dtype="int64")
-
-
 def _mmd_small(case: Case) -> None:
-    x, dom = _mmd(case)
+    x, dom = meta(12, case.rows, case.heads * case.head_dim), meta(case.rows, dtype="int64")
     gate = meta(12, case.heads) if case.gate else None
-    _kernels("mmd_small").mmd_small(x, dom, num_domains=3, preset="adaptive", estimator="unbiased", gate=gate)
+    options: dict[str, Any] = {"preset": case.preset, "estimator": "unbiased"}
+    if case.preset == "domainbed":
+        options |= {"preset": None, "gammas": meta(12, 7), "powers": (0, 10, 0, 10, 0, 10, 0)}
+    _kernels("mmd_small").mmd_small(x, dom, num_domains=case.domains, gate=gate, backward=case.backward, **options)
 
 
 def _mmd_tile(case: Case) -> None:
-    x, dom = _mmd(case)
-    out, options = meta(1, 1024, 4096), {"num_domains": 3, "powers": (0, 2, 2, 0, 2)}
-    gammas, coeff = meta(1, 5), meta(1, 3, 3)
-    _kernels("mmd").mmd_tile(x, meta(1, 4096), dom, 0, 1024, gammas=gammas, coeff=coeff, out=out, **options)
+    x, dom, S = meta(1, 4096, case.heads * case.head_dim), meta(4096, dtype="int64"), case.domains
+    powers = (0, 10, 0, 10, 0, 10, 0) if case.preset == "domainbed" else (0, 2, 2, 0, 2)
+    out = {"coeff": meta(1, S, S), "out": meta(1, 1024, 4096)} if case.backward else {}
+    gammas, precision = meta(1, len(powers)), torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    try:
+        tile = _kernels("mmd").mmd_tile
+        tile(x, meta(1, 4096), dom, 0, 1024, num_domains=S, gammas=gammas, powers=powers, **out)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
 
 
 LAUNCHERS: dict[str, Callable[[Case], None]] = {
@@ -230,7 +248,7 @@ def quick_cases() -> list[Case]:
     cases += [Case("one_pass", 64, 50, rank=2), Case("one_pass", 64, 197, rank=8)]
     # As every layer runs outside of `capture_heads`.
     cases += [Case("attention_fwd", 64, n, pool=None) for n in (197, 577)] + [Case("one_pass", 64, 50, pool=None)]
-    cases += [Case("mmd_small"), Case("mmd_small", gate=False), Case("mmd_tile")]
+    cases += [Case("mmd_small"), Case("mmd_small", gate=False), Case("mmd_tile"), Case("mmd_tile", tf32=True)]
     return cases
 
 
@@ -279,4 +297,9 @@ def _corners() -> list[Case]:
     ]
     cases += [Case("one_pass", 128, 192, rank=32, targets="qkv"), Case("one_pass", 64, 272, rank=32, pool="mean")]
     cases += [Case("one_pass", dh, n, rank=32, dtype="float32") for dh, n in ((64, 192), (128, 96))]
+    cases += [Case("mmd_small", length=n, gate=g) for n in (12, 128) for g in (True, False)]
+    cases += [Case("mmd_small", preset=p, domains=d) for p, d in (("dan", 3), ("domainbed", 3), ("dan", 64))]
+    cases += [Case("mmd_small", head_dim=72, backward=False), Case("mmd_tile", preset="domainbed")]
+    cases += [Case("mmd_tile", domains=d, tf32=t) for d in (20, 64) for t in (False, True)]
+    cases += [Case("mmd_tile", preset="domainbed", tf32=True), Case("mmd_tile", backward=False)]
     return cases

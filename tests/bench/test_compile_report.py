@@ -42,10 +42,11 @@ def test_cases_reach_every_launcher_length_and_switch():
     assert {c.launcher for c in quick_cases()} == {c.launcher for c in cases}
     for launcher in ("attention_fwd", "attention_bwd"):
         own = [c for c in cases if c.launcher == launcher]
-        assert {c.length for c in own} == {50, 65, 77, 197, 257, 577, 730, 4096}
+        assert {c.length for c in own} >= {50, 65, 77, 197, 257, 577, 730, 4096}
         assert {c.head_dim for c in own} >= {16, 64, 72, 80, 88, 104, 112, 128}
         assert {c.mask for c in own} == {"", "bool", "additive"}
         assert any(c.causal for c in own) and any(not c.gate for c in own) and any(c.rank == 8 for c in own)
+    assert {c.pool for c in cases if c.launcher == "attention_fwd"} >= {None, 0, "mean"}
 
 
 def test_cases_that_compile_to_the_same_kernel_are_one_row():
