@@ -23,6 +23,7 @@ from bench.passes import PATHS
 from bench.records import Row
 from bench.sources import GROUPS, Source, by_machine, cases, is_ours, one_machine, sources, words
 from bench.summary import contest
+from bench.targets import CHOSEN
 
 ROOT = Path(__file__).resolve().parents[1]
 TITLES = {
@@ -32,8 +33,6 @@ TITLES = {
     "mmd": "The MMD between domains, loss and gradient",
     "inference": "Image features, without gradients",
 }
-# What stands for us: what a user gets without naming an implementation.
-DEFAULTS = {"cuda": {"amp": "stacked", "bf16": "delta"}, "cpu": {}}
 MOST = 8  # wins in the table; losses are all there
 
 
@@ -45,7 +44,7 @@ def standing(rows: Sequence[Row], gpu: bool) -> list[Row]:
     ran = {r.contender: r for r in rows if r.seconds and r.status == "ok" and is_ours(r)}
     if rows[0].group == "inference":
         return [ran[name] for name in ("patched", "merged") if name in ran]
-    chosen = DEFAULTS["cuda"].get((rows[0].extra or {}).get("precision", ""), "") if gpu else ""
+    chosen = CHOSEN.get((rows[0].extra or {}).get("precision", ""), "") if gpu else ""
     order = ["auto", chosen, "triton" if gpu else "cpu", *ran]
     return [next(ran[name] for name in order if name in ran)] if ran else []
 
