@@ -10,9 +10,13 @@ from bench.offline import Compiled
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def clean_environment() -> dict[str, str]:
+    """Of a process of its own: no interpreter, and no pytest-xdist, beside which pytest-benchmark is off."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+
+
 def without_interpreter(*command: str, **options) -> subprocess.CompletedProcess:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
+    env = clean_environment() | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, **options)
 
 

@@ -1,7 +1,6 @@
 """Contests: ours is never wrong, what is wrong is found, what cannot run says why; the numbers are what they say."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from standalone import clean_environment
 
 from bench import bench_attention, bench_block, bench_inference, bench_mmd, bench_model_step, records
 from bench.attentions import EXACT, PLAIN, LoraQKVO, adapters
@@ -226,8 +226,7 @@ def test_the_command_gives_every_contender_a_row_and_a_verdict(tmp_path):
     """`pytest bench/ --rehearse` in a process of its own, without Triton's interpreter and without OpenCLIP."""
     blocker = tmp_path / "no_open_clip.py"
     blocker.write_text("import sys\nsys.modules['open_clip'] = None\n")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env = clean_environment() | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     file = tmp_path / "rows.json"
     command = [sys.executable, "-m", "pytest", "-p", "no_open_clip", "-p", "no:cacheprovider", "bench/", "--rehearse"]
     done = subprocess.run([*command, "--rows", str(file)], cwd=ROOT, env=env, capture_output=True, text=True)
