@@ -74,10 +74,9 @@ def document(results: dict[str, Any], parts: Sequence[str], plot: Path | None) -
 
 
 def _machine(m: dict[str, Any]) -> str:
-    busy = "" if m["load"] < 0.5 else f" **Load average when it began: {m['load']:.1f}: other jobs ran beside it.**"
     return (
         f"{m['device']}, {m['cores']} cores, {m['threads']} threads, native kernels: {m['native']}, "
-        f"torch {m['versions']['torch']}, {m['date'][:10]}.{busy}"
+        f"torch {m['versions']['torch']}, {m['date'][:10]}; load average when it began {m['load']:.1f}."
     )
 
 
