@@ -101,6 +101,34 @@ def project_beside(
     return y, low
 
 
+def few_tokens(x: Tensor, lora_A: Tensor | None) -> bool:
+    """Whether x `[B, N, D]` has so few that products beside W cost less than folding the deltas into it."""
+    return lora_A is not None and x.shape[0] * x.shape[1] * (lora_A.numel() // x.shape[2]) < FEW * x.shape[2]
+
+
+def project_few(
+    x: Tensor,
+    w_in: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    parts: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """`[B, N, 3D + R]`, q, k, v with their deltas and T with its padding, as the product with folded weights has it."""
+    B, N, D = x.shape
+    H, dh = lora_B.shape[1:3]
+    down = lora_A.flatten(0, 2).to(x.dtype)
+    C, rows, w = len(down), x.reshape(B * N, D), w_in.to(x.dtype)
+    whole = x.new_empty(B * N, 3 * D + padded_rank(C))
+    y, low, padding = whole.split((3 * D, C, padded_rank(C) - C), 1)
+    torch.mm(rows, w.mT, out=y) if bias is None else torch.addmm(bias, rows, w.mT, out=y)
+    torch.mm(rows, down.mT, out=low)
+    padding.zero_()
+    _add_deltas(y.unflatten(1, (3, H, dh)).permute(1, 2, 0, 3), low, lora_B, parts, scale)
+    return whole.view(B, N, -1)
+
+
 def _add_deltas(
     heads: Tensor | Sequence[Tensor], low: Tensor, lora_B: Tensor, parts: Sequence[int], scale: float
 ) -> None:
@@ -162,7 +190,7 @@ def infer(
             y, _ = project_beside(x, x, w_in, bias, lora_A, lora_B, parts, scale)
             o, lse, cls, _ = attend(*_heads(y, num_heads), gate=gate, keep=False, **options)
             return o, lse, cls
-        few = x.dtype.itemsize >= 4 and B * N * (lora_A.numel() // D) < FEW * D
+        few = x.dtype.itemsize >= 4 and few_tokens(x, lora_A)
         if not few:
             folded = gate if options["pool"] is None else None
             shared = lora_A.shape[1] != num_heads

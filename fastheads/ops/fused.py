@@ -70,8 +70,14 @@ class _Layer(NamedTuple):
     def merged(self) -> bool:
         """True where the deltas are folded into the weights."""
         if self.impl == "cpu":
-            return self.seed is None and self.w_in.dtype.itemsize >= 4
+            return self.seed is None and self.w_in.dtype.itemsize >= 4 and not self.few
         return self.impl == "stacked"
+
+    @property
+    def few(self) -> bool:
+        """True on a CPU for so few tokens that folding costs more than products beside the weights."""
+        wide = self.x.dtype.itemsize >= 4 and self.w_in.dtype.itemsize >= 4
+        return self.impl == "cpu" and self.seed is None and wide and cpu.few_tokens(self.x, self.lora_A)
 
     @property
     def shared(self) -> bool:
@@ -123,6 +129,9 @@ def _project(layer: _Layer, low_too: bool) -> _Product:
     bias = None if b_in is None else b_in.to(x.dtype)
     if layer.lora_A is None or layer.lora_B is None:
         return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
+    if layer.few:
+        low_rank = (layer.lora_A, layer.lora_B, layer.parts, layer.scale)
+        return _Product.of(cpu.project_few(x, layer.w_in, bias, *low_rank), None, D3)
     if layer.impl == "cpu" and not layer.merged:
         low_rank = (layer.lora_A, layer.lora_B, layer.parts, layer.scale)
         return _Product.of(*cpu.project_beside(x, layer.dropped(), layer.w_in, bias, *low_rank), D3)
@@ -377,6 +386,9 @@ def _dx(layer: _Layer, dboth: Tensor, dqkv: Tensor, u: Tensor | None) -> Tensor:
     D3 = layer.w_in.shape[0]
     if layer.lora_A is None:
         return dqkv @ layer.w_in.to(dqkv.dtype)
+    if layer.few and u is not None:
+        down = layer.lora_A.flatten(0, 2).to(dqkv.dtype)
+        return dqkv @ layer.w_in.to(dqkv.dtype) + u[..., : len(down)] @ down
     weight = layer.fold()
     if layer.merged:
         return dqkv @ weight[:D3]

@@ -295,6 +295,16 @@ def test_the_cpus_two_ways_without_gradients(dtype, few, monkeypatch):
         without_gradients(replace(case, pool=None if seed % 2 else case.pool, gate="random"), "cpu", dtype)
 
 
+@pytest.mark.parametrize("few", [0, 10**9], ids=["merged", "beside"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_cpus_two_ways_of_training(few, recompute, monkeypatch):
+    monkeypatch.setattr(cpu, "FEW", few)
+    for seed in range(12):
+        case = random_case(seed, lengths=(1, 9, 33))
+        if case.rank:
+            assert_numerics(case, "cpu", F32, recompute=recompute)
+
+
 @EVERY
 def test_an_empty_batch(impl):
     for case in (Case(B=0, pool=0), Case(B=0, rank=0, gate=None, pool="mean"), Case(B=0, pool=None, causal=True)):
