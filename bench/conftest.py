@@ -24,7 +24,7 @@ from bench.markdown import table
 from bench.records import Row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SECONDS = {"cpu": 1.5, "cuda": 1.0}  # of timed calls of a contender
+SECONDS = {"cpu": 1.0, "cuda": 1.0}  # of timed calls of a contender
 ROUNDS = (5, 40)  # at least, at most; FEW where one takes seconds
 FEW = 3
 
