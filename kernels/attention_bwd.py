@@ -38,8 +38,8 @@ class Tile(NamedTuple):
 
 
 # Blocks per (architecture, with a delta or mask) for a head_dim up to so much: where the heads fill the chip, and
-# spread over it. By compiling for 16 bits: no spills but with a mask or with causal beside a delta (up to
-# 24 bytes), and with deltas beyond a head_dim of 80 (up to 72). Other chips take an A100's.
+# spread over it. Chosen by compiling for 16 bits (bench.compile_report): nothing of OpenCLIP's own sizes spills. Other
+# chips take an A100's.
 WHOLE: dict[tuple[int, bool], dict[int, Tile]] = {
     (80, False): {
         64: Tile(True, 64, 32, 32, 64, stages=2),
@@ -58,7 +58,7 @@ WHOLE: dict[tuple[int, bool], dict[int, Tile]] = {
         112: Tile(True, 64, 16, 16, 64),
         128: Tile(True, 64, 32, 32, 64),
     },
-    (90, True): {64: Tile(True, 64, 64, 64, 64), 80: Tile(True, 64, 16, 16, 64), 128: Tile(False, 64, 16, 16, 64)},
+    (90, True): {64: Tile(True, 64, 64, 32, 64), 80: Tile(True, 64, 16, 16, 64), 128: Tile(False, 64, 16, 16, 64)},
 }
 LONG: dict[tuple[int, bool], dict[int, Tile]] = {
     (80, False): {
@@ -91,7 +91,7 @@ def tile_for(arch: int, head_dim: int, length: int, heads: int, delta: bool, mas
     spread = length > 272 or (length > 80 and heads < 2 * 108)
     if wide:
         return Tile(not spread, 32, 32, 32, 32)
-    if head_dim <= 64 and length <= 80 and not delta:
+    if head_dim <= 64 and length <= 80 and not delta and not (masked and arch == 90):
         return AT_ONCE[64 if length <= 64 else 80]
     rows = (LONG if spread else WHOLE)[arch if arch in (80, 90) else 80, delta or masked]
     return next(tile for most, tile in rows.items() if head_dim <= most)
