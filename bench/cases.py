@@ -57,7 +57,7 @@ class Case:
             return True
         if self.launcher == "one_pass" or self.dtype == "float32" or self.shared or self.targets != "qv":
             return False
-        if self.mask and (self.length != 77 or self.rank or self.causal):
+        if self.mask and (self.length != 77 or self.causal):
             return False
         if self.rank > 16 or (self.rank and self.head_dim > 80 and self.launcher.startswith("attention")):
             return False
@@ -261,6 +261,7 @@ def all_cases() -> list[Case]:
             for n in LENGTHS:
                 cases += [Case(launcher, dh, n, rank=r) for r in (0, 8)]  # rank 2 has rank 8's tiles
             cases += [Case(launcher, dh, 77, causal=True, rank=r) for r in (0, 8)]
+            cases += [Case(launcher, dh, 77, mask="additive", rank=8)]
             cases += [Case(launcher, dh, 4096, causal=True)]
             cases += [Case(launcher, dh, n, mask=m) for n in (77, 197, 577) for m in ("bool", "additive")]
             cases += [Case(launcher, dh, 257, gate=False, pool=None)]

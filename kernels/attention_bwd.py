@@ -78,6 +78,8 @@ LONG: dict[tuple[int, bool], dict[int, Tile]] = {
     },
     (90, True): {64: Tile(False, 64, 64, 64, 64, stages=2), 128: Tile(False, 64, 16, 16, 64)},
 }
+# A text tower with adapters on an A100, head_dim up to 64: with a delta and a mask, more keys at a time spill.
+MASKED_DELTA = Tile(True, 64, 16, 16, 64)
 # All keys on chip: head_dim up to 64, this many keys
 AT_ONCE = {
     64: Tile(True, 64, 32, 32, 64, chunks=((0, 64),)),
@@ -93,6 +95,8 @@ def tile_for(arch: int, head_dim: int, length: int, heads: int, delta: bool, mas
         return Tile(not spread, 32, 32, 32, 32)
     if head_dim <= 64 and length <= 80 and not delta and not (masked and arch == 90):
         return AT_ONCE[64 if length <= 64 else 80]
+    if head_dim <= 64 and delta and masked and not spread and arch != 90:
+        return MASKED_DELTA
     rows = (LONG if spread else WHOLE)[arch if arch in (80, 90) else 80, delta or masked]
     return next(tile for most, tile in rows.items() if head_dim <= most)
 
