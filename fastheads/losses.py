@@ -11,19 +11,14 @@ from torch import Tensor
 
 from fastheads import ops, reference
 from fastheads.capture import CapturedHeads
-from fastheads.ops.dispatch import check_impl
-from fastheads.ops.mmd import MMD_NAMES, SMALL, choose_mmd
+from fastheads.ops.dispatch import check_impl, looked_at
+from fastheads.ops.mmd import MAX_DOMAINS, MMD_NAMES, SMALL, choose_mmd
 from fastheads.samples import Rows, bandwidths, gather_rows
 
 ESTIMATORS = {"domainbed": "biased", "adaptive": "unbiased", "dan": "biased"}
 
 
-def _looked_at(values: Tensor) -> bool:
-    """Whether values are checked: on a GPU that would wait for it, in a compiled graph there are none yet."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_kernel(kernel: object) -> None:
+def _check_kernel(kernel: object, features: Tensor) -> None:
     if isinstance(kernel, str):
         if kernel not in ESTIMATORS:
             takes = ", ".join(map(repr, ESTIMATORS))
@@ -34,7 +29,9 @@ def _check_kernel(kernel: object) -> None:
             raise ValueError(
                 f"kernel: got a {kernel.dtype} tensor of shape {tuple(kernel.shape)}; takes gammas, floats [U]"
             )
-        values = kernel.tolist() if _looked_at(kernel) else []
+        if kernel.device != features.device:
+            raise ValueError(f"kernel: is on {kernel.device}, features on {features.device}; put both on one device")
+        values = kernel.tolist() if looked_at(kernel) else []
     elif isinstance(kernel, Sequence) and all(isinstance(g, (int, float)) for g in kernel):
         values = list(kernel)
         if not values:
@@ -68,10 +65,10 @@ def _check_samples(features: Tensor, domains: Tensor, num_domains: int | None) -
 
 
 def _number_of_domains(domains: Tensor, num_domains: int | None) -> int:
-    """S, and that the ids are in 0 … S-1 (where `_looked_at`)."""
+    """S, and that the ids are in 0 … S-1 (where `looked_at`)."""
     if num_domains is None:
         num_domains = max(1, int(domains.max()) + 1) if domains.numel() else 1
-    if _looked_at(domains) and domains.numel():
+    if looked_at(domains) and domains.numel():
         low, high = int(domains.min()), int(domains.max())
         if low < 0 or high >= num_domains:
             raise ValueError(f"domains: got ids from {low} to {high}; takes 0 … {num_domains - 1} (num_domains − 1)")
@@ -79,8 +76,8 @@ def _number_of_domains(domains: Tensor, num_domains: int | None) -> int:
 
 
 def _check_no_lone_sample(domains: Tensor) -> None:
-    """That no domain has one sample, which the unbiased estimator cannot take (where `_looked_at`)."""
-    if _looked_at(domains):
+    """That no domain has one sample, which the unbiased estimator cannot take (where `looked_at`)."""
+    if looked_at(domains):
         ids, counts = domains.unique(return_counts=True)
         if bool((counts == 1).any()):
             alone = ids[counts == 1].tolist()
@@ -89,18 +86,20 @@ def _check_no_lone_sample(domains: Tensor) -> None:
             )
 
 
-def _check_pair_weights(pair_weights: Tensor | None, reduction: str, num_domains: int) -> None:
+def _check_pair_weights(pair_weights: Tensor | None, reduction: str, num_domains: int, device: torch.device) -> None:
     if pair_weights is None:
         return
     if not isinstance(pair_weights, Tensor) or not pair_weights.is_floating_point():
         raise TypeError(f"pair_weights: got {type(pair_weights).__name__}; takes a floating-point tensor [S, S]")
+    if pair_weights.device != device:
+        raise ValueError(f"pair_weights: are on {pair_weights.device}, features on {device}; put both on one device")
     if tuple(pair_weights.shape) != (num_domains, num_domains):
         raise ValueError(f"pair_weights: got shape {tuple(pair_weights.shape)}; takes {(num_domains, num_domains)}")
     if pair_weights.requires_grad or reduction != "mean":
         raise ValueError(
             'pair_weights: are constants of reduction="mean"; weight the pairs of reduction="none" yourself'
         )
-    if _looked_at(pair_weights):
+    if looked_at(pair_weights):
         fit = (pair_weights >= 0) & (pair_weights < math.inf) & (pair_weights == pair_weights.mT)
         if not bool(fit.all()):
             raise ValueError("pair_weights: takes symmetric, finite weights ≥ 0")
@@ -124,18 +123,21 @@ def mmd(
 
     Args:
         features: `[N, D]` or `[L, N, D]`, floating point; computed in at least float32.
-        domains: int64 `[N]`, ids in 0 … S-1; sizes may differ.
-        num_domains: S. None reads it from `domains` (which waits for the GPU where they are on one).
+        domains: int64 `[N]`, ids in 0 … S-1; sizes may differ. On a CPU another id is an error; on a GPU, where looking
+            would wait for it, such samples count nowhere: not in the loss, the bandwidths or the gradient.
+        num_domains: S. None reads it from `domains`, which waits for the GPU where they are on one; given, nothing
+            does, and a step with the loss in it can be captured as a CUDA graph.
         kernel: `"adaptive"` (TLlib's bandwidths), `"domainbed"`, `"dan"`, or gammas of your own; bandwidths carry no
             gradient, and are taken over all samples of all domains, layer by layer.
         estimator: `"biased"` or `"unbiased"`; None: the preset's own (adaptive: unbiased; else biased).
         reduction: `"mean"` over the pairs of present domains and over layers: a scalar, 0 where fewer than two domains
-            are present. `"none"`: the pairs, `[L, S, S]`, NaN where a domain is absent.
+            are present. `"none"`: the pairs, `[L, S, S]`, NaN where a domain is absent; S is at most N.
         pair_weights: `[S, S]`, symmetric, ≥ 0: how much each pair counts in the mean; None: all alike.
         group: a process group (`torch.distributed.group.WORLD`) whose batches are one: each process keeps its rows, all
             columns are gathered. Every process returns the global loss, and its features' gradient is world size times
-            a single process's, so that DDP's mean over processes gives a single process's parameter gradients. None:
-            the process's own batch.
+            a single process's, so that DDP's mean over processes gives a single process's parameter gradients. Batches
+            may differ in size: a group with a GPU's backend alone ("nccl") waits for the GPU to learn how large they
+            are. None: the process's own batch.
         impl: `"auto"`: on a CPU `"cpu"`, on a GPU `"triton"` (both: loss and gradient in one sweep, memory O(N·D)),
             else `"reference"`, which alone has a second derivative.
 
@@ -159,7 +161,8 @@ def _mmd(
     impl: str = "auto",
 ) -> Tensor:
     """`mmd` of the features `[L, N, H·dh]`, times their heads' gates `[L, H]` where given."""
-    _check_kernel(kernel)
+    _check_samples(features, domains, num_domains)
+    _check_kernel(kernel, features)
     check_impl(impl, names=MMD_NAMES)
     if estimator is None:
         estimator = ESTIMATORS[kernel] if isinstance(kernel, str) else "biased"
@@ -167,24 +170,32 @@ def _mmd(
         raise ValueError(f'estimator: got {estimator!r}; takes "biased", "unbiased", or None for the preset\'s own')
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction: got {reduction!r}; takes "mean" or "none"')
-    _check_samples(features, domains, num_domains)
     x = features.unsqueeze(0) if features.dim() == 2 else features
     small = reduction == "mean" and pair_weights is None and group is None and x.shape[1] <= SMALL and x.numel() > 0
-    if gate is not None and not (small and choose_mmd(impl, x, num_domains or 1) == "triton"):
+    if gate is not None and not (small and choose_mmd(impl, x, min(num_domains or 1, x.shape[1])) == "triton"):
         x = (x.unflatten(2, (gate.shape[1], -1)) * gate[:, None, :, None].to(x.dtype)).flatten(2)
         gate = None
     rows = Rows(x, domains.long()) if group is None else gather_rows(x, domains.long(), group)
-    num_domains = _number_of_domains(rows.all_domains, num_domains)
-    _check_pair_weights(pair_weights, reduction, num_domains)
+    num_domains, samples = _number_of_domains(rows.all_domains, num_domains), len(rows.all_domains)
+    _check_pair_weights(pair_weights, reduction, num_domains, x.device)
     if estimator == "unbiased":
         _check_no_lone_sample(rows.all_domains)
-    if not rows.all_domains.numel():
+    if not samples:
         nothing = 0.0 * x.float().sum()
         return nothing if reduction == "mean" else nothing + x.new_full((len(x), num_domains, num_domains), math.nan)
+    if reduction == "none" and num_domains > samples:
+        raise ValueError(
+            f'num_domains: got {num_domains} for {samples} samples; reduction="none" takes at most as many'
+        )
+    if num_domains > MAX_DOMAINS and reduction == "mean":
+        rows, which = rows.renumbered(num_domains, looked_at(domains))
+        pair_weights = None if pair_weights is None else pair_weights[which][:, which]
+        num_domains = len(which)
     if small and choose_mmd(impl, x, num_domains) == "triton":
         return _small(x, rows.domains, num_domains, kernel, estimator, gate).mean()
-    counts = torch.nn.functional.one_hot(rows.all_domains, num_domains).sum(0)
-    gammas, powers = bandwidths(rows.all, kernel)
+    counts = reference.in_domain(rows.all_domains, num_domains).sum(0)
+    counted = None if looked_at(domains) else reference.is_counted(rows.all_domains, num_domains)
+    gammas, powers = bandwidths(rows.all, kernel, counted)
     if reduction == "none":
         K = rows.kernel_sums(num_domains, gammas, powers, impl)
         return reference.mmd_from_sums(K, counts, gammas.shape[1], estimator)
@@ -210,7 +221,7 @@ def _small(
         domains,
         num_domains=num_domains,
         preset=None,
-        gammas=gammas.contiguous(),
+        gammas=gammas,
         powers=powers,
         estimator=estimator,
         gate=gate,

@@ -218,13 +218,14 @@ def _choice(impl: str, module: Any, host: Host, num_heads: int, rank: int, dropo
     weight: Tensor = module.in_proj_weight
     problem = ops.Problem(
         device=weight.device.type,
+        index=weight.device.index,
         dtype=weight.dtype,
         stored=weight.dtype,
         num_heads=num_heads,
         head_dim=weight.shape[1] // num_heads,
         rank=rank,
         dropout=bool(rank and dropout),
-        extras=host.extras(module),
+        extras=host.extras(module) + ops.surroundings(),
     )
     return ops.choose(impl, problem)
 

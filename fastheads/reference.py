@@ -28,6 +28,11 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def transformed() -> bool:
+    """Whether this runs inside a transform of torch.func (grad, vmap, jvp …), for which only plain operations are."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def _autocast_off(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
@@ -148,15 +153,19 @@ def gate_heads(heads: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def pool_heads(heads: Tensor, pool: int | Tensor | str) -> Tensor:
-    """`[B, H, dh]`: the heads of one token (an index, or one per sample `[B]`), or `"mean"` over tokens 1 … N-1."""
+    """`[B, H, dh]`: the heads of one token (an index, or one per sample `[B]`), or `"mean"` over tokens 1 … N-1.
+
+    An index per sample that is not in 0 … N-1 gives NaN.
+    """
     if isinstance(pool, str):
         if pool != "mean":
             raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
         return heads[:, :, 1:].mean(2)
     if isinstance(pool, int):
         return heads[:, :, pool]
-    index = pool.view(-1, 1, 1, 1).expand(-1, heads.shape[1], 1, heads.shape[3])
-    return heads.gather(2, index).squeeze(2)
+    inside = pool.clamp(0, heads.shape[2] - 1).view(-1, 1, 1, 1)
+    found = heads.gather(2, inside.expand(-1, heads.shape[1], 1, heads.shape[3])).squeeze(2)
+    return found.masked_fill((inside.flatten() != pool).view(-1, 1, 1), float("nan"))
 
 
 def head_attention(
@@ -222,21 +231,45 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax_gate, "sigmoi
 # --------------------------------------------------------------------------------------- kernel sums and MMD
 
 
-def _centred(x: Tensor) -> Tensor:
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """`[U]` in like's dtype on its device, by fills: a tensor made of a list is copied from the host, which waits."""
+    return torch.stack([like.new_full((), value) for value in values])
+
+
+def in_domain(domains: Tensor, num_domains: int) -> Tensor:
+    """`[N, S]`, True where sample i is of domain s; a sample with an id out of range is of none."""
+    return domains.unsqueeze(-1) == torch.arange(num_domains, device=domains.device)
+
+
+def is_counted(domains: Tensor, num_domains: int) -> Tensor:
+    """`[N]`, True for samples with an id in 0 … S-1: what the losses are of. The others count nowhere."""
+    return (domains >= 0) & (domains < num_domains)
+
+
+def _centred(x: Tensor, counted: Tensor | None = None) -> Tensor:
     """x `[..., N, D]` minus a constant near its mean: distances stay, rounding does not grow with the offset.
 
-    The first row goes first, so that identical rows become exactly zero.
+    The first row goes first, so that identical rows become exactly zero. counted: `[N]`; rows that are not have no part
+    in the mean, and become zero, whatever they held.
     """
+    if not x.shape[-2]:
+        return x
     with torch.no_grad():
-        first = x[..., :1, :]
-        shift = (x - first).mean(-2, keepdim=True) if x.shape[-2] else 0.0
-    return (x - first) - shift
+        if counted is None:
+            first = x[..., :1, :]
+            shift = (x - first).mean(-2, keepdim=True)
+        else:
+            first = x.index_select(-2, counted.to(torch.uint8).argmax(-1, keepdim=True))
+            inside = (x - first).masked_fill(~counted.unsqueeze(-1), 0)
+            shift = inside.sum(-2, keepdim=True) / counted.sum().clamp_min(1)
+    centred = (x - first) - shift
+    return centred if counted is None else centred.masked_fill(~counted.unsqueeze(-1), 0)
 
 
-def _centred_together(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y, at least float32, minus one constant near the mean of both."""
+def _centred_together(x: Tensor, y: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x and y, at least float32, minus one constant near the mean of both. counted: of x's rows, then y's."""
     n = x.shape[-2]
-    both = _centred(torch.cat((_wide(x), _wide(y)), -2))
+    both = _centred(torch.cat((_wide(x), _wide(y)), -2), counted)
     return both[..., :n, :], both[..., n:, :]
 
 
@@ -267,7 +300,8 @@ def kernel_sums(
     """`K[l, a, b] = Σ_{i∈a, j∈b} Σ_u exp(−γ_lu ‖x_li − y_lj‖²)`: all that any MMD needs.
 
     Args:
-        x, y: `[L, N, D]`, `[L, M, D]`; dom_x, dom_y: int64 `[N]`, `[M]` with values in 0 … S-1.
+        x, y: `[L, N, D]`, `[L, M, D]`; dom_x, dom_y: int64 `[N]`, `[M]` with values in 0 … S-1; samples with another
+            id count nowhere, and have no gradient.
         num_domains: S.
         gammas: `[L, U]`.
         row_offset: x's row i is y's row `i + row_offset` (their distance is then exactly zero); None: unrelated rows.
@@ -282,12 +316,12 @@ def kernel_sums(
             kernel = torch.zeros_like(d2)
             for gamma in gammas.to(d2.dtype).unbind(-1):
                 kernel = kernel + torch.exp(-gamma.view(-1, 1, 1) * d2)
-            in_x = F.one_hot(dom_x, num_domains).to(d2.dtype)
-            in_y = F.one_hot(dom_y, num_domains).to(d2.dtype)
+            in_x = in_domain(dom_x, num_domains).to(d2.dtype)
+            in_y = in_domain(dom_y, num_domains).to(d2.dtype)
             return in_x.T @ kernel @ in_y
 
     n = x.shape[-2]
-    x, y = _centred_together(x, y)
+    x, y = _centred_together(x, y, is_counted(torch.cat((dom_x, dom_y)), num_domains))
     rows = max(1, BLOCK // max(1, y[..., 0].numel()))
     if n <= rows:
         return block(x, y, dom_x, row_offset)
@@ -295,12 +329,15 @@ def kernel_sums(
     for i in range(0, n, rows):
         offset = None if row_offset is None else row_offset + i
         part = (x[..., i : i + rows, :], y, dom_x[i : i + rows], offset)
-        sums.append(checkpoint(block, *part, use_reentrant=False) if torch.is_grad_enabled() else block(*part))
+        again = torch.is_grad_enabled() and not transformed()
+        sums.append(checkpoint(block, *part, use_reentrant=False) if again else block(*part))
     return torch.stack(sums).sum(0)
 
 
-def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor) -> Tensor:
+def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor, counted: Tensor | None = None) -> Tensor:
     """The bandwidths γ `[L, U]` of a preset, detached, for features `[L, N, D]`, at least float32.
+
+    counted: `[N]`, the samples they are taken over; None: all.
 
     - `"domainbed"`: 1e-3 … 1e3, seven values.
     - `"adaptive"` (TLlib): `γ_u = 1 / (2 α_u σ²)`, α from 1/8 to 2; σ² the mean squared distance over all pairs of all
@@ -314,18 +351,24 @@ def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor) -> T
     with torch.no_grad(), _autocast_off(features):
         x = _wide(features.detach())
         L, n, _ = x.shape
+        if isinstance(kernel, Tensor):
+            return kernel.detach().to(x).reshape(1, -1).expand(L, -1)
         if not isinstance(kernel, str) or kernel == "domainbed":
             values = DOMAINBED_GAMMAS if isinstance(kernel, str) else kernel
-            return torch.as_tensor(values, dtype=x.dtype, device=x.device).reshape(1, -1).expand(L, -1)
+            return constants(values, x).expand(L, -1)
         if kernel not in ("adaptive", "dan"):
             raise ValueError(f'kernel: got {kernel!r}; takes "adaptive", "domainbed", "dan" or a sequence of gammas')
+        size: Tensor | int = max(n, 1)
+        if counted is not None:
+            x = x.masked_fill(~counted.unsqueeze(-1), 0)
+            size = counted.sum().clamp_min(1).to(x.dtype)
         eps = torch.finfo(x.dtype).eps
-        floor = eps * eps * x.square().sum(-1).mean(-1) + torch.finfo(torch.float32).tiny * 1e6
-        mean_square = torch.maximum(2 / max(n, 1) * _centred(x).square().sum((-2, -1)), floor)  # [L]
+        floor = eps * eps * x.square().sum(-1).sum(-1) / size + torch.finfo(torch.float32).tiny * 1e6
+        mean_square = torch.maximum(2 / size * _centred(x, counted).square().sum((-2, -1)), floor)  # [L]
         if kernel == "adaptive":
-            return 1 / (2 * mean_square.unsqueeze(-1) * x.new_tensor(ADAPTIVE_ALPHAS))
-        bandwidth = mean_square * (n / max(n - 1, 1)) / 4
-        return 1 / (bandwidth.unsqueeze(-1) * x.new_tensor(DAN_FACTORS))
+            return 1 / (2 * mean_square.unsqueeze(-1) * constants(ADAPTIVE_ALPHAS, x))
+        pairs = size / (size - 1).clamp_min(1) if isinstance(size, Tensor) else size / max(size - 1, 1)
+        return 1 / (mean_square.unsqueeze(-1) * pairs / 4 * constants(DAN_FACTORS, x))
 
 
 def mmd_from_sums(K: Tensor, counts: Tensor, num_kernels: int, estimator: str) -> Tensor:

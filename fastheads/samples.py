@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,11 @@ from fastheads import ops, reference
 _POWERS = {"adaptive": (0, 2, 2, 0, 2), "dan": (0, 2, 2, 0, 2), "domainbed": (0, 10, 0, 10, 0, 10, 0)}
 
 
-def bandwidths(features: Tensor, kernel: str | Sequence[float] | Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def bandwidths(
+    features: Tensor, kernel: str | Sequence[float] | Tensor, counted: Tensor | None = None
+) -> tuple[Tensor, tuple[int, ...]]:
     """gammas `[L, U]` of `reference.kernel_gammas` in the order of `powers` (as `ops.mmd_fused` takes both)."""
-    gammas = reference.kernel_gammas(features, kernel)
+    gammas = reference.kernel_gammas(features, kernel, counted)
     if not isinstance(kernel, str):
         return gammas, (0,) * gammas.shape[1]
     return (gammas if kernel == "domainbed" else gammas.flip(-1)), _POWERS[kernel]
@@ -35,6 +38,14 @@ class Rows:
     y_domains: Tensor | None = None
     offset: int | None = None
     group: Any = None
+
+    def renumbered(self, num_domains: int, known: bool) -> tuple[Rows, Tensor]:
+        """The same samples with the ids of `renumbered`, and which id each number stands for."""
+        ids, which = renumbered(self.all_domains, num_domains, known)
+        if self.y is None:
+            return dataclasses.replace(self, domains=ids), which
+        first = self.offset or 0
+        return dataclasses.replace(self, domains=ids[first : first + len(self.domains)], y_domains=ids), which
 
     @property
     def all(self) -> Tensor:
@@ -85,13 +96,36 @@ class Rows:
         return total + (scaled - scaled.detach())
 
 
+def renumbered(domains: Tensor, num_domains: int, known: bool) -> tuple[Tensor, Tensor]:
+    """`domains [N]` with the ids that occur as 0, 1, … in their order, and which id each number stands for.
+
+    known: values may be looked at; else nothing waits for a GPU, and there are as many numbers as samples; some
+    stand for nothing. An id out of range is -1.
+    """
+    if known:
+        which, ids = torch.unique(domains, return_inverse=True)
+        return ids, which
+    counted = reference.is_counted(domains, num_domains)
+    ordered, order = torch.where(counted, domains, num_domains).sort()
+    number = torch.nn.functional.pad((ordered[1:] != ordered[:-1]).cumsum(0), (1, 0))
+    ids = torch.empty_like(number).scatter_(0, order, number)
+    which = torch.zeros_like(number).scatter_(0, number, ordered.clamp_max(num_domains - 1))
+    return torch.where(counted, ids, -1), which
+
+
 def gather_rows(x: Tensor, domains: Tensor, group: Any) -> Rows:
-    """This process's rows among those of all processes of `group`, whose batches may differ in size."""
+    """This process's rows among those of all processes of `group`, whose batches may differ in size.
+
+    The sizes, which the host must know, go over the group's CPU backend where it has one ("cpu:gloo,cuda:nccl", the
+    default of `init_process_group`); over a GPU's alone they wait for it.
+    """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("group: takes an initialised process group; call torch.distributed.init_process_group first")
     world, rank = dist.get_world_size(group), dist.get_rank(group)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([x.shape[1]], device=x.device), group=group)
+    host = "cpu" if "cpu:" in dist.get_backend_config(group) else x.device
+    own = torch.full((1,), x.shape[1], dtype=torch.int64, device=host)
+    sizes = [torch.zeros_like(own) for _ in range(world)]
+    dist.all_gather(sizes, own, group=group)
     counts = [int(n) for n in sizes]
     longest = max(counts)
 

@@ -110,6 +110,8 @@ def outputs_of(x: Tensor, heads: int, head_dim: int, tiles: Tiles, pool: int | T
         return Outputs(o, lse, None, tail_start, blocks, None)
     form, parts = ("mean", blocks) if isinstance(pool, str) else ("token", 1)
     cls = torch.empty(B, heads, parts, head_dim, dtype=torch.float32, device=x.device)
+    if isinstance(pool, Tensor):
+        cls.fill_(float("nan"))  # what an index out of range leaves
     return Outputs(o, lse, cls, tail_start, blocks, form)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastheads.kernels.attend import pieces_of
 from fastheads.kernels.attention_bwd_kernels import attention_bwd_kernel
-from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, strides
+from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
 from fastheads.kernels.low_rank import LowRank
 
 
@@ -124,14 +124,16 @@ def attention_bwd(
     Args:
         do: `[B, N, D]`, gradient of the gated output, any strides and float dtype.
         qkv: `[B, N, 3D]`, float16, bfloat16 or float32; a view, its last dimension contiguous.
-        lse: `[B, H, N]` float32, contiguous: natural log-sum-exp of the scaled, masked scores; -inf: nothing seen.
+        lse: `[B, H, N]` float32: natural log-sum-exp of the scaled, masked scores; -inf: nothing seen.
         gate: `[H]` float32.
         mask: broadcasts to `[B, H, N, N]`; boolean with True = masked, or additive.
         delta: what the heads' q, k, v have beside qkv. The gradient is that of their sum.
         out: `[B, N, 3D]` view to write dqkv to, its last dimension contiguous; None: allocated.
     """
+    rows_of(qkv=qkv, out=out, low=None if delta is None else delta.low)
     B, N, D = do.shape
     H, dh = num_heads, D // num_heads
+    lse, gate = lse.contiguous(), packed(gate)
     dqkv = torch.empty((B, N, 3 * D), dtype=qkv.dtype, device=qkv.device) if out is None else out
     tile = _tile or tile_for(
         architecture(qkv), dh, N, B * H, delta is not None, mask is not None, qkv.dtype == torch.float32
@@ -151,6 +153,7 @@ def attention_bwd(
     if delta is not None:
         slots = tuple(delta.parts.index(p) if p in delta.parts else -1 for p in range(3))
         rank = delta.up.shape[-1]
+        delta = delta._replace(up=delta.up.contiguous())
 
     whole_q, whole_k = whole_blocks(N, tile.q), whole_blocks(N, tile.k2)
 

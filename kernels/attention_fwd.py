@@ -38,7 +38,7 @@ from fastheads.kernels.attend import (
     outputs_of,
     pieces_of,
 )
-from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, strides
+from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
 from fastheads.kernels.low_rank import LowRank
 
 LONGEST_ON_CHIP = 272  # 257 tokens, and what a multiple of 16 adds
@@ -257,11 +257,13 @@ def attention_fwd(
         mask: broadcasts to `[B, H, N, N]`: boolean, True = masked, or additive, of any float dtype; any strides.
         causal: token i sees tokens 0 … i.
         delta: each head's low-rank delta to q, k or v.
-        pool: which token's heads to return: an index, int64 `[B]`, or `"mean"` over tokens 1 … N-1.
+        pool: which token's heads to return: an index, int64 `[B]`, or `"mean"` over tokens 1 … N-1. Where an image's
+            index is not in 0 … N-1 they are NaN.
 
     Returns o `[B, N, D]`, gated, in qkv's dtype; lse `[B, H, N]` float32, natural log; cls `[B, H, dh]` float32,
     un-gated, or None. A row that sees no key is 0, its lse -inf.
     """
+    rows_of(qkv=qkv)
     B, N, _ = qkv.shape
     dh = qkv.shape[2] // 3 // num_heads
     deltas, rank = (0, 0) if delta is None else (len(delta.parts), delta.up.shape[-1])
@@ -269,7 +271,8 @@ def attention_fwd(
     out = outputs_of(qkv, num_heads, dh, tiles, pool)
     low, form = None, None
     if delta is not None:
-        low = (delta.low, *strides(delta.low, 0, 1), delta.up, float(delta.scale))
+        rows_of(low=delta.low)
+        low = (delta.low, *strides(delta.low, 0, 1), packed(delta.up), float(delta.scale))
         form = low_form(delta.parts, delta.up.shape[-1], delta.shared)
     if mask is not None:
         mask = mask.expand(B, num_heads, N, N)
@@ -281,10 +284,10 @@ def attention_fwd(
         (on_grid(programs, "attention_fwd"),),
         qkv,
         *strides(qkv, 0, 1),
-        gate,
+        packed(gate),
         None if mask is None else (mask, *strides(mask, 0, 1, 2, 3)),
         low,
-        pool if isinstance(pool, Tensor) else None,
+        packed(pool) if isinstance(pool, Tensor) else None,
         pool % N if isinstance(pool, int) else 0,
         out.o,
         out.lse,

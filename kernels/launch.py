@@ -66,3 +66,15 @@ def on_grid(programs: int, what: str) -> int:
 def strides(x: Tensor, *dims: int) -> tuple[int, ...]:
     """x's strides along `dims`."""
     return tuple(x.stride(d) for d in dims)
+
+
+def packed(x: Tensor | None) -> Tensor | None:
+    """x as the kernels read what is small, gates and bandwidths and the like: contiguous, by a copy where it is not."""
+    return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+def rows_of(**tensors: Tensor | None) -> None:
+    """Raises ValueError for one, by name, whose rows are not contiguous, as kernels read what is large."""
+    for name, x in tensors.items():
+        if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name}: its last dimension has stride {x.stride(-1)}; the kernel takes contiguous rows")

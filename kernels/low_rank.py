@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.launch import dot_precision, launch, on_grid, strides
+from fastheads.kernels.launch import dot_precision, launch, on_grid, packed, rows_of, strides
 
 # Rows per block of 16 bits, and the number of programs to aim for: two to four per SM of an A100 (108) or H100 (132).
 # Counted from the shape alone, so that the sums, and the last bits of dB, are the same on every chip.
@@ -21,7 +21,7 @@ class LowRank(NamedTuple):
 
     low: `[B, N, C]`, `T = x Aᵀ` in the dtype of qkv; the columns run over (target, H or 1, rank), then padding. A
         strided view; its last dimension is contiguous.
-    up: `[T, H, dh, r]`, lora_B, float32, contiguous.
+    up: `[T, H, dh, r]`, lora_B, float32.
     parts: which of q (0), k (1), v (2) target t is, T of them.
     shared: all heads share the down-projection, so low has T·r columns, not T·H·r.
     """
@@ -112,6 +112,7 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
     dqkv: `[B, N, 3D]`; u: `[B, N, C]` in its dtype, laid out as `delta.low`, padding columns set to zero. Views;
     their last dimension is contiguous.
     """
+    rows_of(dqkv=dqkv, u=u, low=delta.low)
     B, N, C = u.shape
     T, H, dh, r = delta.up.shape
     BD, R = max(16, triton.next_power_of_2(dh)), max(16, triton.next_power_of_2(r))
@@ -129,7 +130,7 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
         *strides(dqkv, 0, 1),
         delta.low,
         *strides(delta.low, 0, 1),
-        delta.up,
+        packed(delta.up),
         u,
         *strides(u, 0, 1),
         partial,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, strides
+from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
 
 MAX_DOMAINS = 64
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -69,9 +69,16 @@ def load_gammas(p_gammas, U: tl.constexpr):
 
 
 @triton.jit
+def load_domains(p_dom, s_dom, o_n, m_n, S):
+    """`[BN]` int32 ids; -1, which is no domain, for one outside 0 … S-1 and where no sample is."""
+    b_dom = tl.load(p_dom + o_n * s_dom, mask=m_n, other=-1)
+    return tl.where((b_dom >= 0) & (b_dom < S), b_dom, -1).to(tl.int32)
+
+
+@triton.jit
 def add_coeff(b_c, p_coeff, b_a, b_b, o_s, S):
     """`[BM, BN]` plus coeff[dom_i, dom_j] where dom_j is among the domains o_s: rows of coeff times a one-hot."""
-    m_c = ((b_a >= 0) & (b_a < S))[:, None] & (o_s < S)[None, :]
+    m_c = (b_a >= 0)[:, None] & (o_s < S)[None, :]
     b_row = tl.load(p_coeff + b_a[:, None] * S + o_s[None, :], mask=m_c, other=0.0)
     b_pick = tl.where(o_s[:, None] == b_b[None, :], 1.0, 0.0)
     return tl.dot(b_row, b_pick, b_c, input_precision=EXACT)
@@ -124,9 +131,7 @@ def mmd_tile_kernel(
     b_d2 = b_x2[:, None] + b_y2[None, :] - 2 * b_g
     b_d2 = tl.where(same, 0.0, tl.maximum(b_d2, 0.0, propagate_nan=tl.PropagateNan.ALL))
     b_k, b_w = gaussians(b_d2, load_gammas(p_gammas + i_l * U, U), POWERS)
-    # out of range: in no domain
-    b_a = tl.load(p_dom + o_i * s_dom, mask=m_m, other=-1).to(tl.int32)
-    b_b = tl.load(p_dom + o_j * s_dom, mask=m_n, other=-1).to(tl.int32)
+    b_a, b_b = load_domains(p_dom, s_dom, o_i, m_m, S), load_domains(p_dom, s_dom, o_j, m_n, S)
     if WEIGHTS:
         p_coeff += i_l * S * S
         b_c = tl.zeros([BM, BN], tl.float32)
@@ -180,10 +185,9 @@ def mmd_tile(
         x: `[L, N, D]` float32, centred by the caller, last dimension contiguous; x2: `[L, N]`, its squared norms.
         dom: `[N]` int64, in any order; ids outside 0 … S-1 are in no domain.
         num_domains: S, at most `MAX_DOMAINS`.
-        gammas: `[L, U]` float32, contiguous, on the device.
+        gammas: `[L, U]` float32, on the device.
         powers: U numbers: 0 for an exponential of its own, 2 or 10 where e_u is that power of e_{u-1}.
-        coeff: `[L, S, S]` float32, contiguous, and out: `[L, rows, N-start]` float32, last dimension contiguous: both
-            or neither.
+        coeff: `[L, S, S]` float32, and out: `[L, rows, N-start]` float32, last dimension contiguous: both or neither.
         start: None is `first`: x with itself, on and above the diagonal. Else the rows are other samples than the
             columns, but that row `first` is column start + `own`, and so on with those after it (None: no row is).
 
@@ -196,6 +200,7 @@ def mmd_tile(
         raise ValueError(f"num_domains: got {S}; the kernel takes up to {MAX_DOMAINS}")
     if not powers or powers[0] != 0 or any(p not in (0, 2, 10) for p in powers):
         raise ValueError(f"powers: got {powers}; takes 0, then any of 0, 2 and 10")
+    rows_of(x=x, out=out)
     precision = product_precision()
     blocks = triton.cdiv(S, BLOCK_DOMAINS)
     many = blocks > 1 or len(powers) > FEW_BANDWIDTHS
@@ -219,8 +224,8 @@ def mmd_tile(
         *strides(x2, 0, 1),
         dom,
         dom.stride(0),
-        gammas,
-        coeff,
+        packed(gammas),
+        packed(coeff),
         out,
         *((0, 0) if out is None else strides(out, 0, 1)),
         partial,

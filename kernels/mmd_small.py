@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.launch import architecture, launch, on_grid, strides
-from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, gaussians, load_gammas
+from fastheads.kernels.launch import architecture, launch, on_grid, packed, strides
+from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, gaussians, load_domains, load_gammas
 
 MAX_ROWS = 128
 # Bandwidths of a preset are each half the next: γ_u = γ_0 2^u. Two exponentials and their squares: four squares of one
@@ -27,10 +27,10 @@ SLICES = 4
 
 
 @triton.jit
-def less_first(p_x, s_x_n, s_x_d, o_n, m_n, o_d, m_d):
-    """`[BN, BD]` x, and x less its first row: exactly zero where rows are alike. Float32."""
+def less_first(p_x, s_x_n, s_x_d, first, o_n, m_n, o_d, m_d):
+    """`[BN, BD]` x, and x less its first row that counts: exactly zero where rows are alike. Float32."""
     p_x += o_d.to(tl.int64) * s_x_d
-    b_first = tl.load(p_x, mask=m_d, other=0.0).to(tl.float32)
+    b_first = tl.load(p_x + first.to(tl.int64) * s_x_n, mask=m_d, other=0.0).to(tl.float32)
     p_rows = p_x[None, :] + (o_n.to(tl.int64) * s_x_n)[:, None]
     b_x = tl.load(p_rows, mask=m_n[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     return b_x, tl.where(m_n[:, None], b_x - b_first[None, :], 0.0)
@@ -74,8 +74,8 @@ def inverse_sizes(b_in, b_counts):
 
 @triton.jit
 def mmd_small_kernel(
-    p_x, s_x_l, s_x_n, s_x_d, p_dom, s_dom, p_gammas, p_gate, s_gate, p_loss, p_sums, p_dx, s_dx_l, s_dx_n, p_work,
-    N, H, DH, chunks, share, slices, correction,
+    p_x, s_x_l, s_x_n, s_x_d, p_dom, s_dom, p_gammas, p_gate, p_loss, p_sums, p_dx, s_dx_l, s_dx_n, p_work,
+    N, H, DH, chunks, share, slices,
     S: tl.constexpr, POWERS: tl.constexpr, PRESET: tl.constexpr, UNBIASED: tl.constexpr, GATE: tl.constexpr,
     BACKWARD: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, BK: tl.constexpr,
@@ -91,7 +91,10 @@ def mmd_small_kernel(
     U: tl.constexpr = len(POWERS)
     p_x += i_l * s_x_l
     o_n, o_c, o_s = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BS)
-    m_n = o_n < N
+    b_b = load_domains(p_dom, s_dom, o_n, o_n < N, S)
+    m_n = b_b >= 0
+    first = tl.minimum(tl.min(tl.where(m_n, o_n, BN), 0), N - 1)
+    n = tl.maximum(tl.sum(tl.where(m_n, 1.0, 0.0), 0), 1.0)
     # [BN, BN] inner products of the centred features, negative; [BD] squares of the features as they are
     b_g = tl.zeros([BN, BN], tl.float32)
     b_raw = tl.zeros([BD], tl.float32)
@@ -99,13 +102,13 @@ def mmd_small_kernel(
         i_h = c // chunks
         o_d = (c % chunks) * BD + o_c
         m_d = o_d < DH
-        b_x, b_y = less_first(p_x, s_x_n, s_x_d, o_n, m_n, i_h * DH + o_d, m_d)
+        b_x, b_y = less_first(p_x, s_x_n, s_x_d, first, o_n, m_n, i_h * DH + o_d, m_d)
         if GATE:
-            gate = tl.load(p_gate + i_l * s_gate + i_h)
+            gate = tl.load(p_gate + i_l * H + i_h)
             b_x *= gate
             b_y *= gate
         b_raw += tl.sum(b_x * b_x, 0)
-        b_g = minus_gram(b_g, centred(b_y, m_n, N))
+        b_g = minus_gram(b_g, centred(b_y, m_n, n))
     p_g = p_work + pid.to(tl.int64) * (2 * BN * BN)
     p_m = p_g + BN * BN
     tl.store(p_g + o_n[:, None] * BN + o_n[None, :], b_g)
@@ -115,16 +118,15 @@ def mmd_small_kernel(
     if PRESET == "":
         gammas = load_gammas(p_gammas + i_l * U, U)
     else:
-        floor = EPS2 * (tl.sum(b_raw) / N) + TINY
-        mean = tl.maximum(2 * tl.sum(b_y2) / N, floor, propagate_nan=tl.PropagateNan.ALL)
+        floor = EPS2 * (tl.sum(b_raw) / n) + TINY
+        mean = tl.maximum(2 * tl.sum(b_y2) / n, floor, propagate_nan=tl.PropagateNan.ALL)
         if PRESET == "adaptive":
             gammas = preset_gammas(1 / (4 * mean), U)
         else:
-            gammas = preset_gammas(1 / (4 * mean * correction), U)
+            gammas = preset_gammas(1 / (4 * mean * (n / tl.maximum(n - 1, 1.0))), U)
 
-    # Out of range: in no domain. [BN, BS] one-hot; [BS] samples per domain
-    b_b = tl.load(p_dom + o_n * s_dom, mask=m_n, other=-1).to(tl.int32)
-    b_right = tl.where((b_b[:, None] == o_s[None, :]) & (o_s < S)[None, :], 1.0, 0.0)
+    # [BN, BS] one-hot; [BS] samples per domain
+    b_right = tl.where(b_b[:, None] == o_s[None, :], 1.0, 0.0)
     b_counts = tl.sum(b_right, 0)
     b_counts = tl.where(b_counts > (1 if UNBIASED else 0), b_counts, 0.0)
     present = tl.sum(tl.where(b_counts > 0, 1.0, 0.0))
@@ -136,7 +138,8 @@ def mmd_small_kernel(
     b_sums = tl.zeros([BS, BS], tl.float32)
     for i in range(0, N, BR):
         o_i = i + tl.arange(0, BR)
-        m_i = o_i < N
+        b_a = load_domains(p_dom, s_dom, o_i, o_i < N, S)
+        m_i = b_a >= 0
         same = o_i[:, None] == o_n[None, :]
         # [BR, BN]
         b_gi = tl.load(p_g + o_i[:, None] * BN + o_n[None, :], mask=m_i[:, None], other=0.0)
@@ -145,8 +148,7 @@ def mmd_small_kernel(
         b_d2 = b_x2[:, None] + b_y2[None, :] + b_gi
         b_d2 = tl.where(same, 0.0, tl.maximum(b_d2, 0.0, propagate_nan=tl.PropagateNan.ALL))
         b_k, b_w = gaussians(b_d2, gammas, POWERS)
-        b_a = tl.load(p_dom + o_i * s_dom, mask=m_i, other=-1).to(tl.int32)
-        b_in = tl.where((b_a[:, None] == o_s[None, :]) & (o_s < S)[None, :], 1.0, 0.0)
+        b_in = tl.where(b_a[:, None] == o_s[None, :], 1.0, 0.0)
         b_inverse = inverse_sizes(b_in, b_counts)
         if UNBIASED:
             b_within = b_inverse / tl.maximum(tl.sum(b_in * b_counts[None, :], 1) - 1, 1.0)
@@ -179,9 +181,9 @@ def mmd_small_kernel(
                 b_gh = tl.zeros([BN, BN], tl.float32)
                 for c in range(chunks):
                     o_d = c * BD + o_c
-                    _, b_y = less_first(p_x, s_x_n, s_x_d, o_n, m_n, i_h * DH + o_d, o_d < DH)
-                    b_gh = minus_gram(b_gh, centred(b_y, m_n, N))
-                gate = tl.load(p_gate + i_l * s_gate + i_h)
+                    _, b_y = less_first(p_x, s_x_n, s_x_d, first, o_n, m_n, i_h * DH + o_d, o_d < DH)
+                    b_gh = minus_gram(b_gh, centred(b_y, m_n, n))
+                gate = tl.load(p_gate + i_l * H + i_h)
                 b_m = tl.load(p_m + o_n[:, None] * BN + o_n[None, :], mask=m_n[:, None], other=0.0)
                 tl.store(p_dx + i_l * s_dx_l + i_h, -gate * tl.sum(tl.sum(b_m * b_gh, 1), 0))
         else:
@@ -192,10 +194,11 @@ def mmd_small_kernel(
                 m_f = f + o_f < DH
                 for k in range(0, N, BK):
                     b_mk = tl.load(p_m + o_n[:, None] * BN + (k + o_k)[None, :], mask=m_n[:, None], other=0.0)
-                    _, b_y = less_first(p_x, s_x_n, s_x_d, k + o_k, k + o_k < N, f + o_f, m_f)
+                    m_k = load_domains(p_dom, s_dom, k + o_k, k + o_k < N, S) >= 0
+                    _, b_y = less_first(p_x, s_x_n, s_x_d, first, k + o_k, m_k, f + o_f, m_f)
                     b_dx = tl.dot(b_mk, b_y, b_dx, input_precision=EXACT)
                 p_d = p_dx + i_l * s_dx_l + (o_n.to(tl.int64) * s_dx_n)[:, None] + (f + o_f)[None, :]
-                tl.store(p_d, b_dx.to(p_dx.dtype.element_ty), mask=m_n[:, None] & m_f[None, :])
+                tl.store(p_d, b_dx.to(p_dx.dtype.element_ty), mask=(o_n < N)[:, None] & m_f[None, :])
 
 
 def mmd_small(
@@ -214,12 +217,12 @@ def mmd_small(
 
     Args:
         x: `[L, N, D]` of at most 32 bits, N from 1 to `MAX_ROWS`. Computed in float32.
-        dom: `[N]` int64, in any order; ids outside 0 … S-1 are in no domain.
+        dom: `[N]` int64, in any order; rows with an id outside 0 … S-1 count nowhere, whatever they hold.
         num_domains: S, at most `MAX_DOMAINS`.
-        preset: `"adaptive"` or `"dan"`, bandwidths taken from the features; None: gammas `[L, U]`, float32, contiguous,
-            with U powers (see `mmd_tile`).
+        preset: `"adaptive"` or `"dan"`, bandwidths taken from the features; None: gammas `[L, U]`, float32, with U
+            powers (see `mmd_tile`).
         estimator: `"biased"` or `"unbiased"`.
-        gate: `[L, H]` float32, last dimension contiguous: the MMD is that of x times its head's gate.
+        gate: `[L, H]` float32: the MMD is that of x times its head's gate.
 
     Returns loss `[L]` float32, the mean over pairs of present domains, 0 with fewer than two; kernel sums `[L, S, S]`
     float32; and of each layer's own loss the gradient in x, `[L, N, D]`, or in the gate, `[L, H]` float32,
@@ -256,9 +259,8 @@ def mmd_small(
         *strides(x, 0, 1, 2),
         dom,
         dom.stride(0),
-        gammas,
-        gate,
-        0 if gate is None else gate.stride(0),
+        packed(gammas),
+        packed(gate),
         loss,
         sums,
         grad,
@@ -270,7 +272,6 @@ def mmd_small(
         triton.cdiv(D // H, BD),
         share,
         slices,
-        float(N / max(N - 1, 1)),
         S=S,
         POWERS=powers,
         PRESET=preset or "",

@@ -28,7 +28,7 @@ from fastheads.kernels.attend import (
     outputs_of,
     pieces_of,
 )
-from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, strides
+from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
 
 LONGEST = 272  # tokens whose keys and values stay on chip
 
@@ -200,14 +200,15 @@ def one_pass_fwd(
     Args:
         x: `[B, N, D]`, fp16, bf16 or fp32; any strides, the last dimension contiguous.
         w_in, b_in: `[3D, D]`, `[3D]` or None, in x's dtype; rows of any stride.
-        lora_A: `[T, H | 1, r, D]` in x's dtype, or None.
-        lora_B: `[T, H, dh, r]` float32, contiguous, or None.
+        lora_A: `[T, H | 1, r, D]` in x's dtype, or None; its last dimension contiguous.
+        lora_B: `[T, H, dh, r]` float32, or None.
         num_heads: H.
         parts: which of q (0), k (1), v (2) target t is, T of them.
         scale, gate, mask, causal, pool: as in `attention_fwd`.
 
     Returns o `[B, N, D]`, lse `[B, H, N]`, cls `[B, H, dh]` as `attention_fwd` does.
     """
+    rows_of(x=x, w_in=w_in, lora_A=lora_A)
     B, N, D = x.shape
     dh = D // num_heads
     tiles = one_pass_tiles(architecture(x), dh, N, x.dtype)
@@ -215,7 +216,8 @@ def one_pass_fwd(
     lora, form = None, None
     if lora_A is not None and lora_B is not None:
         shared = lora_A.shape[1] < num_heads
-        lora = (lora_A, lora_A.stride(0), 0 if shared else lora_A.stride(1), lora_A.stride(2), lora_B, float(scale))
+        s_t, s_h, s_r = strides(lora_A, 0, 1, 2)
+        lora = (lora_A, s_t, 0 if shared else s_h, s_r, packed(lora_B), float(scale))
         form = low_form(parts, lora_A.shape[2], shared)
     if mask is not None:
         mask = mask.expand(B, num_heads, N, N)
@@ -223,11 +225,11 @@ def one_pass_fwd(
         one_pass_fwd_kernel,
         (on_grid(B * num_heads, "one_pass_fwd"),),
         (x, *strides(x, 0, 1)),
-        (w_in, w_in.stride(0), b_in),
+        (w_in, w_in.stride(0), packed(b_in)),
         lora,
-        gate,
+        packed(gate),
         None if mask is None else (mask, *strides(mask, 0, 1, 2, 3)),
-        pool if isinstance(pool, Tensor) else None,
+        packed(pool) if isinstance(pool, Tensor) else None,
         pool % N if isinstance(pool, int) else 0,
         out.o,
         out.lse,

@@ -1,6 +1,6 @@
 """The operators, and who computes them: modules call these, never an implementation."""
 
-from fastheads.ops.dispatch import NAMES, Choice, Problem, asked_for, choose
+from fastheads.ops.dispatch import NAMES, Choice, Problem, asked_for, choose, surroundings
 from fastheads.ops.head_attention import head_attention
 from fastheads.ops.mmd import kernel_sums, mmd_fused, mmd_small
 
@@ -14,4 +14,5 @@ __all__ = [
     "kernel_sums",
     "mmd_fused",
     "mmd_small",
+    "surroundings",
 ]

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastheads.reference import transformed
 
 IMPL_VARIABLE = "FASTHEADS_IMPL"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -21,7 +24,8 @@ SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 class Problem:
     """What one layer asks of an implementation.
 
-    device: "cpu", "cuda" …; dtype: what it computes in (autocast's, where that is on); stored: the base weight's.
+    device: "cpu", "cuda" …; index: which of them, None for the current one. dtype: what it computes in (autocast's,
+    where that is on); stored: the base weight's.
     length: tokens, None where it is not known before the call. dropout: of the low-rank path's input.
     `extras` names what the fused operator does not cover ("ln_q", "attention dropout" …): the reference path does.
     """
@@ -35,6 +39,7 @@ class Problem:
     length: int | None = None
     dropout: bool = False
     extras: tuple[str, ...] = ()
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Implementation:
         if problem.device not in devices:
             reasons.append(f"runs on {' and '.join(self.devices)}, not on {problem.device}")
         elif self.kernels:
-            reasons += _triton_reasons(problem.device)
+            reasons += triton_reasons(problem.device, problem.index)
         if problem.dtype not in self.dtypes:
             reasons.append(f"does not compute in {_short(problem.dtype)}")
         low, high = self.head_dims
@@ -79,7 +84,7 @@ class Implementation:
         if self.on_chip is not None and problem.length is not None:
             # In 16ths, as the kernel pads both (kernels.one_pass.one_pass_fits, to which a test holds this).
             rows, columns = -(-problem.length // 16) * 16, -(-problem.head_dim // 16) * 16
-            if 2 * rows * columns * problem.dtype.itemsize > min(self.on_chip, _room(problem.device)):
+            if 2 * rows * columns * problem.dtype.itemsize > min(self.on_chip, _room(problem.device, problem.index)):
                 reasons.append(f"keeps keys and values on chip, where {problem.length} tokens do not fit")
         if problem.dropout and not self.dropout:
             reasons.append("has no LoRA dropout")
@@ -186,24 +191,35 @@ def _choose(impl: str, problem: Problem) -> Choice:
 _remembered = functools.lru_cache(maxsize=1024)(_choose)
 
 
-def _triton_reasons(device: str) -> list[str]:
+def looked_at(values: Tensor) -> bool:
+    """Whether values are checked: on a GPU that would wait for it, in a compiled graph or a transform are none yet."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+
+
+def surroundings() -> tuple[str, ...]:
+    """What a problem's `extras` are told of where it runs: torch.func's transforms see only plain operations."""
+    return ("a transform of torch.func",) if transformed() else ()
+
+
+def triton_reasons(device: str, index: int | None) -> list[str]:
+    """Why Triton cannot run on this device, the problem's own, which need not be the current one."""
     if not HAS_TRITON:
         return ["needs Triton, which is not installed"]
-    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(index) < (8, 0):
         return ["needs compute capability 8.0 (A100) or newer"]
     return []
 
 
-def _room(device: str) -> int:
+def _room(device: str, index: int | None) -> int:
     """Bytes of a block's shared memory for what stays on chip; 64 KB are for what goes by. An A100 has 163 KB."""
     if device == "cuda" and torch.cuda.is_available():
-        properties: Any = torch.cuda.get_device_properties()
+        properties: Any = torch.cuda.get_device_properties(index)
         return int(properties.shared_memory_per_block_optin) - 64 * 1024
     return 99 * 1024
 
 
 # What torch.compiler.assume_constant_result does, which imports torch._dynamo and with it Triton: 5 s at import.
-_triton_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _room._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -42,11 +42,6 @@ def _parts(impl: str) -> Any:
     )
 
 
-def _packed(t: Tensor | None) -> Tensor | None:
-    """t as the kernels read what is small: contiguous (a copy of a few kilobytes, where it is not)."""
-    return None if t is None else t.contiguous()
-
-
 def _rows(t: Tensor) -> Tensor:
     """t as one_pass reads what is large: rows of any stride, each contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -144,7 +139,7 @@ def _project(layer: _Layer, low_too: bool) -> _Product:
 
 
 def _low_rank(layer: _Layer, low: Tensor, up: Tensor) -> Any:
-    return _parts(layer.impl).LowRank(low, up.contiguous(), layer.parts, layer.scale, layer.shared)
+    return _parts(layer.impl).LowRank(low, up, layer.parts, layer.scale, layer.shared)
 
 
 def _delta(layer: _Layer, low: Tensor | None) -> Any:
@@ -205,8 +200,6 @@ def forward(
     arguments = locals()
     if not x.numel():
         return tuple(t.zero_() for t in forward_shapes(**arguments))
-    if impl != "cpu":
-        lora_B, gate = _packed(lora_B), _packed(gate)
     layer = _Layer(x, w_in, b_in, lora_A, lora_B, seed, tuple(parts), scale, dropout_p, impl)
     which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
     attend: dict[str, Any] = {"num_heads": num_heads, "gate": gate, "mask": mask, "causal": causal, "pool": which}
@@ -254,7 +247,7 @@ def _one_pass(layer: _Layer, attend: dict[str, Any]) -> tuple[Tensor, Tensor, Te
     out: tuple[Tensor, Tensor, Tensor | None] = _parts("one_pass").one_pass_fwd(
         _rows(x),
         _rows(layer.w_in.to(x.dtype)),
-        None if b_in is None else b_in.to(x.dtype).contiguous(),
+        None if b_in is None else b_in.to(x.dtype),
         None if A is None else _rows(A.to(x.dtype)),
         layer.lora_B,
         parts=layer.parts,
@@ -338,8 +331,6 @@ def backward(
         return tuple(t.zero_() for t in backward_shapes(**arguments))
     D3, R = w_in.shape[0], 0
     impl = "delta" if impl == "one_pass" else impl
-    if impl != "cpu":
-        lora_B, gate = _packed(lora_B), _packed(gate)
     layer = _Layer(x, w_in, b_in, lora_A, lora_B, seed, tuple(parts), scale, dropout_p, impl)
     need = dict(zip(("x", "w_in", "b_in", "lora_A", "lora_B", "gate"), needed, strict=True))
     attend: dict[str, Any] = {"num_heads": num_heads, "gate": gate, "mask": mask, "causal": causal}

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastheads import reference
 from fastheads.ops import fused
-from fastheads.ops.dispatch import Problem, choose
+from fastheads.ops.dispatch import Problem, choose, looked_at, surroundings
 from fastheads.reference import TARGETS, HeadAttentionOutput
 
 __all__ = ["HeadAttentionOutput", "head_attention"]
@@ -91,7 +91,8 @@ def head_attention(
     """Self-attention with per-head low-rank deltas and gates: `reference.head_attention` has arguments and formula.
 
     o is differentiable (once) in x, w_in, b_in, lora_A, lora_B and gate; lse and cls are not. A mask that requires grad
-    is the reference path's. Under autocast it computes in autocast's dtype, elsewhere in x's.
+    is the reference path's, as is what runs inside a transform of torch.func. Under autocast it computes in autocast's
+    dtype, elsewhere in x's.
 
     Args, beside the reference's:
         recompute: keep x and lse for the backward pass, and compute the projections again there.
@@ -104,6 +105,7 @@ def head_attention(
     dropout = dropout_p > 0 and lora_A is not None
     problem = Problem(
         device=x.device.type,
+        index=x.device.index,
         dtype=dtype,
         stored=w_in.dtype,
         num_heads=num_heads,
@@ -111,7 +113,7 @@ def head_attention(
         rank=0 if lora_B is None else lora_B.shape[3],
         length=x.shape[1],
         dropout=dropout,
-        extras=("a mask that requires grad",) if mask is not None and mask.requires_grad else (),
+        extras=(("a mask that requires grad",) if mask is not None and mask.requires_grad else ()) + surroundings(),
     )
     name = choose(impl, problem).name
     tensors = (x, w_in, b_in, lora_A, lora_B)
@@ -205,10 +207,16 @@ def _check(
         raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
     if isinstance(pool, int) and not -N <= pool < N:
         raise ValueError(f"pool: got token {pool}; takes {-N} to {N - 1}")
-    if isinstance(pool, Tensor) and pool.shape != (B,):
-        refuse("pool", pool, (B,))
-    names = ("w_in", "b_in", "lora_A", "lora_B", "gate", "mask")
+    tokens = pool if isinstance(pool, Tensor) else None
+    names = ("w_in", "b_in", "lora_A", "lora_B", "gate", "mask", "pool")
     device = x.device
-    for name, tensor in zip(names, (w_in, b_in, lora_A, lora_B, gate, mask), strict=True):
+    for name, tensor in zip(names, (w_in, b_in, lora_A, lora_B, gate, mask, tokens), strict=True):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}: is on {tensor.device}; takes one on x's device, {x.device}")
+    if tokens is not None:
+        if tokens.shape != (B,):
+            refuse("pool", tokens, (B,))
+        if tokens.dtype != torch.int64:
+            raise ValueError(f"pool: got {tokens.dtype}; takes int64 indices of tokens")
+        if looked_at(tokens) and not bool(((tokens >= 0) & (tokens < N)).all()):
+            raise ValueError(f"pool: got tokens from {int(tokens.min())} to {int(tokens.max())}; takes 0 to {N - 1}")

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from fastheads import reference
 from fastheads.ops import native
-from fastheads.ops.dispatch import HAS_TRITON, INTERPRETING
+from fastheads.ops.dispatch import INTERPRETING, triton_reasons
 from fastheads.reference import _autocast_off, _wide
 
 WORKSPACE = 2**22  # elements of a panel: 16 MB in float32
 MMD_NAMES = ("triton", "cpu", "reference")
 SMALL = 128  # samples, up to which one Triton launch does everything
+MAX_DOMAINS = 64  # of the Triton kernels, and above which `mmd` numbers only the domains that occur
 
 _LIBRARY = torch.library.Library("fastheads", "FRAGMENT")
 _SAMPLES = "Tensor x, Tensor dom_x, Tensor? y, Tensor? dom_y, int num_domains, Tensor gammas, int[] powers"
@@ -48,41 +49,53 @@ class _Samples(NamedTuple):
     columns2: Tensor
     row_domains: Tensor  # [R]
     starts: Tensor  # [S + 1] where each domain's columns begin
-    row_order: Tensor  # rows[:, i] is x[:, row_order[i]]
+    row_order: Tensor  # rows[:, i] is x[:, row_order[i]]; x's rows of no domain are left out
     self: Tensor  # [R] the column that is the row itself, -1 for none
     itself: bool  # rows and columns are one sample set
 
 
-def _centre_(x: Tensor) -> Tensor:
+def _centre_(x: Tensor, counted: Tensor | None = None) -> Tensor:
     """`reference._centred`, in place: x `[L, N, D]` minus its first row, minus the mean of that."""
-    if x.shape[1]:
+    if not x.shape[1]:
+        return x
+    if counted is None:
         x -= x[:, :1].clone()
         x -= x.mean(1, keepdim=True)
-    return x
+        return x
+    others = ~counted.unsqueeze(1)
+    x -= x.index_select(1, counted.to(torch.uint8).argmax(0, keepdim=True))
+    x.masked_fill_(others, 0)
+    x -= x.sum(1, keepdim=True) / counted.sum().clamp_min(1)
+    return x.masked_fill_(others, 0)
+
+
+def _by_domain(dom: Tensor, num_domains: int) -> tuple[Tensor, Tensor]:
+    """The samples `[R ≤ N]` in order of their domains, those of none left out; where each domain begins, `[S + 1]`."""
+    order = torch.argsort(dom, stable=True)
+    starts = torch.searchsorted(dom[order], torch.arange(num_domains + 1, device=dom.device))
+    return order[starts[0] : starts[-1]], starts - starts[0]
 
 
 def _samples(
     x: Tensor, dom_x: Tensor, y: Tensor | None, dom_y: Tensor | None, num_domains: int, row_offset: int | None
 ) -> _Samples:
-    n = x.shape[1]
-    order_x = torch.argsort(dom_x, stable=True)
+    order_x, starts = _by_domain(dom_x, num_domains)
+    x, n = _wide(x).index_select(1, order_x), len(order_x)
     itself = y is None or dom_y is None
     if y is None or dom_y is None:
-        rows = columns = _centre_(_wide(x).index_select(1, order_x))
-        dom_y, self = dom_x, torch.arange(n, device=x.device)
+        rows = columns = _centre_(x)
+        self = torch.arange(n, device=x.device)
     else:
-        both = _centre_(torch.cat((_wide(x), _wide(y)), 1))
-        order_y = torch.argsort(dom_y, stable=True)
-        rows, columns = both[:, :n].index_select(1, order_x), both[:, n:].index_select(1, order_y)
-        at = torch.empty_like(order_y)
+        order_y, starts = _by_domain(dom_y, num_domains)
+        both = _centre_(torch.cat((x, _wide(y).index_select(1, order_y)), 1))
+        rows, columns = both[:, :n], both[:, n:]
+        at = torch.full_like(dom_y, -1)
         at[order_y] = torch.arange(len(order_y), device=x.device)
         self = torch.full_like(order_x, -1)
         if row_offset is not None:
             same = order_x + row_offset
             inside = (same >= 0) & (same < len(at))
             self[inside] = at[same[inside]]
-    counts = torch.bincount(dom_y, minlength=num_domains)
-    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     rows2 = rows.square().sum(-1)
     columns2 = rows2 if itself else columns.square().sum(-1)
     return _Samples(rows, columns, rows2, columns2, dom_x[order_x], starts, order_x, self, itself)
@@ -195,11 +208,11 @@ def _sweep_triton(
     else:
         z, dom, start = torch.cat((x.float(), y.float()), 1), torch.cat((dom_x, dom_y)), R
     itself = start == 0
-    z = _centre_(z)
+    z = _centre_(z, reference.is_counted(dom, num_domains))
     if product_precision() == "tf32":
         z = round_to_tf32_(z)
-    z2, gammas = torch.linalg.vecdot(z, z), gammas.float().contiguous()
-    coeff = None if coeff is None else coeff.float().contiguous()
+    z2, gammas = torch.linalg.vecdot(z, z), gammas.float()
+    coeff = None if coeff is None else coeff.float()
     L, N, _ = z.shape
     C = N - start
     K = z.new_zeros(L, num_domains, num_domains, dtype=torch.float64)
@@ -242,6 +255,10 @@ def _pull(dx: Tensor, w: Tensor, x: Tensor, y: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------ operators
 
 
+def _empty(x: Tensor, y: Tensor | None) -> bool:
+    return not (x.shape[0] and x.shape[1] and (y is None or y.shape[1]))
+
+
 def _kernel_sums(
     x: Tensor,
     dom_x: Tensor,
@@ -253,8 +270,10 @@ def _kernel_sums(
     row_offset: int | None,
     impl: str,
 ) -> Tensor:
+    if _empty(x, y):
+        return _sums_shape(x, num_domains).zero_()
     with _autocast_off(x):
-        if impl == "triton" and x.shape[1] and (y is None or y.shape[1]):
+        if impl == "triton":
             with torch.cuda.device_of(x):
                 K, _ = _sweep_triton(x, dom_x, y, dom_y, num_domains, gammas, powers, None, row_offset)
             return K.float()
@@ -276,8 +295,11 @@ def _mmd_fused(
     backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _empty(x, y):
+        K = _sums_shape(x, num_domains).zero_()
+        return K, K.sum((-2, -1)), K.new_zeros(x.shape) if backward else x.new_empty(0)
     with _autocast_off(x):
-        if impl == "triton" and x.shape[1] and (y is None or y.shape[1]):
+        if impl == "triton":
             own = coeff if backward else None
             with torch.cuda.device_of(x):
                 K, dx = _sweep_triton(x, dom_x, y, dom_y, num_domains, gammas, powers, own, row_offset)
@@ -288,7 +310,10 @@ def _mmd_fused(
         loss = (coeff.double() * K).sum((-2, -1)).to(wide)
         if ordered is None:
             return K.to(wide), loss, x.new_empty(0)
-        return K.to(wide), loss, ordered.index_select(1, samples.row_order.argsort())
+        order = samples.row_order
+        if len(order) == x.shape[1]:
+            return K.to(wide), loss, ordered.index_select(1, order.argsort())
+        return K.to(wide), loss, ordered.new_zeros(x.shape).index_copy_(1, order, ordered)
 
 
 def _sums_shape(x: Tensor, num_domains: int) -> Tensor:
@@ -386,7 +411,7 @@ def _mmd_small(
             gammas=gammas,
             powers=tuple(powers),
             estimator=estimator,
-            gate=None if gate is None else gate.float().contiguous(),
+            gate=None if gate is None else gate.float(),
             backward=backward,
         )
     return loss, K, x.new_empty(0) if gradient is None else gradient
@@ -442,7 +467,14 @@ torch.library.register_autograd("fastheads::mmd_fused", _fused_backward, setup_c
 
 
 def choose_mmd(impl: str, x: Tensor, num_domains: int) -> str:
-    """The implementation for samples like x: `impl`, or with "auto" the one sweep where x's device has it."""
+    """The implementation for samples like x: `impl`, or with "auto" the one sweep where x's device has it.
+
+    Inside torch.func's transforms "auto" is the reference: the operators have no rules for them.
+    """
+    if reference.transformed():
+        if impl in ("cpu", "triton"):
+            raise ValueError(f"impl: {impl!r} has no rule for torch.func's transforms; takes 'auto' or 'reference'")
+        return "reference"
     reasons = _triton_mmd_reasons(x, num_domains)
     if impl == "auto":
         if x.device.type == "cpu":
@@ -457,15 +489,14 @@ def choose_mmd(impl: str, x: Tensor, num_domains: int) -> str:
 
 def _triton_mmd_reasons(x: Tensor, num_domains: int) -> list[str]:
     """Why Triton's kernels cannot; empty where they can."""
-    reasons = []
     if x.device.type != "cuda" and not (INTERPRETING and x.device.type == "cpu"):
-        reasons.append(f"runs on cuda, not on {x.device.type}")
-    elif not HAS_TRITON:
-        reasons.append("needs Triton, which is not installed")
+        reasons = [f"runs on cuda, not on {x.device.type}"]
+    else:
+        reasons = triton_reasons(x.device.type, x.device.index)
     if x.dtype == torch.float64:
         reasons.append("does not compute in float64")
-    if num_domains > 64:
-        reasons.append(f"takes up to 64 domains, not {num_domains}")
+    if num_domains > MAX_DOMAINS:
+        reasons.append(f"takes up to {MAX_DOMAINS} domains, not {num_domains}")
     return reasons
 
 

@@ -68,7 +68,10 @@ def mmd_tile(
         raise RuntimeError("csrc/ was not built: reinstall fastheads with a C++ compiler (g++ or clang) at hand")
     L, R, C = gram.shape
     S = len(segments) - 1
-    gammas, coeff = gammas.contiguous(), None if coeff is None else coeff.contiguous()
+    x2, y2, segments, domains, gammas, powers, self = (
+        t.contiguous() for t in (x2, y2, segments, domains, gammas, powers, self)
+    )
+    coeff = None if coeff is None else coeff.contiguous()
     sums = torch.empty(L, R, S, dtype=torch.float64)
     tile = found.fastheads_mmd_tile_f32 if gram.dtype == torch.float32 else found.fastheads_mmd_tile_f64
     failed = tile(

@@ -1,12 +1,16 @@
 """Who computes what, and what is said of the others."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from problems import BF16, F16, F32, F64, Case
 from standins import clip, custom, features
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastheads
-from fastheads import HeadConfig
+from fastheads import HeadConfig, mmd
 from fastheads.ops import NAMES, Problem, asked_for, choose, dispatch, head_attention
 from fastheads.ops.dispatch import IMPLEMENTATIONS, not_supported_reasons
 
@@ -93,9 +97,40 @@ def test_chips_before_the_a100_are_refused(monkeypatch, capability, taken):
 def test_one_pass_asks_the_chip_for_its_shared_memory(monkeypatch):
     taken = problem(dtype=BF16, length=257)
     assert not_supported_reasons("one_pass", taken) == []
-    monkeypatch.setattr(dispatch, "_room", lambda device: 35 * 1024)  # of the 99 KB that a block has on a small chip
+    monkeypatch.setattr(dispatch, "_room", lambda *_: 35 * 1024)  # of the 99 KB that a block has on a small chip
     assert "on chip, where 257 tokens do not fit" in not_supported_reasons("one_pass", taken)[0]
     assert not_supported_reasons("one_pass", problem(dtype=BF16, length=50)) == []
+
+
+def test_a_box_of_mixed_chips_is_asked_about_the_one_that_holds_the_tensor(monkeypatch):
+    """Number 0, the current one, is an old chip with little memory; number 1 an A100."""
+    chips = [SimpleNamespace(shared_memory_per_block_optin=kilobytes * 1024) for kilobytes in (64, 163)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d=None: ((7, 5), (8, 0))[d or 0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d=None: chips[d or 0])
+    for index, taken in ((None, False), (0, False), (1, True)):
+        asked = problem(dtype=BF16, length=257, index=index)
+        assert (choose("auto", asked).name == "stacked") is taken, index
+        assert (not_supported_reasons("one_pass", asked) == []) is taken, index
+        assert (dispatch.triton_reasons("cuda", index) == []) is taken  # what the MMD asks
+    reasons = " ".join(not_supported_reasons("one_pass", problem(dtype=BF16, length=50, index=0)))
+    assert "A100" in reasons and "on chip" in reasons
+
+
+@pytest.mark.parametrize("call", ["head_attention", "mmd"])
+def test_the_operators_ask_about_their_tensors_device(monkeypatch, call):
+    """On fake tensors of the second GPU."""
+    asked = []
+    monkeypatch.setattr(dispatch, "triton_reasons", lambda *device: asked.append(device) or [])
+    monkeypatch.setattr(sys.modules["fastheads.ops.mmd"], "triton_reasons", lambda *device: asked.append(device) or [])
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 32, device="cuda:1")
+        if call == "mmd":
+            mmd(x, torch.zeros(8, dtype=torch.int64, device="cuda:1"), num_domains=2)
+        else:
+            head_attention(x, torch.empty(96, 32, device="cuda:1"), num_heads=2)
+    assert asked and set(asked) == {("cuda", 1)}
 
 
 def test_every_implementation_states_its_tolerances():
@@ -274,6 +309,10 @@ BAD = {
     "pool": ({"pool": 5}, "pool: got token 5; takes -5 to 4"),
     "pool in words": ({"pool": "max"}, "pool: got 'max'"),
     "pool per image": ({"pool": torch.zeros(3, dtype=torch.long)}, "pool: got shape"),
+    "pool in 32 bits": ({"pool": torch.zeros(2, dtype=torch.int32)}, "pool: got torch.int32; takes int64"),
+    "pool past the end": ({"pool": torch.tensor([0, 5])}, "pool: got tokens from 0 to 5; takes 0 to 4"),
+    "pool from the end": ({"pool": torch.tensor([-1, 0])}, "pool: got tokens from -1 to 0; takes 0 to 4"),
+    "device of pool": ({"pool": torch.zeros(2, dtype=torch.long, device="meta")}, "pool: is on meta"),
     "impl": ({"impl": "triton"}, "impl: got 'triton'"),
     "device": ({"w_in": torch.zeros(96, 32, device="meta")}, "w_in: is on meta"),
     "device of lora_B": ({"lora_B": torch.zeros(2, 2, 16, 2, device="meta")}, "lora_B: is on meta"),

@@ -483,3 +483,23 @@ def test_a_mask_that_learns_is_the_references():
     mask = options["mask"].requires_grad_()
     head_attention(**tensors, **options, impl="auto").o.backward(do)
     assert mask.grad is not None and bool(mask.grad.any())
+
+
+POOLS = {
+    "of every second": lambda tokens: torch.stack((tokens, torch.full_like(tokens, 77)), 1)[:, 0],
+    "one for all": lambda tokens: tokens[:1].expand(len(tokens)),
+    "from an odd offset": lambda tokens: torch.cat((tokens[:1], tokens))[1:],
+}
+
+
+@pytest.mark.parametrize("layout", POOLS)
+@EVERY
+def test_pooled_tokens_of_any_layout(impl, layout):
+    case = Case(B=3, N=5, H=2)
+    device = device_of(impl)
+    tensors, options = case.tensors(F32, device=device), case.options(device)
+    tokens = POOLS[layout](torch.tensor([4, 0, 2], device=device))
+    got = head_attention(**tensors, **options | {"pool": tokens}, impl=impl).cls
+    heads, _, _ = reference.attend(*reference.project(*[tensors[n] for n in INPUTS[:5]], num_heads=2))
+    for image, token in enumerate(tokens.tolist()):
+        close(got[image], heads[image, :, token].to(got), 1e-4, "cls")

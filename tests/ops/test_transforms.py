@@ -1,10 +1,12 @@
-"""The operator under PyTorch's own machinery: opcheck, torch.compile, autocast, fake tensors."""
+"""The operators under PyTorch's own machinery: opcheck, torch.compile, autocast, fake tensors, torch.func."""
 
 import pytest
 import torch
 from problems import BF16, DTYPES, F16, F32, GPU, INPUTS, LONG, Case, autocast, close, device_of, leaves, results
+from standins import MODELS, images
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fastheads import explain, mmd, patch
 from fastheads.ops import head_attention
 from fastheads.ops.dispatch import IMPLEMENTATIONS
 from fastheads.reference import TARGETS
@@ -257,3 +259,75 @@ def test_functional_call_and_detached_parameters():
     grads = torch.autograd.grad(o, list(moved.values()), do)
     for name, grad in zip(INPUTS, grads, strict=True):
         assert torch.equal(grad, expected[f"d{name}"])
+
+
+# ------------------------------------------------------------------------------------------- torch.func's transforms
+
+
+def losses():
+    """A loss of one tensor each: attention, in x and in the gate, and the MMD."""
+    tensors, do, options = made(Case(N=5, H=2, dh=16, pool=0), "cpu")
+    domains = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+
+    def attention(**own):
+        return (head_attention(**{**tensors, **own}, **options).o * do).sum()
+
+    return {
+        "x": (lambda x: attention(x=x), tensors["x"]),
+        "gate": (lambda gate: attention(gate=gate), tensors["gate"]),
+        "mmd": (lambda x: mmd(x, domains, num_domains=3), torch.randn(2, 7, 4, generator=torch.manual_seed(0))),
+    }
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["x", "gate", "mmd"])
+def test_gradients_by_torch_func_are_autograds(name, compiled):
+    loss, at = losses()[name]
+    derivative = torch.func.grad(loss)
+    if compiled:
+        torch._dynamo.reset()
+        derivative = torch.compile(derivative, fullgraph=True, backend="aot_eager")
+    own = at.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(own), own)
+    torch.testing.assert_close(derivative(at), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["x", "gate", "mmd"])
+def test_vmap_over_a_gradient_is_a_loop_over_it(name):
+    loss, at = losses()[name]
+    several = torch.stack([at, 2 * at, at.flip(0)])
+    got = torch.func.vmap(torch.func.grad(loss))(several)
+    for one, x in zip(got, several, strict=True):
+        torch.testing.assert_close(one, torch.func.grad(loss)(x), rtol=1e-4, atol=1e-6)
+
+
+def test_batched_gradients_of_one_backward_pass_are_those_of_several():
+    for loss, at in losses().values():
+        own = at.clone().requires_grad_()
+        scales = torch.tensor([1.0, -2.0, 0.5])
+        (got,) = torch.autograd.grad(loss(own), own, scales, is_grads_batched=True)
+        (one,) = torch.autograd.grad(loss(own), own)
+        torch.testing.assert_close(got, scales.view(-1, *[1] * one.dim()) * one, rtol=1e-5, atol=1e-7)
+
+
+def test_a_named_implementation_of_the_mmd_is_refused_inside_a_transform():
+    domains = torch.tensor([0, 1, 0, 1])
+    with pytest.raises(ValueError, match=r"impl: 'cpu' has no rule for torch.func"):
+        torch.func.grad(lambda x: mmd(x, domains, num_domains=2, impl="cpu"))(torch.randn(4, 3))
+
+
+def test_explain_says_why_a_transform_runs_on_the_reference():
+    model = MODELS["clip"]()
+    patch(model)
+    said = []
+
+    def loss(images):
+        said.append(explain(model))
+        return model.encode_image(images).sum()
+
+    pictures = images(2)
+    got = torch.func.grad(loss)(pictures)
+    own = pictures.clone().requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(model.encode_image(own).sum(), own)[0], rtol=1e-4, atol=1e-5)
+    assert said[0].layers[0].choice.falls_back and "a transform of torch.func" in str(said[0])
+    assert explain(model).layers[0].choice.name == "cpu"
