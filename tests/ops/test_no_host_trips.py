@@ -5,6 +5,7 @@ There is no GPU here: fake CUDA tensors have no values to wait for, and on the C
 
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,22 +20,27 @@ import fastheads
 from fastheads import mmd, reference
 from fastheads.ops import kernel_sums, mmd_fused, mmd_small
 from fastheads.ops import mmd as operator
+from fastheads.samples import gather_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 aten = torch.ops.aten
 
 
 class NoHostTrips(TorchDispatchMode):
-    """Raises where the host would read a GPU's values, or send some: `tolist`, boolean indices, tensors of lists."""
+    """Raises where the host would read `device`'s values, or send some: `tolist`, boolean indices, tensors of lists."""
 
     READS = {
         aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount, aten.equal, aten.is_nonzero,
         aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive,
     }  # fmt: skip
 
+    def __init__(self, device=DEVICE):
+        super().__init__()
+        self.device = device
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket
-        assert name not in self.READS, f"{func}: the host waits for its result"
+        name, read = func.overloadpacket, args and getattr(args[0], "device", None)
+        assert name not in self.READS or read.type != self.device, f"{func}: the host waits for its result"
         assert name is not aten.lift_fresh, "a tensor is made of Python numbers: a copy from the host"
         if name is aten.index:
             assert all(i is None or i.dtype == torch.int64 for i in args[1]), "a boolean index: the host counts it"
@@ -76,7 +82,7 @@ def loss_of(x, domains, options, impl):
 def test_no_loss_waits_for_a_gpu_or_copies_to_it(name, n, impl):
     with FakeTensorMode():
         x, domains = torch.empty(2, n, 8, device="cuda", requires_grad=True), torch.empty(n, device="cuda").long()
-        with NoHostTrips():
+        with NoHostTrips("cuda"):
             loss_of(x, domains, OPTIONS[name], impl)
 
 
@@ -86,6 +92,21 @@ def test_nor_does_what_runs_inside_the_operators_or_their_gradients(name, impl, 
     x, domains = leaf(randn(1, 140, 8, dtype=torch.float32).to(DEVICE)), labels(50, 90).to(DEVICE)
     with NoHostTrips():
         loss_of(x, domains, OPTIONS[name], impl).backward()
+
+
+def test_sizes_of_batches_spread_over_processes_are_told_on_the_cpu(monkeypatch):
+    """Two processes with a backend for each device, and samples on a device that cannot be read."""
+
+    def gather(found, own, group):
+        for one in found:
+            one.copy_(own)
+
+    two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, all_gather=gather)
+    two.get_world_size, two.get_rank = (lambda group: 2), (lambda group: 1)
+    two.get_backend_config = lambda group: "cpu:gloo,cuda:nccl"
+    monkeypatch.setattr("fastheads.samples.dist", two)
+    rows = gather_rows(torch.empty(2, 12, 8, device="meta"), torch.zeros(12, device="meta").long(), "both")
+    assert (rows.all.shape, rows.all_domains.shape, rows.offset) == ((2, 24, 8), (24,), 12)
 
 
 @pytest.mark.parametrize("features", ["heads", "embedding"])
