@@ -91,10 +91,9 @@ def mmd_small_kernel(
     U: tl.constexpr = len(POWERS)
     p_x += i_l * s_x_l
     o_n, o_c, o_s = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BS)
-    b_b = load_domains(p_dom, s_dom, o_n, o_n < N, S)
-    m_n = b_b >= 0
-    first = tl.minimum(tl.min(tl.where(m_n, o_n, BN), 0), N - 1)
-    n = tl.maximum(tl.sum(tl.where(m_n, 1.0, 0.0), 0), 1.0)
+    m_first = load_domains(p_dom, s_dom, o_n, o_n < N, S) >= 0
+    first = tl.minimum(tl.min(tl.where(m_first, o_n, BN), 0), N - 1)
+    n = tl.maximum(tl.sum(tl.where(m_first, 1.0, 0.0), 0), 1.0)
     # [BN, BN] inner products of the centred features, negative; [BD] squares of the features as they are
     b_g = tl.zeros([BN, BN], tl.float32)
     b_raw = tl.zeros([BD], tl.float32)
@@ -102,6 +101,8 @@ def mmd_small_kernel(
         i_h = c // chunks
         o_d = (c % chunks) * BD + o_c
         m_d = o_d < DH
+        # Loaded each time: what lives through all of a row's loops has no registers.
+        m_n = load_domains(p_dom, s_dom, o_n, o_n < N, S) >= 0
         b_x, b_y = less_first(p_x, s_x_n, s_x_d, first, o_n, m_n, i_h * DH + o_d, m_d)
         if GATE:
             gate = tl.load(p_gate + i_l * H + i_h)
@@ -126,6 +127,7 @@ def mmd_small_kernel(
             gammas = preset_gammas(1 / (4 * mean * (n / tl.maximum(n - 1, 1.0))), U)
 
     # [BN, BS] one-hot; [BS] samples per domain
+    b_b = load_domains(p_dom, s_dom, o_n, o_n < N, S)
     b_right = tl.where(b_b[:, None] == o_s[None, :], 1.0, 0.0)
     b_counts = tl.sum(b_right, 0)
     b_counts = tl.where(b_counts > (1 if UNBIASED else 0), b_counts, 0.0)
@@ -181,10 +183,11 @@ def mmd_small_kernel(
                 b_gh = tl.zeros([BN, BN], tl.float32)
                 for c in range(chunks):
                     o_d = c * BD + o_c
-                    _, b_y = less_first(p_x, s_x_n, s_x_d, first, o_n, m_n, i_h * DH + o_d, o_d < DH)
-                    b_gh = minus_gram(b_gh, centred(b_y, m_n, n))
+                    m_h = load_domains(p_dom, s_dom, o_n, o_n < N, S) >= 0
+                    _, b_y = less_first(p_x, s_x_n, s_x_d, first, o_n, m_h, i_h * DH + o_d, o_d < DH)
+                    b_gh = minus_gram(b_gh, centred(b_y, m_h, n))
                 gate = tl.load(p_gate + i_l * H + i_h)
-                b_m = tl.load(p_m + o_n[:, None] * BN + o_n[None, :], mask=m_n[:, None], other=0.0)
+                b_m = tl.load(p_m + o_n[:, None] * BN + o_n[None, :], mask=(o_n < N)[:, None], other=0.0)
                 tl.store(p_dx + i_l * s_dx_l + i_h, -gate * tl.sum(tl.sum(b_m * b_gh, 1), 0))
         else:
             o_f, o_k = tl.arange(0, BC), tl.arange(0, BK)
@@ -193,7 +196,7 @@ def mmd_small_kernel(
                 b_dx = tl.zeros([BN, BC], tl.float32)
                 m_f = f + o_f < DH
                 for k in range(0, N, BK):
-                    b_mk = tl.load(p_m + o_n[:, None] * BN + (k + o_k)[None, :], mask=m_n[:, None], other=0.0)
+                    b_mk = tl.load(p_m + o_n[:, None] * BN + (k + o_k)[None, :], mask=(o_n < N)[:, None], other=0.0)
                     m_k = load_domains(p_dom, s_dom, k + o_k, k + o_k < N, S) >= 0
                     _, b_y = less_first(p_x, s_x_n, s_x_d, first, k + o_k, m_k, f + o_f, m_f)
                     b_dx = tl.dot(b_mk, b_y, b_dx, input_precision=EXACT)
