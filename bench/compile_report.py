@@ -102,6 +102,17 @@ def merge_shapes(rows: Iterable[Row]) -> list[Row]:
     return merged
 
 
+# Of an SM: 32-bit registers in each of its four parts, bytes of shared memory, of which a block takes 1 KB more than it
+# asks for, warps, blocks (CUDA C++ Programming Guide, technical specifications per compute capability).
+SM_REGISTERS, SM_SHARED, SM_WARPS, SM_BLOCKS = 16 * 1024, {80: 164 * 1024, 90: 228 * 1024}, 64, 32
+
+
+def blocks_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
+    """How many blocks run on one SM at a time. A warp takes registers by the 256, and stays in one of four parts."""
+    by_registers = 4 * (SM_REGISTERS // (-(-registers * 32 // 256) * 256)) // warps
+    return min(by_registers, SM_SHARED[arch] // (shared + 1024), SM_WARPS // warps, SM_BLOCKS)
+
+
 def shape_text(row: Row) -> str:
     """The first case's shape, with the lengths of those that differ in nothing else, and how many others there are."""
     alike = [row.case, *(c for c in row.also if replace(c, length=row.case.length) == row.case)]
@@ -148,14 +159,15 @@ def report(rows: Sequence[Row], arch: int) -> str:
         if row.arch != arch:
             continue
         if c is None:
-            lines.append([row.case.launcher, shape_text(row), row.error[:120], *[""] * 6])
+            lines.append([row.case.launcher, shape_text(row), row.error[:120], *[""] * 7])
             continue
         cores = f"{c['wgmma']} wgmma" if c["wgmma"] else f"{c['mma']} mma" if c["mma"] else "none"
         tile, shared = tile_text(c["constexprs"]), f"{c['shared'] / 1024:.1f}"
-        used = [c["num_warps"], c["num_stages"], c["registers"], c["stack"] + c["local"], shared, cores]
+        resident = blocks_per_sm(row.arch, c["registers"], c["shared"], c["num_warps"])
+        used = [c["num_warps"], c["num_stages"], c["registers"], c["stack"] + c["local"], shared, resident, cores]
         lines.append([c["kernel"].removesuffix("_kernel"), shape_text(row), tile, *used])
-    header = ["kernel", "shape", "tile", "warps", "stages", "registers", "spilled B", "shared KB", "tensor cores"]
-    return table(header, lines)
+    header = ["kernel", "shape", "tile", "warps", "stages", "registers", "spilled B", "shared KB", "blocks per SM"]
+    return table([*header, "tensor cores"], lines)
 
 
 def summary(rows: Sequence[Row]) -> str:

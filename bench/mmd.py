@@ -88,9 +88,18 @@ def product_flops(n: int = 2048) -> int:
     return 2 * n**3
 
 
+def pairs(samples: int, device: str = "cpu") -> int:
+    """Pairs of samples whose distance a sweep over one set of them forms, on a "cpu" or on a GPU ("cuda").
+
+    A panel's own square is made whole: of up to 2,048 samples, which are one panel, all N² pairs; of many more, half.
+    """
+    height = operator.panel_rows(samples, 64 if device == "cpu" else 128)
+    return sum(min(height, samples - i) * (samples - i) for i in range(0, samples, height))
+
+
 def flops(N: int, D: int, L: int = 1) -> int:
-    """Of the two products, distances on and above the diagonal only: N²D and 2 N²D."""
-    return 3 * L * N * N * D
+    """Of the two products: inner products of the pairs, and their weights times the features, 2 N²D."""
+    return L * (2 * pairs(N) * D + 2 * N * N * D)
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

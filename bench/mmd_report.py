@@ -62,7 +62,9 @@ def document(results: dict[str, Any], parts: Sequence[str], plot: Path | None) -
         "Forward and backward, float32. Times are medians of one run in which the candidates take turns, in brackets",
         "quartiles or, of runs of seconds, the extremes; of 16384 × 768 one call each, in processes of their own.",
         "Memory is what a process of its own adds at its peak, the gradient included, beyond the features. The matmul",
-        "rate is that of float32 `[2048, 2048]` products taken in turn with the rest; ours does 3 N²D of them.",
+        "rate is that of float32 `[2048, 2048]` products taken in turn with the rest; ours does 4 N²D operations in",
+        "them up to 2,048 samples, which are one panel, and near 3 N²D for many more, where only the pairs above the",
+        "diagonal are formed.",
         "",
         table(("problem", "target", "measured", "met"), verdicts(results, parts)),
     ]
@@ -154,9 +156,9 @@ def _slopes(rows: Sequence[dict[str, Any]]) -> list[str]:
     rest = max(first["seconds"] - per_feature * first["D"], 0.0)
     share = [r["stages"]["exponentials"] / sum(r["stages"].values()) for r in (first, last)]
     text = (
-        f"Against N the last step has slope {_slope(by_n, 'N'):.2f}: every pair of samples is visited once, so the "
-        "products, 3 N²D, and the distances and exponentials both go with N². The first steps are flatter: there fixed "
-        "costs per call and passes over the `[N, D]` features count. Against D, at N = "
+        f"Against N the last step has slope {_slope(by_n, 'N'):.2f}: products, distances and exponentials go with N²; "
+        "products fall from 4 to 3 N²D where panels leave out what is below the diagonal. The first steps are "
+        "flatter: there fixed costs per call and passes over the `[N, D]` features count. Against D, at N = "
         f"{GROWTH_SAMPLES}, the last slope is {_slope(by_d, 'D'):.2f}: only the products grow with D, while distances, "
         "exponentials and sums cost the same per pair at any width. A line through the narrowest and the widest puts "
         f"that constant part at {rest * 1e3:.0f} ms and the products of {GROWTH_WIDTH} features at "

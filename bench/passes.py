@@ -1,11 +1,15 @@
 """What each way of running the attention module moves and computes: a `Pass` per kernel, from LayerNorm to residual.
 
-Sizes are those of 16-bit training. A `row` is the bytes of one `[B, N, D]` activation; counted is each tensor's one
-read and one write of memory, never what caches miss. T = x Aᵀ has R = T·H·r columns, for q and v.
+Our kernels' products and exponentials are those of their loops, padding included (`bench.loops`), on the chip's
+architecture; the peers' are those of whole tiles. Sizes are those of 16-bit training. A `row` is the bytes of one
+`[B, N, D]` activation; counted is each tensor's one read and one write of memory, never what caches miss. T = x Aᵀ has
+R = T·H·r columns, for q and v.
 """
 
 from __future__ import annotations
 
+from bench import loops
+from bench.loops import Work
 from bench.shapes import TARGETS, Pass, Shape
 
 # ------------------------------------------------------------------------------------- what all have in common
@@ -94,14 +98,14 @@ def mlp(s: Shape) -> tuple[list[Pass], list[Pass]]:
 # ------------------------------------------------------------------------------------------------------ peers
 
 
-def floor(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def floor(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """The frozen model without a copy or a separate bias: less than this, no path with these products can need."""
     forward = [_norm(s), _qkv(s), _attend_ideal(s), _out(s), _residual(s)]
     backward = [_out(s), _attend_backward_ideal(s), _qkv_backward(s), *_norm_backward(s)]
     return forward, backward, 5 * s.row + s.lse
 
 
-def stock(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def stock(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """The frozen model as OpenCLIP 3.3 runs it: nn.MultiheadAttention(batch_first=True), in training.
 
     Its transposed input keeps the bias out of the product; q, k, v are made contiguous; each part's gradient is written
@@ -133,7 +137,7 @@ def _gate_backward(s: Shape) -> list[Pass]:
     return [Pass("gate: dO", 2 * s.row), Pass("gate: dO ∘ O", 3 * s.row), Pass("gate: its sum", s.row)]
 
 
-def plain(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def plain(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """HA-LoRA and gates as one writes them in PyTorch: projection, low-rank path beside it, SDPA, gate."""
     low, images_up = s.low(rank), 2 * s.batch * TARGETS * s.width * rank
     forward = [
@@ -167,7 +171,7 @@ def plain(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
     return forward, backward, 8 * s.row + low + images_up + s.lse
 
 
-def merged(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def merged(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """W + s·B A formed under autograd, then the projection with a weight that wants its gradient."""
     fold = 82 * s.weight  # delta of q and v, beside zeros for k, added, all in float32; rounded
     forward = [
@@ -192,7 +196,7 @@ def merged(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
     return forward, backward, 6 * s.row + 6 * s.weight + s.lse
 
 
-def factored(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def factored(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """The deltas through cuBLAS, in place, in one autograd.Function; the heads' up-projections block-diagonal."""
     low, up = s.low(rank), s.low_product(rank)
     forward = [
@@ -220,7 +224,7 @@ def factored(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
     return forward, backward, 6 * s.row + low + s.lse
 
 
-def peft(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def peft(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """PEFT 0.21's LoRA on nn.MultiheadAttention: weights merged before and unmerged after each call, dense dW."""
     forward, backward, saved = stock(s, rank)
     merging = Pass("weights merged and unmerged", 240 * s.weight)
@@ -239,9 +243,11 @@ def peft(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
 # for more than 80 keys: Σ P ∘ dP first (S, dP), then dQ (S, dP, dS K), then dK and dV (S, dP, Pᵀ dO, dSᵀ Q).
 BACKWARD_PRODUCTS, BACKWARD_EXPS = 9, 3
 ATTENTION_BACKWARD = "attention backward with the gate's gradient"
-# Queries and keys come in blocks of 64 and 32, and what is left over, up to 16 rows, in one of 16; the forward kernel
-# takes left-over queries so on sm_80 only.
-FORWARD_TILE, BACKWARD_TILE = (64, 16), (16, 16)
+DELTAS = (0, 2)  # of q and v
+
+
+def _all_heads(s: Shape, work: Work) -> Work:
+    return work * (s.batch * s.heads)
 
 
 def _fold(s: Shape, rank: int, stored: int) -> Pass:
@@ -250,11 +256,12 @@ def _fold(s: Shape, rank: int, stored: int) -> Pass:
     return Pass("[W; A] formed", 3 * s.weight * (stored + 2) + adapters)
 
 
-def _ours_attend(s: Shape, low: float = 0, products: float = 0) -> Pass:
-    """Attention with the gate in its epilogue, and the delta (`low` bytes, `products` operations) where it adds one."""
-    waste = _waste(s, FORWARD_TILE)
-    ops = 2 * s.attention * waste + products
-    return Pass("attention, gate", 4 * s.row + low + s.lse, attention=ops, exp=s.scores * waste)
+def _ours_attend(s: Shape, arch: int, rank: int = 0) -> Pass:
+    """Attention with the gate in its epilogue, and the deltas of `rank` where it adds them."""
+    deltas = (DELTAS, rank) if rank else ()
+    work = _all_heads(s, loops.attention_fwd(arch, s.width // s.heads, s.tokens, *deltas))
+    low = s.low(rank) if rank else 0
+    return Pass("attention, gate", 4 * s.row + low + s.lse, attention=work.products, exp=work.exps)
 
 
 def _project(s: Shape, rank: int) -> Pass:
@@ -266,58 +273,49 @@ def _project(s: Shape, rank: int) -> Pass:
 
 def _low_rank_backward(s: Shape, rank: int) -> list[Pass]:
     low = s.low(rank)
+    work = loops.low_rank_bwd(s.width // s.heads, s.batch * s.tokens, TARGETS, s.heads, rank)
     return [
-        Pass("dB and U = dY B", TARGETS * s.row + 2 * low, attention=2 * s.up_product(rank)),
+        Pass("dB and U = dY B", TARGETS * s.row + 2 * low, attention=work.products),
         Pass("dA = Uᵀ x", s.row + low, gemm=s.low_product(rank)),
     ]
 
 
-def _ours_backward(s: Shape, rank: int, delta: bool) -> list[Pass]:
-    low = s.low(rank)
-    extra = (low, s.low_product(rank)) if delta else (0, 0)
-    waste = _waste(s, BACKWARD_TILE)
-    sweeps = Pass(
-        ATTENTION_BACKWARD,
-        7 * s.row + 3 * s.lse + extra[0],
-        attention=BACKWARD_PRODUCTS * s.attention * waste,
-        exp=BACKWARD_EXPS * s.scores * waste,
-    )
-    dx = Pass("dX of the projection", 4 * s.row + extra[0] + 6 * s.weight, gemm=3 * s.product + extra[1])
+def _ours_backward(s: Shape, rank: int, arch: int, delta: bool) -> list[Pass]:
+    low, deltas = (s.low(rank), (DELTAS, rank)) if delta else (0, ())
+    work = _all_heads(s, loops.attention_bwd(arch, s.width // s.heads, s.tokens, s.batch * s.heads, *deltas))
+    sweeps = Pass(ATTENTION_BACKWARD, 7 * s.row + 3 * s.lse + low, attention=work.products, exp=work.exps)
+    more = s.low_product(rank) if delta else 0
+    dx = Pass("dX of the projection", 4 * s.row + low + 6 * s.weight, gemm=3 * s.product + more)
     return [_out(s), sweeps, *_low_rank_backward(s, rank), dx, *_norm_backward(s)]
 
 
-def stacked(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def stacked(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """One product on `[W'; A]`, attention with the gate in its epilogue; the base stored in float32."""
-    forward = [_norm(s), _fold(s, rank, 4), _project(s, rank), _ours_attend(s), _out(s), _residual(s)]
-    return forward, _ours_backward(s, rank, delta=False), 5 * s.row + s.low(rank) + s.lse
+    forward = [_norm(s), _fold(s, rank, 4), _project(s, rank), _ours_attend(s, arch), _out(s), _residual(s)]
+    return forward, _ours_backward(s, rank, arch, delta=False), 5 * s.row + s.low(rank) + s.lse
 
 
-def stacked_recompute(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def stacked_recompute(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """`stacked`, keeping x, the projection's input and the log-sum-exp: the backward pass projects again."""
-    forward, backward, _ = stacked(s, rank)
+    forward, backward, _ = stacked(s, rank, arch)
     return forward, [_fold(s, rank, 4), _project(s, rank), *backward], 2 * s.row + s.lse
 
 
-def delta(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def delta(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """One product on `[W; A]`, W untouched; the attention kernel adds the delta on chip; the base stored in 16 bits."""
-    low = s.low(rank)
-    attend = _ours_attend(s, low, s.up_product(rank))
+    attend = _ours_attend(s, arch, rank)
     forward = [_norm(s), _fold(s, rank, 2), _project(s, rank), attend, _out(s), _residual(s)]
-    return forward, _ours_backward(s, rank, delta=True), 5 * s.row + low + s.lse
+    return forward, _ours_backward(s, rank, arch, delta=True), 5 * s.row + s.low(rank) + s.lse
 
 
-def one_pass(s: Shape, rank: int) -> tuple[list[Pass], list[Pass], float]:
+def one_pass(s: Shape, rank: int, arch: int = 80) -> tuple[list[Pass], list[Pass], float]:
     """A program per image and head projects too: each reads the whole x of its image and its head's weights from L2."""
     l2 = s.heads * s.row + s.batch * 6 * s.weight
-    kernel = Pass(
-        "projection, attention, gate",
-        2 * s.row + s.lse + 6 * s.weight,
-        attention=3 * s.product + s.low_product(rank) + 2 * s.attention * _waste(s, FORWARD_TILE),
-        exp=s.scores,
-        l2=l2,
-    )
+    work = _all_heads(s, loops.one_pass_fwd(arch, s.width // s.heads, s.tokens, s.heads, DELTAS, rank))
+    bytes_ = 2 * s.row + s.lse + 6 * s.weight
+    kernel = Pass("projection, attention, gate", bytes_, attention=work.products, exp=work.exps, l2=l2)
     forward = [_norm(s), Pass("W, A in 16 bits", 18 * s.weight), kernel, _out(s), _residual(s)]
-    backward = [_fold(s, rank, 4), _project(s, rank), *_ours_backward(s, rank, delta=True)]
+    backward = [_fold(s, rank, 4), _project(s, rank), *_ours_backward(s, rank, arch, delta=True)]
     return forward, backward, 2 * s.row + s.lse
 
 

@@ -32,10 +32,10 @@ class Cost:
     path: str
     forward_bytes: float
     backward_bytes: float
-    forward_ops: float
-    backward_ops: float
-    forward_exps: float
-    backward_exps: float
+    forward_ops: dict[str, float]  # per chip: tiles, and so what is padded, are the architecture's
+    backward_ops: dict[str, float]
+    forward_exps: dict[str, float]
+    backward_exps: dict[str, float]
     saved: float
     forward_seconds: dict[str, tuple[float, float]]
     backward_seconds: dict[str, tuple[float, float]]
@@ -58,19 +58,25 @@ def seconds(passes: Sequence[Pass], rates: Rates) -> float:
 def cost(path: str, shape: Shape, chips: Sequence[Chip]) -> Cost:
     """The path's mean over the shape's layers."""
     ranks = shape.ranks()
-    runs = {rank: PATHS[path](shape, rank) for rank in set(ranks)}
+    runs = {(rank, c.arch): PATHS[path](shape, rank, c.arch) for rank in set(ranks) for c in chips}
 
-    def mean(value: Callable[[tuple[list[Pass], list[Pass], float]], float]) -> float:
-        return sum(value(runs[rank]) for rank in ranks) / len(ranks)
+    def mean(value: Callable[[tuple[list[Pass], list[Pass], float]], float], arch: int) -> float:
+        return sum(value(runs[rank, arch]) for rank in ranks) / len(ranks)
 
-    def timed(which: int) -> dict[str, tuple[float, float]]:
-        def at(rates: Rates) -> float:
-            return mean(lambda r: seconds(r[0] if which == 0 else r[1], rates))
+    def each(what: str | Callable[[Pass], float], side: int) -> dict[str, float]:
+        return {c.name: mean(lambda run: total(run[side], what), c.arch) for c in chips}
 
-        return {c.name: (at(c.peak), at(c.reached)) for c in chips}
+    def timed(side: int) -> dict[str, tuple[float, float]]:
+        def at(c: Chip, rates: Rates) -> float:
+            return mean(lambda run: seconds(run[side], rates), c.arch)
+
+        return {c.name: (at(c, c.peak), at(c, c.reached)) for c in chips}
+
+    def operations(p: Pass) -> float:
+        return p.gemm + p.attention
 
     other = [p for half in mlp(shape) for p in half]
-    forward, backward = timed(0), timed(1)
+    forward, backward, any_arch = timed(0), timed(1), chips[0].arch
     block = {
         c.name: tuple(
             forward[c.name][i] + backward[c.name][i] + seconds(other, rates)
@@ -81,13 +87,13 @@ def cost(path: str, shape: Shape, chips: Sequence[Chip]) -> Cost:
     return Cost(
         shape.name,
         path,
-        mean(lambda r: total(r[0], "bytes")),
-        mean(lambda r: total(r[1], "bytes")),
-        mean(lambda r: total(r[0], lambda p: p.gemm + p.attention)),
-        mean(lambda r: total(r[1], lambda p: p.gemm + p.attention)),
-        mean(lambda r: total(r[0], "exp")),
-        mean(lambda r: total(r[1], "exp")),
-        mean(lambda r: r[2]),
+        mean(lambda run: total(run[0], "bytes"), any_arch),
+        mean(lambda run: total(run[1], "bytes"), any_arch),
+        each(operations, 0),
+        each(operations, 1),
+        each("exp", 0),
+        each("exp", 1),
+        mean(lambda run: run[2], any_arch),
         forward,
         backward,
         block,  # type: ignore[arg-type]
@@ -96,7 +102,7 @@ def cost(path: str, shape: Shape, chips: Sequence[Chip]) -> Cost:
 
 def shares_of(path: str, shape: Shape, rank: int, chip: Chip, measured: float) -> tuple[float, float]:
     """The least seconds of a module's forward and backward over `measured`, at the peaks and at reachable rates."""
-    forward, backward, _ = PATHS[path](shape, rank)
+    forward, backward, _ = PATHS[path](shape, rank, chip.arch)
     passes = [*forward, *backward]
     return seconds(passes, chip.peak) / measured, seconds(passes, chip.reached) / measured
 
@@ -113,14 +119,19 @@ def cost_table(costs: Sequence[Cost], chips: Sequence[Chip]) -> str:
     for c in costs:
         row: list[Any] = [WORDS.get(c.path, c.path)]
         row += [f"{b / 1e9:.2f}" for b in (c.forward_bytes, c.backward_bytes)]
-        row += [f"{b / 1e12:.3f}" for b in (c.forward_ops, c.backward_ops)]
-        row += [f"{b / 1e9:.2f}" for b in (c.forward_exps, c.backward_exps)]
+        row += [_by_architecture(ops, chips, 1e12, 3) for ops in (c.forward_ops, c.backward_ops)]
+        row += [_by_architecture(exps, chips, 1e9, 2) for exps in (c.forward_exps, c.backward_exps)]
         row.append(f"{c.saved / 1e6:.0f}")
         for chip in chips:
             f, b = c.forward_seconds[chip.name], c.backward_seconds[chip.name]
             row.append(f"{1e3 * f[1]:.2f} + {1e3 * b[1]:.2f} ({1e3 * (f[0] + b[0]):.2f})")
         rows.append(row)
     return table(header, rows)
+
+
+def _by_architecture(values: dict[str, float], chips: Sequence[Chip], unit: float, digits: int) -> str:
+    """One number, or one for each architecture where they differ."""
+    return " / ".join(dict.fromkeys(f"{values[c.name] / unit:.{digits}f}" for c in chips))
 
 
 def target_table(costs: Sequence[Cost], chips: Sequence[Chip]) -> str:
@@ -169,7 +180,7 @@ def backward_table(chips: Sequence[Chip]) -> str:
             for chip in chips:
                 own = 0.0
                 for rank in shape.ranks():
-                    forward, backward, _ = PATHS["stacked"](shape, rank)
+                    forward, backward, _ = PATHS["stacked"](shape, rank, chip.arch)
                     own += seconds([*forward, *(_with(p, products, exps) for p in backward)], chip.reached)
                 own /= shape.layers
                 row.append(f"{1e3 * own:.2f} ({plain.seconds(chip.name) / own:.2f})")
@@ -185,14 +196,16 @@ def _with(p: Pass, products: int, exps: int) -> Pass:
 
 def detail_table(path: str, shape: Shape, rank: int, chips: Sequence[Chip]) -> str:
     """Every pass of a path at one rank."""
-    forward, backward, _ = PATHS[path](shape, rank)
+    runs = [PATHS[path](shape, rank, c.arch) for c in chips]
     rows: list[list[str]] = []
-    for side, passes in (("forward", forward), ("backward", backward)):
-        for p in passes:
-            rows.append(
-                [side, p.name, f"{p.bytes / 1e6:.0f}", f"{(p.gemm + p.attention) / 1e9:.1f}", f"{p.exp / 1e6:.0f}"]
-            )
-            rows[-1] += [f"{1e3 * p.seconds(c.reached):.3f}" for c in chips]
+    for at, side in enumerate(("forward", "backward")):
+        for same in zip(*(run[at] for run in runs), strict=True):
+            by_chip = {c.name: p for c, p in zip(chips, same, strict=True)}
+            ops = {name: p.gemm + p.attention for name, p in by_chip.items()}
+            exps = {name: p.exp for name, p in by_chip.items()}
+            counts = [_by_architecture(ops, chips, 1e9, 1), _by_architecture(exps, chips, 1e6, 0)]
+            times = [f"{1e3 * by_chip[c.name].seconds(c.reached):.3f}" for c in chips]
+            rows.append([side, same[0].name, f"{same[0].bytes / 1e6:.0f}", *counts, *times])
     header = ["", "pass", "MB", "GFLOP", "M exp", *(f"{c.name} ms" for c in chips)]
     return table(header, rows)
 

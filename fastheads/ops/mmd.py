@@ -5,7 +5,8 @@ kernel sums and, in their place, the weights `w_ij = c_ab Σ_u γ_u e_u`, and `W
 
     d Σ (C ∘ K) / dx_i = −4 Σ_j w_ij (x_i − x_j),    K_ab = Σ_{i∈a, j∈b} Σ_u e_u,    e_u = exp(−γ_u ‖x_i − x_j‖²)
 
-Panels of a sample set with itself lie on and above the diagonal; what is right of it serves rows and columns.
+Panels of a sample set with itself begin at the diagonal; what is right of a panel's own square serves rows and columns.
+The square itself is made whole: up to 2,048 samples, which are one panel, every pair is formed in both directions.
 """
 
 from __future__ import annotations
@@ -136,6 +137,11 @@ def _run_tile(gram: Tensor, *args: Any) -> Tensor:
     return (native.mmd_tile if there else _tile)(gram, *args)
 
 
+def panel_rows(columns: int, block: int) -> int:
+    """How many rows, a multiple of `block`, a panel of so many columns has."""
+    return max(block, WORKSPACE // columns // block * block)
+
+
 def _sweep(
     s: _Samples, num_domains: int, gammas: Tensor, powers: list[int], coeff: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +153,7 @@ def _sweep(
     if not L or not R or not C:
         return K, dx
     together = L * R * C <= WORKSPACE  # small ones: all layers in one panel
-    height = R if together else max(64, WORKSPACE // C)
+    height = R if together else panel_rows(C, 64)
     buffer = s.rows.new_empty((L if together else 1) * min(height, R) * C)
     pw = torch.tensor(powers, dtype=torch.int32)
     for first in range(0, L, L if together else 1):
@@ -217,7 +223,7 @@ def _sweep_triton(
     C = N - start
     K = z.new_zeros(L, num_domains, num_domains, dtype=torch.float64)
     dx = None if coeff is None else torch.zeros_like(z[:, :R])
-    height = min(R, max(128, WORKSPACE // C // 128 * 128))
+    height = min(R, panel_rows(C, 128))
     layers = max(1, WORKSPACE // (height * C))
     for first in range(0, L, layers):
         at = slice(first, min(L, first + layers))

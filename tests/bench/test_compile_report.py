@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 from standalone import compiled
 
 from bench.cases import Case, all_cases, quick_cases
-from bench.compile_report import Row, failures, main, merge_shapes, report
+from bench.compile_report import Row, blocks_per_sm, failures, from_json, main, merge_shapes, report
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def row(case: Case = Case("attention_fwd"), **values) -> Row:  # noqa: B008
@@ -53,6 +56,33 @@ def test_cases_that_compile_to_the_same_kernel_are_one_row():
     rows = [row(Case("attention_fwd", length=n), hash="same") for n in (197, 257)]
     (merged,) = merge_shapes(rows)
     assert "N 197, 257" in report([merged], 80)
+
+
+def test_blocks_per_sm_are_bounded_by_registers_shared_memory_and_warps():
+    """Worked out by hand from the tables of the programming guide."""
+    # 255 registers are 8,192 a warp: two warps in each of an SM's four parts, so two blocks of four warps
+    assert blocks_per_sm(80, 255, 24 * 1024, 4) == 2
+    # 84.1 KB twice, and 1 KB each beside it, are more than 164 KB and less than 228
+    assert [blocks_per_sm(arch, 128, 86 * 1024, 4) for arch in (80, 90)] == [1, 2]
+    assert blocks_per_sm(90, 32, 0, 8) == 8  # 64 warps
+    assert blocks_per_sm(80, 32, 1024, 1) == 32
+
+
+def test_a_pooled_token_at_257_tokens_leaves_an_a100_one_block():
+    """What was once said of it, two, holds without the pooled token."""
+    rows = from_json((ROOT / "bench" / "results" / "compile.json").read_text(encoding="utf-8"))
+    found = {}
+    for row in rows:
+        for case in (row.case, *row.also):
+            if row.arch == 80 and (case.launcher, case.head_dim, case.length, case.rank) == (
+                "attention_fwd",
+                64,
+                257,
+                0,
+            ):
+                c = row.compiled
+                found.setdefault(case.pool, blocks_per_sm(80, c["registers"], c["shared"], c["num_warps"]))
+    assert (found[0], found[None]) == (1, 2)
 
 
 def test_rows_survive_json():
