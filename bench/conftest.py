@@ -3,7 +3,7 @@
 pytest bench/                     quick on a CPU (minutes, no compiled contenders), everything on a GPU
 pytest bench/ --full              everything
 pytest bench/ --rehearse          tiny shapes, in seconds: that it runs, and that ours is right
-pytest bench/ -k mmd --rows FILE  one group; its rows, as `bench.records` has them, to FILE
+pytest bench/ -k mmd --rows FILE  one group; its rows, as `bench.base.results` has them, to FILE
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 
-import bench.checkout  # noqa: F401
-from bench import contest, records
-from bench.contest import Contender, Group, Judge, NotRunError, Trial
-from bench.markdown import table
-from bench.records import Row
+import bench.base.checkout  # noqa: F401
+from bench.base import results
+from bench.base.results import Row
+from bench.base.tables import table
+from bench.contests import contest
+from bench.contests.contest import Contender, Group, Judge, NotRunError, Trial
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = {"cpu": 1.0, "cuda": 1.0}  # of timed calls of a contender
@@ -189,5 +190,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(tables(found.rows, found.words))
     file = config.getoption("--rows")
     if file is not None:
-        records.write(file, records.environment(DEVICE), found.rows)
+        results.write(file, results.environment(DEVICE), found.rows)
         terminalreporter.write_line(f"\nrows in {file}")

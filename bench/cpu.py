@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.markdown import table, write_block
-from bench.records import environment
+from bench.base.results import environment
+from bench.base.tables import table, write_block
 
 MODEL = "ViT-B-32"
 TARGETS = {"training": 1.10, "inference": 1.02}

@@ -26,10 +26,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import mmd_report as report
-from bench.mmd_peers import PEERS, check_peer, refusal
-from bench.records import environment
-from bench.timing import compare
+from bench.base.results import environment
+from bench.base.timing import compare
+from bench.contests.contenders.mmd_peers import PEERS, check_peer, refusal
+from bench.report import mmd_page as report
 from fastheads.losses import mmd
 from fastheads.ops import mmd as operator
 from fastheads.ops import native
@@ -202,7 +202,7 @@ def measure_part(part: str, rounds: int | None, threads: int) -> dict[str, Any]:
 
 
 def compare_in_turn(runs: dict[str, Callable[[], Any]], rounds: int, sample_seconds: float) -> dict[str, Any]:
-    """`bench.timing.compare`; with sample_seconds 0 for what takes seconds a call: no warm-up, every call counts."""
+    """`timing.compare`; with sample_seconds 0 for what takes seconds a call: no warm-up, every call counts."""
     if sample_seconds:
         return compare(runs, "cpu", rounds=rounds, sample_seconds=sample_seconds)
     samples: dict[str, list[float]] = {name: [] for name in runs}

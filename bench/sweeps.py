@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from bench import records
-from bench.contest import NotRunError, Trial, first_line, free
-from bench.markdown import table
-from bench.memory import peak_bytes
-from bench.models import SETTINGS
-from bench.records import Row
-from bench.timing import compare
-from bench.vision import VisionCase, trial
-from bench.ways import AUTO, AUTO_RECOMPUTE, TRAINING, Way, way
+from bench.base import results
+from bench.base.memory import peak_bytes
+from bench.base.results import Row
+from bench.base.tables import table
+from bench.base.timing import compare
+from bench.contests.contenders.ways import AUTO, AUTO_RECOMPUTE, TRAINING, Way, way
+from bench.contests.contest import NotRunError, Trial, first_line, free
+from bench.contests.models import SETTINGS
+from bench.contests.vision import VisionCase, trial
 
 KINDS = ("batch", "length", "rank", "closed")
 CONTENDERS = (AUTO, way("stock", TRAINING), way("plain", TRAINING))
@@ -49,7 +49,7 @@ class OutOfMemoryError(Exception):
 class Sweep:
     """How a sweep runs. budget: bytes that a step may take, model included; None: what the device has.
 
-    seconds: for everything. rounds, sample_seconds: of `bench.timing.compare`.
+    seconds: for everything. rounds, sample_seconds: of `bench.base.timing.compare`.
     """
 
     device: str
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run(given.kind, sweep, given.setting or default, given.rehearse)
     print(summary(sweep.rows))
     if given.json is not None:
-        records.write(given.json, records.environment(given.device), sweep.rows)
+        results.write(given.json, results.environment(given.device), sweep.rows)
     return 0
 
 

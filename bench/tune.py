@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import bench.checkout  # noqa: F401
-from bench.gpu_parts import write_json
-from bench.timing import compare
+import bench.base.checkout  # noqa: F401
+from bench.base.timing import compare
+from bench.gpu.parts import write_json
 
 TOWERS = {"B/16": (12, 64), "L/14": (16, 64), "H/14": (16, 80)}  # heads, head size
 LENGTHS = (197, 257, 577, 50)

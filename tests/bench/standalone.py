@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.offline import Compiled
+from bench.compile_report.offline import Compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from bench import records, sweeps
-from bench.contest import NotRunError, Trial
+from bench import sweeps
+from bench.base import results
+from bench.contests.contenders.ways import AUTO, TRAINING, Way, way
+from bench.contests.contest import NotRunError, Trial
+from bench.contests.vision import VisionCase, trial
 from bench.sweeps import Sweep, largest, main, memory_error, points_of, sweep_batch, sweep_module
-from bench.vision import VisionCase, trial
-from bench.ways import AUTO, TRAINING, Way, way
 
 STOCK = way("stock", TRAINING)
 QUICK = {"rounds": 1, "sample_seconds": 0.0, "say": lambda line: None}
@@ -148,7 +149,7 @@ def test_closed_heads_have_a_gate_of_zero():
 def test_a_rehearsal_writes_rows_that_can_be_read(kind, tmp_path, capsys):
     file = tmp_path / "rows.json"
     assert main([kind, "--rehearse", "--seconds", "60", "--json", str(file), "--device", "cpu"]) == 0
-    environment, rows = records.read(file)
+    environment, rows = results.read(file)
     assert environment["date"] and {r.group for r in rows} == {f"{kind} sweep"}
     assert {"auto", "stock", "plain"} <= {r.contender for r in rows}
     assert all(r.status == "ok" and r.per_second > 0 and r.x is not None for r in rows)

@@ -1,0 +1,128 @@
+"""What a bench writes: one row per contender and case, and where, when and with what it was measured.
+
+    {"environment": {...}, "rows": [{"group": ..., "case": ..., "contender": ..., ...}, ...]}
+
+Every bench writes this form, and `bench.report` reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "peft", "xformers", "pykeops", "pytest")
+STATUSES = ("ok", "wrong", "not run")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender on one case.
+
+    group: "attention", "block", "model step", "mmd", "inference", or "… sweep". case: the problem in words.
+    status: "ok", "wrong" (it ran, and its numbers are not those of the mathematics it stands for) or "not run".
+    why: for "wrong" what is wrong, for "not run" the reason.
+    error, allowed: largest error against float64, relative to the largest value, and what the numerics rule allows.
+    seconds: of a call: median, low and high quartile, min, samples.
+    baseline, ratio: another contender of the case, and this one's time over that one's, medians of calls in turn.
+    peak_bytes, saved_bytes: most memory beyond what stood before; what a forward pass keeps for its backward pass.
+    x: what a sweep varies (batch, tokens, rank, share of closed heads); per_second: images, or samples, per second.
+    extra: what one group alone has.
+    """
+
+    group: str
+    case: str
+    contender: str
+    status: str = "ok"
+    why: str = ""
+    error: float | None = None
+    allowed: float | None = None
+    seconds: dict[str, float] | None = None
+    baseline: str = ""
+    ratio: float | None = None
+    peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    x: float | None = None
+    per_second: float | None = None
+    extra: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status: got {self.status!r}; takes {', '.join(map(repr, STATUSES))}")
+        if self.status != "ok" and not self.why:
+            raise ValueError(f"why: a contender that is {self.status!r} needs a reason")
+
+
+def write(file: Path, environment: dict[str, Any], rows: Iterable[Row]) -> None:
+    """Writes the file whole; fields that a row does not have are left out."""
+    found = [{k: v for k, v in asdict(row).items() if v not in (None, "")} for row in rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in found)
+    text = f'{{"environment": {json.dumps(environment, indent=1)},\n"rows": [\n{lines}\n]}}\n'
+    partial = file.with_suffix(file.suffix + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def read(file: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Environment and rows of a file that `write` wrote."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found["environment"], [Row(**row) for row in found["rows"]]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Machine, versions, commit, date. device: "cpu" or "cuda"."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "capability": list(torch.cuda.get_device_capability()) if cuda else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if cuda else None,
+        "driver": _smi("driver_version", "clocks.sm", "clocks.max.sm", "power.limit") if cuda else None,
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD") or "unknown: not a git checkout",
+        "changed": bool(_git("status", "--porcelain")),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({platform.machine()} CPU)"
+    return f"{platform.processor() or platform.machine()} CPU"
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no such program on this machine
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    return _output(["git", *arguments])
+
+
+def _smi(*fields: str) -> dict[str, str]:
+    values = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]).splitlines()
+    return dict(zip(fields, (v.strip() for v in values[0].split(",")), strict=False)) if values else {}

@@ -1,0 +1,170 @@
+"""Compiles Triton launches for a GPU that is not there.
+
+    with compiling(80) as compiled:                      # 80: A100, 90: H100 and H200
+        attention_fwd(torch.empty(..., device="meta"), ...)
+    compiled[0].registers
+
+Tensors on "meta" have shapes, strides and dtypes, and nothing else: a launcher that reads no values runs on them as it
+would on a GPU, and each launch is specialised and compiled exactly as it would be there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import bench.base.checkout  # noqa: F401
+from fastheads.kernels.launch import launching
+
+ARCHITECTURES = (80, 90)
+# What one block may take, in bytes (CUDA C++ Programming Guide, table of compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as it was specialised and compiled. Bytes are per thread (stack, local) or per block (shared)."""
+
+    kernel: str
+    arch: int
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    mma: int  # mma.sync instructions in the PTX
+    wgmma: int  # wgmma instructions
+    dots: bool  # whether the source asks for a tl.dot at all
+    hash: str
+
+    @property
+    def spills(self) -> int:
+        """Bytes of stack and local memory a thread needs because its registers did not suffice."""
+        return self.stack + self.local
+
+    def problems(self) -> list[str]:
+        """What makes this unfit to be a default, in words."""
+        found = []
+        if self.spills:
+            found.append(f"spills {self.spills} bytes")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"needs {self.shared} bytes of shared memory; sm_{self.arch} has {SHARED_LIMIT[self.arch]}")
+        if self.dots and not self.mma + self.wgmma:
+            found.append("has products, and no tensor-core instruction")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _NoGPU:
+    """A Triton driver that knows what to compile for and has nothing to run it on."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[list[Compiled]]:
+    """Inside, every launch is compiled for sm_`arch` and added to the list instead of being run.
+
+    Raises RuntimeError where Triton's interpreter is on, which replaces the compiler.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise RuntimeError("TRITON_INTERPRET is set, and the interpreter compiles nothing: start Python without it")
+    if arch not in SHARED_LIMIT:
+        raise ValueError(f"arch: got {arch!r}; takes {', '.join(map(str, SHARED_LIMIT))}")
+    out: list[Compiled] = []
+    before = driver._active
+    caches: dict[Any, Any] = {}
+
+    def run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        if kernel not in caches:
+            # What a kernel was compiled to is kept per device number; ours belongs to another GPU.
+            caches[kernel] = kernel.device_caches
+            kernel.device_caches = defaultdict(kernel.create_binder)
+        out.append(_describe(kernel, arch, kernel.run(*args, grid=grid, warmup=True, **meta)))
+
+    driver.set_active(_NoGPU(arch))
+    try:
+        with launching(run):
+            yield out
+    finally:
+        driver._active = before
+        for kernel, cache in caches.items():
+            kernel.device_caches = cache
+
+
+def _describe(kernel: Any, arch: int, compiled: Any) -> Compiled:
+    ptx = compiled.asm["ptx"]
+    usage = resource_usage(compiled.asm["cubin"])
+    return Compiled(
+        kernel=kernel.fn.__name__,
+        arch=arch,
+        constexprs=_constexprs(kernel, compiled.src.constants),
+        num_warps=compiled.metadata.num_warps,
+        num_stages=compiled.metadata.num_stages,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        local=usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        mma=len(re.findall(r"\bmma\.sync", ptx)),
+        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)),
+        dots="tt.dot " in compiled.asm["ttir"],
+        hash=compiled.hash,
+    )
+
+
+def _constexprs(kernel: Any, constants: dict[tuple[int, ...], Any]) -> dict[str, Any]:
+    """The kernel's `tl.constexpr` arguments by name; not those that Triton made constants of itself (None, 1)."""
+    found: dict[str, Any] = {}
+    for path, value in constants.items():
+        param = kernel.params[path[0]]
+        if param.is_constexpr and len(path) == 1:
+            found[param.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A constexpr as JSON holds it: a NamedTuple as a dictionary, other tuples as text."""
+    value = getattr(value, "value", value)
+    if hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL … of a cubin's one kernel, as cuobjdump prints them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}

@@ -1,0 +1,73 @@
+"""What `bench.gpu` found, as markdown: where, parts, targets each met, missed or not measured, tables, profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.base.results import Row
+from bench.base.tables import table
+from bench.report.targets import targets
+
+
+def contest(rows: Sequence[Row], words: Mapping[str, str] | None = None) -> str:
+    """A case's contenders, the fastest first; what is wrong says so, what did not run comes last."""
+    words = words or {}
+    baseline = next((r.baseline for r in rows if r.baseline), "")
+    ran = sorted((r for r in rows if r.seconds), key=lambda r: (r.ratio or 1, (r.seconds or {})["median"]))
+    cells = []
+    for r in [*ran, *(r for r in rows if not r.seconds)]:
+        shown = words.get(r.contender, r.contender)
+        memory = ["" if b is None else f"{b / 1e6:,.1f}" for b in (r.peak_bytes, r.saved_bytes)]
+        note = "" if r.status == "ok" else f"{r.status}: {r.why}"
+        if r.status == "wrong":
+            note = f"**{note}**"
+        times = [f"{r.seconds['median'] * 1e3:,.2f}" if r.seconds else "–", f"{r.ratio:.2f}" if r.ratio else "–"]
+        cells.append([shown, *times, *memory, note])
+    return table(["", "ms", f"/ {baseline}" if baseline else "ratio", "peak MB", "saved MB", ""], cells)
+
+
+def where_line(where: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    commit = f"commit {where['commit'][:10]}{' with uncommitted changes' if where['changed'] else ''}"
+    driver = ", ".join(f"{k} {v}" for k, v in (where.get("driver") or {}).items())
+    parts = [where["device"], f"Python {where['python']}", versions, commit, where["date"][:10]]
+    return "; ".join([*parts, *([driver] if driver else [])])
+
+
+def _parts(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    cells = []
+    for name, part in parts.items():
+        c = part.get("counts")
+        shown = f"{c['passed']} passed, {c['failures'] + c['errors']} failed, {c['skipped']} skipped" if c else ""
+        cells.append([name, part["status"], f"{part['seconds']:.0f}", shown, part["why"][:160]])
+    lines = [table(["part", "", "s", "tests", ""], cells), ""]
+    failed = [f for part in parts.values() for f in part.get("failures", ())]
+    if failed:
+        lines += ["**Tests failed: the numbers below are not to be trusted.**", ""]
+        lines += [f"- {f['test']}: {(f['message'].splitlines() or [''])[0]}" for f in failed[:20]] + [""]
+    return lines
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """The whole report, of gpu.json's content with rows as `Row`."""
+    where, rows = content["environment"], content["rows"]
+    title = "A rehearsal on the CPU: no number here means anything" if content["rehearsal"] else where["device"]
+    lines = [f"# {title}", "", where_line(where), ""]
+    if where.get("missing"):
+        lines += [f"Not installed: {', '.join(where['missing'])}.", ""]
+    if where.get("rates"):
+        rates = where["rates"]
+        shown = [f"copy {rates['copy'] / 1e9:,.0f} GB/s (read and written)"]
+        shown += [f"{k} {v / 1e12:,.1f} TFLOP/s" for k, v in rates.items() if k in ("bf16", "fp16", "tf32", "fp32")]
+        lines += [f"Measured: {', '.join(shown)} (products of {rates['n']}).", ""]
+    lines += _parts(content["parts"])
+    cells = [t.row() for t in targets(content)]
+    lines += ["## Targets", "", table(["where", "what", "limit", "measured", ""], cells), ""]
+    for group, case in dict.fromkeys((r.group, r.case) for r in rows if not r.group.endswith("sweep")):
+        own = [r for r in rows if (r.group, r.case) == (group, case)]
+        lines += [f"## {group}: {case}", "", contest(own), ""]
+    for name, kernels in content.get("profile", {}).items():
+        cells = [[k["kernel"][:90], f"{k['microseconds']:.0f}", f"{k['calls']:.0f}"] for k in kernels]
+        lines += [f"## Where the time goes: {name}", "", table(["kernel", "µs", "launches"], cells), ""]
+    return "\n".join(lines).rstrip() + "\n"

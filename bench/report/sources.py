@@ -1,0 +1,107 @@
+"""Result files as the report has them: rows of one machine each, and who is who among their contenders."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.base.results import Row, read
+
+GROUPS = ("attention", "block", "model step", "mmd", "inference")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of rows."""
+
+    name: str
+    environment: Mapping[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def machine(self) -> str:
+        threads = "" if self.environment["capability"] else f", {self.environment['threads']} threads"
+        return f"{self.environment['device']}{threads}"
+
+    @property
+    def gpu(self) -> bool:
+        return bool(self.environment["capability"])
+
+    def caption(self) -> str:
+        e = self.environment
+        changed = " with uncommitted changes" if e["changed"] else ""
+        load = "" if self.gpu or not e.get("load") else f", load average {e['load'][0]:.1f}"
+        return f"{self.machine}{load}; commit {e['commit'][:10]}{changed}, {e['date'][:10]}; `{self.name}`"
+
+
+def sources(files: Sequence[Path]) -> list[Source]:
+    """The files that hold rows; ValueError for a rehearsal's, and where two say something of the same case."""
+    found = []
+    for file in files:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = content.get("rows") if isinstance(content, dict) else None
+        if not rows or not isinstance(rows, list) or "contender" not in rows[0]:
+            continue  # another form: of the compiler, of the roofline
+        if content.get("rehearsal"):
+            raise ValueError(f"{file.name}: a rehearsal's numbers mean nothing")
+        found.append(Source(file.name, *_frozen(read(file))))
+    seen: dict[tuple[str, str, str], str] = {}
+    for source in found:
+        for group, case in dict.fromkeys((r.group, r.case) for r in source.rows):
+            other = seen.setdefault((source.machine, group, case), source.name)
+            if other != source.name:
+                raise ValueError(f"{other} and {source.name} both have {group}: {case} of {source.machine}; keep one")
+    return found
+
+
+def _frozen(pair: tuple[dict[str, Any], list[Row]]) -> tuple[dict[str, Any], tuple[Row, ...]]:
+    return pair[0], tuple(pair[1])
+
+
+def one_machine(found: Sequence[Source], what: str) -> None:
+    """Raises ValueError where the sources are of more than one machine."""
+    first = found[0]
+    for other in found[1:]:
+        if other.machine != first.machine:
+            raise ValueError(
+                f"{what}: {first.name} was measured on {first.machine}, {other.name} on {other.machine}; "
+                "times of different machines do not go into one table"
+            )
+
+
+@functools.cache
+def contenders() -> dict[tuple[str, str], Any]:
+    """Per group and name, as the benches have them."""
+    modules = [importlib.import_module(f"bench.contests.bench_{group.replace(' ', '_')}") for group in GROUPS]
+    return {(m.GROUP.name, c.name): c for m in modules for c in m.GROUP.contenders}
+
+
+def words(row: Row) -> str:
+    known = contenders().get((row.group, row.contender))
+    return known.words if known else row.contender
+
+
+def is_ours(row: Row) -> bool:
+    known = contenders().get((row.group, row.contender))
+    return bool(known and known.ours)
+
+
+def cases(found: Sequence[Source]) -> Iterator[tuple[Source, list[Row]]]:
+    """The contests, group by group; a case's rows are of one file."""
+    for group in GROUPS:
+        for source in found:
+            for case in dict.fromkeys(r.case for r in source.rows if r.group == group):
+                yield source, [r for r in source.rows if (r.group, r.case) == (group, case)]
+
+
+def by_machine(found: Sequence[Source]) -> dict[str, list[Source]]:
+    """GPUs first."""
+    machines: dict[str, list[Source]] = {}
+    for source in sorted(found, key=lambda s: (not s.gpu, s.machine, s.name)):
+        machines.setdefault(source.machine, []).append(source)
+    return machines
