@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,106 +26,79 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.base.results import environment
-from bench.base.timing import compare
-from bench.contests.contenders.mmd_peers import PEERS, check_peer, refusal
-from bench.report import mmd_page as report
-from fastheads.losses import mmd
+from bench.base import results
+from bench.base.memory import resident_bytes
+from bench.base.results import Row
+from bench.base.timing import compare, seconds_of, summary
+from bench.contests import bench_mmd
+from bench.contests.bench_mmd import MMDCase
+from bench.contests.contenders.mmd import PEERS
+from bench.contests.contest import Contender, Judge
+from bench.report import mmd_page as page
+from bench.report.mmd_page import OURS
+from bench.roofline.loops import mmd_pairs
 from fastheads.ops import mmd as operator
 from fastheads.ops import native
 
-OURS = ("ours: domainbed", "ours: adaptive", "ours: dan")
+GROUP = "mmd on a CPU"
+CANDIDATES = (OURS, "ours: adaptive", "ours: dan", *PEERS, "reference")
 # A part: samples of all domains, width, domains, layers; the candidates; rounds, and seconds of one sample of a round.
 PARTS: dict[str, tuple[tuple[int, int, int, int], tuple[str, ...], int, float]] = {
-    "12 × 36 × 768": ((36, 768, 3, 12), (*OURS, *PEERS), 15, 0.1),
-    "3 × 2048 × 768": ((6144, 768, 3, 1), (*OURS, *PEERS), 5, 0.0),
-    "3 × 256 × 768": ((768, 768, 3, 1), (OURS[0], "DomainBed", "KeOps"), 5, 0.0),
-    "16384 × 768": ((16384, 768, 2, 1), (OURS[0], *PEERS), 1, 0.0),
+    "12 × 36 × 768": ((36, 768, 3, 12), CANDIDATES, 15, 0.1),
+    "3 × 2048 × 768": ((6144, 768, 3, 1), CANDIDATES, 5, 0.0),
+    "3 × 256 × 768": ((768, 768, 3, 1), (OURS, "DomainBed", "KeOps"), 5, 0.0),
+    "16384 × 768": ((16384, 768, 2, 1), (OURS, *PEERS, "reference"), 1, 0.0),
 }
 LARGE = "16384 × 768"  # a minute a call for some: one call each, in the process that its memory is taken of
 GROWTH_N, GROWTH_D = (256, 512, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 768, 1536)
-GROWTH_FIXED = (4096, 768)
 DOMAINBED_UP_TO = 4096  # samples, in the growth part
+PRODUCT = 2048
 
 
 def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def batch(N: int, D: int, S: int, L: int = 1) -> Tensor:
-    """`[L, N, D]`, domains one after the other, a little apart, of the size that ViT features have."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(L, N, D, generator=g) / D**0.5
-    return x + torch.arange(S).repeat_interleave(N // S).view(1, N, 1) * 0.1 / D**0.5
+def candidate(name: str, N: int, D: int, S: int, L: int = 1) -> tuple[Contender, MMDCase]:
+    """A peer, the reference, or "ours: " and a preset, on `[L, N, D]` of S domains."""
+    ours = name.startswith("ours: ")
+    preset = name.removeprefix("ours: ") if ours else PEERS[name].kernel if name in PEERS else "domainbed"
+    return bench_mmd.GROUP.named("cpu" if ours else name), MMDCase(L, S, N // S, D, preset, "cpu")
 
 
-def step(name: str, x: Tensor, S: int) -> Callable[[], None]:
-    """Forward and backward of one candidate: a peer's name, or "ours: " and a preset. x `[L, N, D]`."""
-    x = x.clone().requires_grad_()
-    ids = torch.arange(S).repeat_interleave(x.shape[1] // S)
-
-    def run() -> None:
-        x.grad = None
-        if name.startswith("ours: "):
-            loss = mmd(x, ids, num_domains=S, kernel=name.removeprefix("ours: "), impl="cpu")
-        elif name == "reference":
-            loss = mmd(x, ids, num_domains=S, kernel="domainbed", impl="reference")
-        else:  # a layer at a time: none of them knows layers
-            formula = PEERS[name][0]
-            loss = torch.stack([formula(layer.chunk(S)) for layer in x.unbind(0)]).mean()
-        loss.backward()
-
-    return run
+def step(name: str, *shape: int) -> Callable[[], Any]:
+    """Forward and backward of one candidate."""
+    contender, case = candidate(name, *shape)
+    return contender.trial(case).run
 
 
-def product(n: int = 2048) -> Callable[[], Tensor]:
-    """The product that the machine's rate is taken of: float32 `[n, n] @ [n, n]`."""
-    a = torch.randn(n, n)
+def product() -> Callable[[], Tensor]:
+    """The product that the machine's rate is taken of: float32 `[2048, 2048]` with another."""
+    a = torch.randn(PRODUCT, PRODUCT)
     return lambda: a @ a
 
 
-def product_flops(n: int = 2048) -> int:
-    return 2 * n**3
-
-
-def pairs(samples: int, device: str = "cpu") -> int:
-    """Pairs of samples whose distance a sweep over one set of them forms, on a "cpu" or on a GPU ("cuda").
-
-    A panel's own square is made whole: of up to 2,048 samples, which are one panel, all N² pairs; of many more, half.
-    """
-    height = operator.panel_rows(samples, 64 if device == "cpu" else 128)
-    return sum(min(height, samples - i) * (samples - i) for i in range(0, samples, height))
+def rate_of(took: dict[str, float]) -> float:
+    """Operations per second of `product`."""
+    return 2 * PRODUCT**3 / took["median"]
 
 
 def flops(N: int, D: int, L: int = 1) -> int:
     """Of the two products: inner products of the pairs, and their weights times the features, 2 N²D."""
-    return L * (2 * pairs(N) * D + 2 * N * N * D)
+    return L * (2 * mmd_pairs(N) * D + 2 * N * N * D)
 
 
-# ---------------------------------------------------------------------------------------------------------- memory
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
+# ----------------------------------------------------------------------------------------------------------- parts
 
 
 def measure_alone(name: str, part: str) -> dict[str, float]:
-    """Bytes that one step adds at its peak in this process, its seconds, and the products' rate after it; Linux."""
+    """Bytes that one step adds at its peak in this process, its seconds, and the products' rate after it."""
     N, D, S, L = PARTS[part][0]
-    step(name, batch(12 * S, D, S), S)()  # libraries, threads and code that any first call loads
-    run = step(name, batch(N, D, S, L), S)
-    gc.collect()
-    with contextlib.suppress(OSError):  # else the peak so far stands, lower than what follows
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status("VmRSS")
-    started = time.perf_counter()
-    run()
-    seconds, peak = time.perf_counter() - started, _status("VmHWM")
+    step(name, 12 * S, D, S)()  # libraries, threads and code that any first call loads
+    run, seconds = step(name, N, D, S, L), list[float]()
+    added = resident_bytes(lambda: seconds.append(seconds_of(run, 1, "cpu")))
     found = compare({"product": product()}, "cpu", rounds=3, sample_seconds=0.2)
-    return {"bytes": peak - before, "seconds": seconds, "rate": product_flops() / found["product"]["median"]}
+    return {"bytes": added, "seconds": seconds[0], "rate": rate_of(found["product"])}
 
 
 def in_process(name: str, part: str, threads: int) -> dict[str, float] | str:
@@ -138,111 +111,90 @@ def in_process(name: str, part: str, threads: int) -> dict[str, float] | str:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------- parts
-
-
-def stages(run: Callable[[], None], rounds: int = 3) -> dict[str, float]:
+def stages(run: Callable[[], Any], rounds: int = 3) -> dict[str, float]:
     """Seconds of each stage of our own step, the least of some rounds: where what the products don't take goes."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = defaultdict(lambda: [0.0] * rounds)
 
-    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def timed(function: Callable[..., Any], name: str, at: int) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
             out = function(*args, **options)
-            found[name][-1] += time.perf_counter() - started
+            found[name][at] += time.perf_counter() - started
             return out
 
         return call
 
-    names = {"_samples": "sort and centre", "_run_tile": "exponentials", "_pull": "gradient's products"}
-    for _ in range(rounds):
-        for name in (*names.values(), "inner products", "step"):
-            found.setdefault(name, []).append(0.0)
+    names = {
+        (operator, "_samples"): "sort and centre",
+        (operator, "_run_tile"): "exponentials",
+        (operator, "_pull"): "gradient's products",
+        (torch, "bmm"): "inner products",
+    }
+    for at in range(rounds):
         with contextlib.ExitStack() as stack:
-            for function, name in names.items():
-                stack.enter_context(mock.patch.object(operator, function, timed(getattr(operator, function), name)))
-            stack.enter_context(mock.patch.object(torch, "bmm", timed(torch.bmm, "inner products")))
-            timed(run, "step")()
-    whole = min(found["step"])
-    best = {name: min(seconds) for name, seconds in found.items() if name != "step"}
-    return best | {"the rest": whole - sum(best.values())}
+            for (owner, function), name in names.items():
+                stack.enter_context(mock.patch.object(owner, function, timed(getattr(owner, function), name, at)))
+            timed(run, "step", at)()
+    best = {name: min(found[name]) for name in names.values()}
+    return best | {"the rest": min(found["step"]) - sum(best.values())}
 
 
 def measure_part(part: str, rounds: int | None, threads: int) -> dict[str, Any]:
+    """Environment, rows, and what of the machine's rate ours reaches."""
     (N, D, S, L), names, own_rounds, sample_seconds = PARTS[part]
-    refused = {n: why for n in PEERS if n in names and (why := refusal(n, N, D, S, L))}
-    names = tuple(n for n in names if n not in refused)
+    rows, alone = [], dict[str, dict[str, float]]()
+    say(f"{part}: {', '.join(names)}")
     for name in names:
-        if name in PEERS and (difference := check_peer(name)) > 1e-10:
-            raise SystemExit(f"{name} is not the same formula as ours: off by {difference:.1e}")
-    say(f"{part}: {', '.join(names)}; refused: {', '.join(refused) or 'none'}")
-    alone = {}
-    for name in names:
-        alone[name] = found = in_process(name, part, threads)
-        shown = found if isinstance(found, str) else f"{found['bytes'] / 1e6:,.0f} MB, {found['seconds']:.2f} s"
-        say(f"  {name}, in a process of its own: {shown}")
-    ran = {n: found for n, found in alone.items() if not isinstance(found, str)}
-    result: dict[str, Any] = {"refused": refused | {n: f for n, f in alone.items() if isinstance(f, str)}}
-    result["memory"] = {n: int(found["bytes"]) for n, found in ran.items()}
-    result["machine"] = machine()
+        contender, case = candidate(name, N, D, S, L)
+        why = contender.why_not(case)
+        if not why and Judge(bench_mmd.GROUP).check(contender, case).status != "ok":
+            raise SystemExit(f"{name} is not the same formula as ours")
+        found = why or in_process(name, part, threads)
+        if isinstance(found, str):
+            rows.append(Row(GROUP, part, name, "not run", found))
+            say(f"  {name}: {found}")
+        else:
+            alone[name] = found
+            say(f"  {name}, in a process of its own: {found['bytes'] / 1e6:,.0f} MB, {found['seconds']:.2f} s")
+    content: dict[str, Any] = {}
     if part == LARGE:
-        result["times"] = {n: report.summary([found["seconds"]]) for n, found in ran.items()}
-        result["matmul_rate"] = ran[OURS[0]]["rate"]
+        times, rate = {name: summary([found["seconds"]]) for name, found in alone.items()}, alone[OURS]["rate"]
     else:
-        runs: dict[str, Callable[[], Any]] = {n: step(n, batch(N, D, S, L), S) for n in ran}
-        runs["product"] = product()
-        times = compare_in_turn(runs, rounds or own_rounds, sample_seconds)
-        result["matmul_rate"] = product_flops() / times.pop("product")["median"]
-        result |= {"times": times, "stages": stages(runs[OURS[0]])}
-        for name, t in times.items():
-            say(f"  {name}: {t['median'] * 1e3:,.1f} ms")
-    result["share_of_matmul"] = flops(N, D, L) / result["times"][OURS[0]]["median"] / result["matmul_rate"]
-    say(f"  {result['share_of_matmul']:.0%} of the products' rate, {result['matmul_rate'] / 1e9:.0f} GFLOP/s")
-    return result
-
-
-def compare_in_turn(runs: dict[str, Callable[[], Any]], rounds: int, sample_seconds: float) -> dict[str, Any]:
-    """`timing.compare`; with sample_seconds 0 for what takes seconds a call: no warm-up, every call counts."""
-    if sample_seconds:
-        return compare(runs, "cpu", rounds=rounds, sample_seconds=sample_seconds)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    for at in range(rounds):
-        for name, run in runs.items():
-            if name == "reference" and at >= 3:
-                continue  # the slowest, and nobody's target
-            started = time.perf_counter()
-            run()
-            samples[name].append(time.perf_counter() - started)
-        say(f"  round {at + 1} of {rounds}")
-    return {name: report.summary(found) for name, found in samples.items()}
+        runs = {name: step(name, N, D, S, L) for name in alone}
+        times = compare({**runs, "": product()}, "cpu", rounds=rounds or own_rounds, sample_seconds=sample_seconds)
+        rate, content["stages"] = rate_of(times.pop("")), stages(runs[OURS])
+    rows += [Row(GROUP, part, n, seconds=t, peak_bytes=int(alone[n]["bytes"])) for n, t in times.items()]
+    content |= {"matmul_rate": rate, "share_of_matmul": flops(N, D, L) / times[OURS]["median"] / rate}
+    say(f"  ours: {times[OURS]['median'] * 1e3:,.1f} ms, {content['share_of_matmul']:.0%} of the products' rate")
+    return {"environment": machine(), "rows": list(map(results.fields, rows)), **content}
 
 
 def measure_growth(rounds: int | None) -> dict[str, Any]:
     """Ours against N and D, in turn with DomainBed's and with the product that the rate is taken of."""
     say("growth with N and D")
     rows = []
-    shapes = [(n, GROWTH_FIXED[1]) for n in GROWTH_N] + [(GROWTH_FIXED[0], d) for d in GROWTH_D]
+    shapes = [(n, page.GROWTH_WIDTH) for n in GROWTH_N] + [(page.GROWTH_SAMPLES, d) for d in GROWTH_D]
     for N, D in dict.fromkeys(shapes):
-        runs: dict[str, Callable[[], Any]] = {"ours": step(OURS[0], batch(N, D, 2), 2), "product": product()}
+        runs = {OURS: step(OURS, N, D, 2), "": product()}
         if N <= DOMAINBED_UP_TO:
-            runs["DomainBed"] = step("DomainBed", batch(N, D, 2), 2)
+            runs["DomainBed"] = step("DomainBed", N, D, 2)
         times = compare(runs, "cpu", rounds=rounds or (3 if N * D > 2**21 else 5), sample_seconds=0.1)
-        rate = product_flops() / times["product"]["median"]
-        row: dict[str, Any] = {"N": N, "D": D, "matmul_rate": rate, "seconds": times["ours"]["median"]}
-        row["share_of_matmul"] = flops(N, D) / row["seconds"] / rate
-        row["DomainBed"] = times["DomainBed"]["median"] if "DomainBed" in times else None
-        row["stages"] = stages(runs["ours"])
-        say(f"  N {N}, D {D}: {row['seconds'] * 1e3:,.1f} ms, {row['share_of_matmul']:.0%} of the products' rate")
-        rows.append(row)
-    return {"rows": rows, "machine": machine()}
+        rate = rate_of(times.pop(""))
+        share = flops(N, D) / times[OURS]["median"] / rate
+        extra = {"N": N, "D": D, "matmul_rate": rate, "share_of_matmul": share, "stages": stages(runs[OURS])}
+        rows += [
+            Row(GROUP, f"N {N}, D {D}", n, seconds=t, extra=extra if n == OURS else None) for n, t in times.items()
+        ]
+        say(f"  N {N}, D {D}: {times[OURS]['median'] * 1e3:,.1f} ms, {share:.0%} of the products' rate")
+    return {"environment": machine(), "rows": list(map(results.fields, rows))}
 
 
 def machine() -> dict[str, Any]:
-    return environment("cpu") | {"native": native.describe(), "load": os.getloadavg()[0]}
+    return results.environment("cpu") | {"native": native.describe(), "load": os.getloadavg()[0]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.mmd", description=str(__doc__).splitlines()[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.mmd", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="where the numbers go; parts that are not measured now stay")
     parser.add_argument("--doc", type=Path, help="where the tables go")
     parser.add_argument("--plot", type=Path, help="where the picture of the growth goes (PNG)")
@@ -255,27 +207,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if options.alone:
         print(json.dumps(measure_alone(*options.alone)))
-        return
-    results: dict[str, Any] = {}
+        return 0
+    content: dict[str, Any] = {}
     if options.json and options.json.exists():
-        results = json.loads(options.json.read_text(encoding="utf-8"))
-    started = time.monotonic()
+        content = json.loads(options.json.read_text(encoding="utf-8"))
     for part in (p for p in every if p in options.parts):
         if part == "growth":
-            results[part] = measure_growth(options.rounds)
+            content[part] = measure_growth(options.rounds)
         else:
-            results[part] = measure_part(part, options.rounds, options.threads)
+            content[part] = measure_part(part, options.rounds, options.threads)
         if options.json:  # after every part: what is measured is kept
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"{time.monotonic() - started:.0f} s in all")
-    if options.plot and "growth" in results:
-        report.plot(results["growth"]["rows"], options.plot)
-    text = report.document(results, list(PARTS), options.plot)
+            results.write_json(options.json, content)
+    if options.plot and "growth" in content:
+        page.plot(content["growth"], options.plot)
+    text = page.document(content, list(PARTS), options.plot)
     if options.doc:
         options.doc.write_text(text, encoding="utf-8")
     print(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ no time for is in the file as not run.
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,17 +22,17 @@ from typing import Any
 import torch
 
 from bench.base import results
-from bench.base.memory import peak_bytes
+from bench.base.memory import available_bytes, peak_bytes
 from bench.base.results import Row
-from bench.base.tables import table
+from bench.base.tables import sweep_tables
 from bench.base.timing import compare
-from bench.contests.contenders.ways import AUTO, AUTO_RECOMPUTE, TRAINING, Way, way
-from bench.contests.contest import NotRunError, Trial, first_line, free
-from bench.contests.models import SETTINGS
-from bench.contests.vision import VisionCase, trial
+from bench.base.towers import SETTINGS
+from bench.contests.contenders.towers import AUTO, AUTO_RECOMPUTE, training
+from bench.contests.contest import Contender, NotRunError, Trial, first_line, free
+from bench.contests.vision import VisionCase
 
 KINDS = ("batch", "length", "rank", "closed")
-CONTENDERS = (AUTO, way("stock", TRAINING), way("plain", TRAINING))
+CONTENDERS = (AUTO, training("stock"), training("plain"))
 REAL = ("B/32", "B/16", "L/14", "L/14-336", "H/14")
 LENGTHS = {"cuda": (50, 65, 128, 197, 257, 401, 577, 730, 1024, 2048), "cpu": (25, 50, 100, 197, 400, 800)}
 TOKENS = {"cuda": 256 * 197, "cpu": 1600}
@@ -42,14 +42,18 @@ FINEST = 8  # the largest batch is found to within an eighth
 
 
 class OutOfMemoryError(Exception):
-    """Of the device, or of the budget; its text says how much was asked for."""
+    """Of the budget; its text says how much was asked for."""
+
+
+class NoTimeError(Exception):
+    """What is left of the sweep's time is not enough."""
 
 
 @dataclass
 class Sweep:
     """How a sweep runs. budget: bytes that a step may take, model included; None: what the device has.
 
-    seconds: for everything. rounds, sample_seconds: of `bench.base.timing.compare`.
+    seconds: for everything. rounds, sample_seconds: of `timing.compare`.
     """
 
     device: str
@@ -63,9 +67,11 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.deadline = time.monotonic() + self.seconds
+        self.no_time = f"no time left of {self.seconds:g} s"
 
-    def timing(self) -> dict[str, Any]:
-        return {"rounds": self.rounds, "sample_seconds": self.sample_seconds}
+    def compare(self, trials: dict[str, Trial], rounds: int) -> dict[str, dict[str, float]]:
+        runs = {name: made.run for name, made in trials.items()}
+        return compare(runs, self.device, rounds=min(rounds, self.rounds), sample_seconds=self.sample_seconds)
 
     def left_out(self, group: str, case: str, names: Iterable[str], x: float, why: str) -> None:
         for name in names:
@@ -73,15 +79,15 @@ class Sweep:
             self.say(f"  {name}, x = {x:g}: not run, {why}")
 
 
-# --------------------------------------------------------------------------------------------------------- the batch
-
-
 def memory_error(error: BaseException) -> str | None:
     """What an error says of memory that ended; None where it is about something else."""
+    text = first_line(error)
     if isinstance(error, (OutOfMemoryError, torch.OutOfMemoryError, MemoryError)):
-        return first_line(error) or "out of memory"
-    text = str(error)
-    return first_line(error) if "out of memory" in text or "ALLOC_FAILED" in text else None
+        return text or "out of memory"
+    return text if "out of memory" in str(error) or "ALLOC_FAILED" in str(error) else None
+
+
+# --------------------------------------------------------------------------------------------------------- the batch
 
 
 def largest(fits: Callable[[int], bool], start: int = 1) -> int:
@@ -100,11 +106,7 @@ def largest(fits: Callable[[int], bool], start: int = 1) -> int:
     return good
 
 
-class _NoTimeError(Exception):
-    pass
-
-
-def sweep_batch(sweep: Sweep, settings: Sequence[str], contenders: Sequence[Way], start: int = 1) -> None:
+def sweep_batch(sweep: Sweep, settings: Sequence[str], contenders: Sequence[Contender], start: int = 1) -> None:
     """Rows per model, contender and batch; the last one's `extra` says that it was the largest, and what ended it."""
     pairs = [(setting, c) for setting in settings for c in contenders]
     for i, (setting, contender) in enumerate(pairs):
@@ -112,9 +114,9 @@ def sweep_batch(sweep: Sweep, settings: Sequence[str], contenders: Sequence[Way]
         _grow(sweep, setting, contender, time.monotonic() + share, start)
 
 
-def _grow(sweep: Sweep, setting: str, contender: Way, deadline: float, start: int) -> None:
-    of = SETTINGS[setting]
-    case = VisionCase("model step", setting, start, sweep.device, sweep.precision, of.ranks())
+def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, start: int) -> None:
+    ranks = SETTINGS[setting].ranks()
+    case = VisionCase("model step", setting, start, sweep.device, sweep.precision, ranks)
     where = case.name.replace(f", batch {start}", "")
     seen: dict[int, tuple[float, Row]] = {}  # batch: seconds of its calls, its row
     ended = ""
@@ -123,59 +125,50 @@ def _grow(sweep: Sweep, setting: str, contender: Way, deadline: float, start: in
         nonlocal ended
         before = max(seen, default=0)
         if seen and time.monotonic() + seen[before][0] * batch / before > deadline:
-            raise _NoTimeError
+            raise NoTimeError
         try:
-            if seen and sweep.budget is not None:
+            if seen:
                 _within(sweep.budget, (seen[before][1].extra or {})["bytes"] * batch / before)
-            seconds, row = _point(sweep, replace(case, batch=batch), contender, where)
+            seen[batch] = _point(sweep, replace(case, batch=batch), contender, where)
+            sweep.say(f"  {where}, {contender.name}: batch {batch}, {seen[batch][1].per_second:,.1f} images/s")
         except Exception as error:
             why = memory_error(error)
             if why is None:
                 raise
             ended = why
-        else:
-            seen[batch] = seconds, row
-            sweep.say(f"  {where}, {contender.name}: batch {batch}, {row.per_second:,.1f} images/s")
         free()
         return batch in seen
 
+    known = True
     try:
         largest(fits, start)
     except NotRunError as error:
-        sweep.left_out("batch sweep", where, [contender.name], start, str(error))
-        return
-    except _NoTimeError:
-        if not seen:
-            sweep.left_out("batch sweep", where, [contender.name], start, f"no time left of {sweep.seconds:g} s")
-        ended = f"no time left of {sweep.seconds:g} s"
-        largest_known = False
-    else:
-        largest_known = True
+        ended = str(error)
+    except NoTimeError:
+        ended, known = sweep.no_time, False
     free()
     for batch, (_, row) in sorted(seen.items()):
-        last = batch == max(seen)
-        note = {"largest": largest_known, "ended": ended} if last else {}
+        note = {"largest": known, "ended": ended} if batch == max(seen) else {}
         sweep.rows.append(replace(row, extra={**(row.extra or {}), **note}))
-    if not seen and largest_known:
+    if not seen:
         sweep.left_out("batch sweep", where, [contender.name], start, ended)
 
 
-def _within(budget: int, needed: float) -> None:
-    if needed > budget:
+def _within(budget: int | None, needed: float) -> None:
+    if budget is not None and needed > budget:
         raise OutOfMemoryError(f"a step would take {needed / 1e9:.3g} GB, of {budget / 1e9:.3g} GB")
 
 
-def _point(sweep: Sweep, case: VisionCase, contender: Way, where: str) -> tuple[float, Row]:
+def _point(sweep: Sweep, case: VisionCase, contender: Contender, where: str) -> tuple[float, Row]:
     """Seconds of its calls, without what only a first one takes, and its row."""
-    made = trial(case, contender)
+    made = contender.trial(case)
     made.run()
     started = time.monotonic()
     peak = peak_bytes(made.run, sweep.device)
     beside = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made.known()}
     needed = peak + sum(beside.values())
-    if sweep.budget is not None:
-        _within(sweep.budget, needed)
-    took = compare({"": made.run}, sweep.device, **{**sweep.timing(), "rounds": min(5, sweep.rounds)})[""]
+    _within(sweep.budget, needed)
+    took = sweep.compare({"": made}, rounds=5)[""]
     row = Row("batch sweep", where, contender.name, seconds=took, peak_bytes=peak, x=case.batch)
     per_second, extra = case.batch / took["median"], {**case.extra(), "bytes": needed}
     return time.monotonic() - started, replace(row, per_second=per_second, extra=extra)
@@ -185,29 +178,28 @@ def _point(sweep: Sweep, case: VisionCase, contender: Way, where: str) -> tuple[
 
 
 def sweep_module(
-    sweep: Sweep, kind: str, where: str, points: Sequence[tuple[float, VisionCase]], contenders: Sequence[Way]
+    sweep: Sweep, kind: str, where: str, points: Sequence[tuple[float, VisionCase]], contenders: Sequence[Contender]
 ) -> None:
     """Forward and backward of one module, contenders in turn at each x."""
     group = f"{kind} sweep"
     last = 0.0  # seconds of a point's timed calls
     for x, case in points:
-        names = [c.name for c in contenders]
         if time.monotonic() + last > sweep.deadline:
-            sweep.left_out(group, where, names, x, f"no time left of {sweep.seconds:g} s")
+            sweep.left_out(group, where, [c.name for c in contenders], x, sweep.no_time)
             continue
         trials: dict[str, Trial] = {}
         for contender in contenders:
             try:
-                trials[contender.name] = trial(case, contender)
-                trials[contender.name].run()
+                made = contender.trial(case)
+                made.run()
+                trials[contender.name] = made
             except Exception as error:
                 why = str(error) if isinstance(error, NotRunError) else memory_error(error)
                 if why is None:
                     raise
-                trials.pop(contender.name, None)
                 sweep.left_out(group, where, [contender.name], x, why)
         started = time.monotonic()
-        times = compare({n: t.run for n, t in trials.items()}, sweep.device, **sweep.timing())
+        times = sweep.compare(trials, sweep.rounds)
         last = time.monotonic() - started
         for name, took in times.items():
             ratio = took["median"] / times["stock"]["median"] if "stock" in times else None
@@ -242,37 +234,12 @@ def run(kind: str, sweep: Sweep, settings: Sequence[str], rehearse: bool = False
         sweep.deadline = time.monotonic() + (until - time.monotonic()) / (len(settings) - i)
         batch = 256 if sweep.device == "cuda" else 8
         case = VisionCase("block", setting, 2 if rehearse else batch, sweep.device, sweep.precision, (8,))
-        parts = [case.of.name]
-        parts += [] if kind == "length" else [f"batch {case.batch}"]
-        parts += [] if kind == "rank" else ["rank 8"]
-        where = ", ".join([*parts, case.precision_words])
-        sweep_module(sweep, kind, where, points_of(kind, case, rehearse), CONTENDERS)
+        varied = {"length": f", batch {case.batch}", "rank": ", rank 8"}.get(kind, "")
+        points = points_of(kind, case, rehearse)
+        sweep_module(sweep, kind, case.name.replace(varied, ""), points, CONTENDERS)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """A table per case: x down, contenders across; of `batch` also the largest."""
-    parts = []
-    for group, case in dict.fromkeys((row.group, row.case) for row in rows):
-        own = [row for row in rows if (row.group, row.case) == (group, case) and row.status == "ok"]
-        names = list(dict.fromkeys(row.contender for row in own))
-        at = {(row.x, row.contender): row for row in own}
-        cells = [
-            [f"{x:g}", *(f"{at[x, n].per_second:,.1f}" if (x, n) in at else "" for n in names)]
-            for x in sorted({row.x for row in own if row.x is not None})
-        ]
-        parts.append(f"{group}: {case}; per second\n\n{table(('x', *names), cells)}")
-        for row in own:
-            if row.extra and "ended" in row.extra:
-                word = "largest batch" if row.extra["largest"] else "reached batch"
-                parts.append(f"{row.contender}: {word} {row.x:g}, {row.per_second:,.1f} images/s; {row.extra['ended']}")
-    return "\n\n".join(parts)
-
-
-def _available() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -291,15 +258,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if budget is None and given.rehearse:
         budget = 2_000_000 if cpu else 20_000_000
     elif budget is None and cpu:
-        budget = _available() // 2
+        budget = available_bytes() // 2
     quick: dict[str, Any] = {"rounds": 2, "sample_seconds": 0.002} if given.rehearse else {}
     sweep = Sweep(given.device, "fp32" if cpu else "amp", given.seconds, budget, **quick)
     run(given.kind, sweep, given.setting or default, given.rehearse)
-    print(summary(sweep.rows))
+    print("\n".join(sweep_tables(sweep.rows, f"{given.kind} sweep")))
     if given.json is not None:
         results.write(given.json, results.environment(given.device), sweep.rows)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import bench.base.checkout  # noqa: F401
+from bench.base.results import write_json
 from bench.base.timing import compare
-from bench.gpu.parts import write_json
 
 TOWERS = {"B/16": (12, 64), "L/14": (16, 64), "H/14": (16, 80)}  # heads, head size
 LENGTHS = (197, 257, 577, 50)

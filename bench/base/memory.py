@@ -1,9 +1,12 @@
-"""What a forward pass leaves alive for its backward pass, and the most memory a call takes."""
+"""What a forward pass leaves alive for its backward pass, the most memory a call takes, and how much there is."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,23 +52,6 @@ def held_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
     return sum(size for key, (ref, size) in seen.storages.items() if key not in anyway and not ref.expired())
 
 
-def saved_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
-    """Bytes of the storages that autograd was given through `saved_tensors_hooks`, `known` excepted."""
-    anyway = {t.untyped_storage()._cdata for t in known}
-    sizes: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage._cdata] = storage.nbytes()
-        alive.append(storage)  # so that no other storage gets its number
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return sum(size for key, size in sizes.items() if key not in anyway)
-
-
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
     """The most that PyTorch's allocator held while `run` ran, beyond what it held before.
 
@@ -90,3 +76,23 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def resident_bytes(run: Callable[[], Any]) -> int:
+    """The most that `run` adds to this process's resident size, whoever allocates it. Linux."""
+    gc.collect()
+    with contextlib.suppress(OSError):  # else the peak so far stands, lower than what follows
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _kilobytes("self/status", "VmRSS")
+    run()
+    return 1024 * (_kilobytes("self/status", "VmHWM") - before)
+
+
+def available_bytes() -> int:
+    """What a program can have without anything being pushed out. Linux."""
+    return 1024 * _kilobytes("meminfo", "MemAvailable")
+
+
+def _kilobytes(file: str, key: str) -> int:
+    lines = Path("/proc", file).read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

@@ -13,13 +13,16 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+import torch
+
+from bench.base.checkout import ROOT
+
 PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "peft", "xformers", "pykeops", "pytest")
 STATUSES = ("ok", "wrong", "not run")
 
@@ -32,7 +35,7 @@ class Row:
     status: "ok", "wrong" (it ran, and its numbers are not those of the mathematics it stands for) or "not run".
     why: for "wrong" what is wrong, for "not run" the reason.
     error, allowed: largest error against float64, relative to the largest value, and what the numerics rule allows.
-    seconds: of a call: median, low and high quartile, min, samples.
+    seconds: of a call: median, low, high, min, samples, as `timing.summary` has them.
     baseline, ratio: another contender of the case, and this one's time over that one's, medians of calls in turn.
     peak_bytes, saved_bytes: most memory beyond what stood before; what a forward pass keeps for its backward pass.
     x: what a sweep varies (batch, tokens, rank, share of closed heads); per_second: images, or samples, per second.
@@ -62,27 +65,59 @@ class Row:
             raise ValueError(f"why: a contender that is {self.status!r} needs a reason")
 
 
-def write(file: Path, environment: dict[str, Any], rows: Iterable[Row]) -> None:
-    """Writes the file whole; fields that a row does not have are left out."""
-    found = [{k: v for k, v in asdict(row).items() if v not in (None, "")} for row in rows]
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each group and case, in the order in which they come."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.group, row.case), []).append(row)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def write_text(file: Path, text: str) -> None:
+    """The file whole or not at all, its folder too."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in found)
-    text = f'{{"environment": {json.dumps(environment, indent=1)},\n"rows": [\n{lines}\n]}}\n'
     partial = file.with_suffix(file.suffix + ".part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
+def write_json(file: Path, content: Any) -> None:
+    write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_lines(file: Path, rows: Iterable[Mapping[str, Any]], **beside: Any) -> None:
+    """JSON of `beside` and "rows", each row on a line of its own."""
+    fields = "".join(f"{json.dumps(name)}: {json.dumps(value, indent=1)},\n" for name, value in beside.items())
+    write_text(file, "{" + fields + '"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n")
+
+
+def fields(row: Row) -> dict[str, Any]:
+    """As a file has it: what a row does not have is left out."""
+    return {k: v for k, v in asdict(row).items() if v not in (None, "")}
+
+
+def write(file: Path, environment: Mapping[str, Any], rows: Iterable[Row], **beside: Any) -> None:
+    write_lines(file, map(fields, rows), environment=environment, **beside)
+
+
+def rows_of(content: Mapping[str, Any]) -> list[Row]:
+    return [Row(**row) for row in content["rows"]]
+
+
 def read(file: Path) -> tuple[dict[str, Any], list[Row]]:
     """Environment and rows of a file that `write` wrote."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found["environment"], [Row(**row) for row in found["rows"]]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content["environment"], rows_of(content)
+
+
+# ------------------------------------------------------------------------------------------------------ environment
 
 
 def environment(device: str) -> dict[str, Any]:
     """Machine, versions, commit, date. device: "cpu" or "cuda"."""
-    import torch
-
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -97,8 +132,8 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "driver": _smi("driver_version", "clocks.sm", "clocks.max.sm", "power.limit") if cuda else None,
         "versions": versions,
-        "commit": _git("rev-parse", "HEAD") or "unknown: not a git checkout",
-        "changed": bool(_git("status", "--porcelain")),
+        "commit": _output("git", "rev-parse", "HEAD") or "unknown: not a git checkout",
+        "changed": bool(_output("git", "status", "--porcelain")),
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -112,17 +147,13 @@ def _cpu_name() -> str:
     return f"{platform.processor() or platform.machine()} CPU"
 
 
-def _output(command: Sequence[str]) -> str:
+def _output(*command: str) -> str:
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:  # there is no such program on this machine
         return ""
 
 
-def _git(*arguments: str) -> str:
-    return _output(["git", *arguments])
-
-
 def _smi(*fields: str) -> dict[str, str]:
-    values = _output(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]).splitlines()
+    values = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").splitlines()
     return dict(zip(fields, (v.strip() for v in values[0].split(",")), strict=False)) if values else {}

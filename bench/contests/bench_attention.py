@@ -1,86 +1,49 @@
 """From q, k, v as the projection leaves them, `[B, N, 3D]`, to gated heads `[B, N, D]`, and back."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contests.contenders.ways import xformers_why_not
-from bench.contests.contest import Contender, Group, NotRunError, Trial
-from bench.contests.models import SETTINGS, Setting
+from bench.base.towers import SETTINGS
+from bench.contests.contenders.attentions import gated, joined, split, xformers_attention
+from bench.contests.contenders.towers import xformers_why_not
+from bench.contests.contest import Contender, Group, Trial, training_trial
+from bench.contests.vision import VisionCase, shapes
 from fastheads import reference
 from fastheads.ops import cpu
 from fastheads.ops.dispatch import IMPLEMENTATIONS, Problem
 
-DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 Attend = Callable[[Tensor, Tensor, int], Tensor]  # qkv [B, N, 3D], gate [H], heads → [B, N, D]
 
 
-@dataclass(frozen=True)
-class AttentionCase:
-    """setting: a key of SETTINGS. precision: a key of DTYPES."""
-
-    setting: str
-    batch: int
-    device: str
-    precision: str
-    draw: int = 0
-    exact: bool = False
-
-    @property
-    def of(self) -> Setting:
-        return SETTINGS[self.setting]
-
-    @property
-    def name(self) -> str:
-        return f"{self.of.name}, batch {self.batch}, {self.of.tokens} tokens, {self.precision}"
-
-    def small(self, draw: int) -> AttentionCase:
-        return replace(self, batch=2, draw=draw)
-
-    def extra(self) -> dict[str, Any]:
-        keys = {"setting": self.setting, "batch": self.batch, "tokens": self.of.tokens, "precision": self.precision}
-        return keys | {"heads": self.of.heads, "head_dim": self.of.head_dim}
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv, gate, and the gradient of the heads."""
-        g = torch.Generator().manual_seed(self.draw)
-        B, N, D = self.batch, self.of.tokens, self.of.width
-        qkv, do = (torch.randn(B, N, d, generator=g).to(self.device, DTYPES[self.precision]) for d in (3 * D, D))
-        gate = (1 + 0.3 * torch.randn(self.of.heads, generator=g)).to(self.device)
-        wide = torch.float64 if self.exact else None
-        qkv, do, gate = (t if wide is None else t.to(wide) for t in (qkv, do, gate))
-        return qkv.requires_grad_(), gate.requires_grad_(), do
+def cases(device: str, size: str) -> list[VisionCase]:
+    found = dict.fromkeys((key, batch) for key, batch, _ in shapes(device, size, quick=[("B/32", 8)]))
+    precision = "bf16 qkv" if device == "cuda" else "fp32"
+    return [VisionCase("attention", k, b, device, precision, (), tokens=SETTINGS[k].tokens) for k, b in found]
 
 
-def cases(device: str, size: str) -> list[AttentionCase]:
-    if size == "rehearsal":
-        return [AttentionCase("tiny", 2, device, "bf16" if device == "cuda" else "float32")]
-    if device == "cuda":
-        return [AttentionCase(key, batch, device, "bf16") for key, batch in (("B/16", 256), ("L/14", 128))]
-    shapes = [("B/32", 8), ("B/16", 2)] if size == "full" else [("B/32", 8)]
-    return [AttentionCase(key, batch, device, "float32") for key, batch in shapes]
-
-
-def split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v, views `[B, H, N, dh]`."""
-    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(2, (3, heads, -1)).unbind(2))
-    return q, k, v
+def trial(case: VisionCase, attend: Attend) -> Trial:
+    H, D = case.of.heads, case.of.width
+    qkv, do = (case.tensor(case.batch, case.length, d, stream=i, dtype=case.stored) for i, d in enumerate((3 * D, D)))
+    gate = 1 + 0.3 * case.tensor(H, stream=2, dtype=torch.float32)
+    tensors = (qkv.requires_grad_(), gate.requires_grad_(), do)
+    named = {"qkv": [qkv], "gate": [gate]}
+    return training_trial(
+        lambda: attend(qkv, gate, H), do, lambda: named, lambda: tensors, result="o", samples=case.batch
+    )
 
 
 def sdpa(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    return F.scaled_dot_product_attention(*split(qkv, heads)).transpose(1, 2).flatten(2)
+    return joined(F.scaled_dot_product_attention(*split(qkv, heads)))
 
 
 def sdpa_gated(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    o = F.scaled_dot_product_attention(*split(qkv, heads))
-    return (o * gate.to(o.dtype).view(1, -1, 1, 1)).transpose(1, 2).flatten(2)
+    return gated(F.scaled_dot_product_attention(*split(qkv, heads)), gate)
 
 
 def formula(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
@@ -89,10 +52,7 @@ def formula(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
 
 
 def xformers_gated(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    o = memory_efficient_attention(*qkv.unflatten(2, (3, heads, -1)).unbind(2))
-    return (o * gate.to(o.dtype).view(1, 1, -1, 1)).flatten(2)
+    return gated(xformers_attention(*split(qkv, heads)), gate)
 
 
 @functools.cache
@@ -103,8 +63,7 @@ def _flex() -> Any:
 
 
 def flex_gated(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    o = _flex()(*split(qkv, heads))
-    return (o * gate.to(o.dtype).view(1, -1, 1, 1)).transpose(1, 2).flatten(2)
+    return gated(_flex()(*split(qkv, heads)), gate)
 
 
 @functools.cache
@@ -149,72 +108,41 @@ def kernels(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
     return _Kernels.apply(qkv, gate, heads)
 
 
-def trial(case: AttentionCase, attend: Attend) -> Trial:
-    qkv, gate, do = case.tensors()
-
-    def forward() -> Tensor:
-        return attend(qkv, gate, case.of.heads)
-
-    def run() -> Any:
-        return torch.autograd.grad(forward(), [qkv, gate], do, allow_unused=True)
-
-    def outputs() -> dict[str, Tensor]:
-        o = forward()
-        dqkv, dgate = torch.autograd.grad(o, [qkv, gate], do, allow_unused=True)
-        return {"o": o.detach(), "dqkv": dqkv} | ({} if dgate is None else {"dgate": dgate})
-
-    def known() -> Iterator[Tensor]:
-        yield from (qkv, gate, do)
-
-    return Trial(run, outputs, forward, known, case.batch)
-
-
-def _build(case: AttentionCase, attend: Attend, why_not: Callable[[AttentionCase], str]) -> Trial:
-    reason = why_not(case)
-    if reason:
-        raise NotRunError(reason)
-    return trial(case, attend)
-
-
-def _contender(
-    name: str, words: str, attend: Attend, why_not: Callable[[AttentionCase], str] = lambda case: "", **options: Any
-) -> Contender:
-    return Contender(name, words, functools.partial(_build, attend=attend, why_not=why_not), **options)
-
-
-def _refused(case: AttentionCase, impl: str) -> str:
-    dtype = DTYPES[case.precision]
-    problem = Problem(case.device, dtype, dtype, case.of.heads, case.of.head_dim, length=case.of.tokens)
+def _refused(case: VisionCase, impl: str) -> str:
+    problem = Problem(case.device, case.stored, case.stored, case.of.heads, case.of.head_dim, length=case.length)
     return "; ".join(IMPLEMENTATIONS[impl].not_supported_reasons(problem))
 
 
-def _no_backward(case: AttentionCase) -> str:
+def _no_backward(case: VisionCase) -> str:
     return "" if case.device == "cuda" else "FlexAttention has no backward pass on a CPU"
 
 
-def _standard(case: AttentionCase, maths: str, exact: bool) -> dict[str, Tensor]:
-    attend: Sequence[Attend] = (sdpa, sdpa) if maths == "ungated" else (sdpa_gated, formula)
-    return trial(replace(case, exact=exact), attend[exact]).outputs()
+def _contender(name: str, words: str, attend: Attend, **options: Any) -> Contender:
+    return Contender(name, words, functools.partial(trial, attend=attend), **options)
 
 
-GROUP = Group(
-    "attention",
-    "sdpa",
-    (
-        _contender("sdpa", "SDPA, no gate", sdpa, maths="ungated"),
-        _contender("triton", "fastheads, Triton", kernels, functools.partial(_refused, impl="stacked"), ours=True),
-        _contender("cpu", "fastheads, cpu", kernels, functools.partial(_refused, impl="cpu"), ours=True),
-        _contender("reference", "fastheads, reference", formula, ours=True),
-        _contender("sdpa, gate", "SDPA, then the gate", sdpa_gated),
-        _contender("xformers", "xformers, then the gate", xformers_gated, lambda c: xformers_why_not(c.device)),
-        _contender("flex", "FlexAttention, then the gate", flex_gated, _no_backward, slow_start=True),
-        _contender("compiled", "torch.compile of the reference", compiled, slow_start=True),
-    ),
-    cases,
-    exact=lambda case, maths: _standard(case, maths, True),
-    plain=lambda case, maths: _standard(case, maths, False),
+CONTENDERS = (
+    _contender("sdpa", "SDPA, no gate", sdpa, maths="ungated"),
+    _contender("triton", "fastheads, Triton", kernels, ours=True, why_not=lambda case: _refused(case, "stacked")),
+    _contender("cpu", "fastheads, cpu", kernels, ours=True, why_not=lambda case: _refused(case, "cpu")),
+    _contender("reference", "fastheads, reference", formula, ours=True),
+    _contender("sdpa, gate", "SDPA, then the gate", sdpa_gated),
+    _contender("xformers", "xformers, then the gate", xformers_gated, why_not=xformers_why_not),
+    _contender("flex", "FlexAttention, then the gate", flex_gated, slow_start=True, why_not=_no_backward),
+    _contender("compiled", "torch.compile of the reference", compiled, slow_start=True),
 )
 
 
-def test_attention(compete: Callable[..., None], case: AttentionCase, contender: Contender) -> None:
+def exact(case: VisionCase, maths: str) -> dict[str, Tensor]:
+    return trial(replace(case, exact=True), sdpa if maths == "ungated" else formula).outputs()
+
+
+def plain(case: VisionCase, maths: str) -> dict[str, Tensor]:
+    return trial(case, sdpa if maths == "ungated" else sdpa_gated).outputs()
+
+
+GROUP = Group("attention", "sdpa", CONTENDERS, cases, exact, plain)
+
+
+def test_attention(compete, case, contender):
     compete(GROUP, case, contender)

@@ -1,11 +1,6 @@
 """The attention module, from its LayerNorm to the residual: forward and backward, at both published ranks."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from bench.contests.contenders.ways import TRAINING
-from bench.contests.contest import Contender
+from bench.contests.contenders.towers import TRAINING
 from bench.contests.vision import VisionCase, group, shapes
 
 
@@ -18,5 +13,5 @@ def cases(device: str, size: str) -> list[VisionCase]:
 GROUP = group("block", TRAINING, cases)
 
 
-def test_block(compete: Callable[..., None], case: VisionCase, contender: Contender) -> None:
+def test_block(compete, case, contender):
     compete(GROUP, case, contender)

@@ -1,12 +1,7 @@
 """Image features without gradients: what an adapter costs before and after it is merged."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from bench.contests.contenders.ways import INFERENCE
-from bench.contests.contest import Contender
-from bench.contests.models import SETTINGS
+from bench.base.towers import SETTINGS
+from bench.contests.contenders.towers import INFERENCE
 from bench.contests.vision import VisionCase, group, shapes
 
 
@@ -18,5 +13,5 @@ def cases(device: str, size: str) -> list[VisionCase]:
 GROUP = group("inference", INFERENCE, cases)
 
 
-def test_inference(compete: Callable[..., None], case: VisionCase, contender: Contender) -> None:
+def test_inference(compete, case, contender):
     compete(GROUP, case, contender)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contests.contenders.mmd_peers import PEERS, Features, refusal
-from bench.contests.contest import Contender, Group, NotRunError, Trial
+from bench.contests.contenders.mmd import PEERS, refusal
+from bench.contests.contest import Contender, Group, Trial, refusals, training_trial
 from fastheads.losses import mmd
 
 Loss = Callable[[Tensor, Tensor, "MMDCase"], Tensor]  # x [L, N, D], domain ids [N] → a scalar
@@ -58,19 +58,38 @@ def cases(device: str, size: str) -> list[MMDCase]:
         return [MMDCase(1, 2, 4, 8, kernel, device) for kernel in KERNELS]
     paper = [MMDCase(12, 3, 12, 768, kernel, device) for kernel in KERNELS]
     middle, large = (MMDCase(1, 3, each, 768, "domainbed", device) for each in (256, 2048))
-    if device == "cuda" or size == "full":
+    if device == "cuda":  # the largest is nothing for a CPU
+        return [*paper, middle, large, MMDCase(1, 2, 8192, 768, "domainbed", device)]
+    if size == "full":
         return [*paper, middle, large]
     one_layer = [replace(case, layers=1) for case in paper[1:]]
     return [paper[0], *one_layer, replace(middle, each=128)]
+
+
+def trial(case: MMDCase, loss: Loss) -> Trial:
+    x, ids = case.tensors()
+    return training_trial(lambda: loss(x, ids, case), None, lambda: {"x": [x]}, lambda: (x, ids), result="loss")
+
+
+# ------------------------------------------------------------------------------------------------------ the contenders
 
 
 def ours(x: Tensor, ids: Tensor, case: MMDCase, impl: str) -> Tensor:
     return mmd(x, ids, num_domains=case.domains, kernel=case.kernel, impl=impl)
 
 
-def layer_by_layer(x: Tensor, ids: Tensor, case: MMDCase, formula: Callable[[Features], Tensor]) -> Tensor:
-    """None of the peers knows layers."""
-    return torch.stack([formula(layer.chunk(case.domains)) for layer in x.unbind(0)]).mean()
+def formula(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
+    return ours(x, ids, case, "reference")
+
+
+def peers(x: Tensor, ids: Tensor, case: MMDCase, name: str) -> Tensor:
+    """The mean over pairs of domains, layer by layer: none of the peers knows layers."""
+    losses = [
+        PEERS[name].formula(one, other)
+        for layer in x.unbind(0)
+        for one, other in itertools.combinations(layer.chunk(case.domains), 2)
+    ]
+    return torch.stack(losses).mean()
 
 
 @functools.cache
@@ -85,45 +104,46 @@ def compiled(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
     return _compiled(case.domains, case.kernel)(x, ids)
 
 
-def trial(case: MMDCase, loss: Loss) -> Trial:
-    x, ids = case.tensors()
+def _ours(name: str, words: str) -> Contender:
+    def build(case: MMDCase) -> Trial:
+        made = trial(case, functools.partial(ours, impl=name))
+        with refusals():
+            made.run()
+        return made
 
-    def forward() -> Tensor:
-        return loss(x, ids, case)
-
-    def outputs() -> dict[str, Tensor]:
-        value = forward()
-        (dx,) = torch.autograd.grad(value, [x])
-        return {"loss": value.detach(), "dx": dx}
-
-    return Trial(lambda: torch.autograd.grad(forward(), [x]), outputs, forward, lambda: (x, ids))
+    return Contender(name, words, build, "together", ours=True)
 
 
-def _ours(case: MMDCase, impl: str) -> Trial:
-    made = trial(case, functools.partial(ours, impl=impl))
-    try:
-        made.run()
-    except ValueError as error:
-        raise NotRunError(str(error).rpartition(": it ")[2].removesuffix("; takes 'auto'")) from error
-    return made
+def _peer(name: str) -> Contender:
+    return Contender(
+        name,
+        name,
+        functools.partial(trial, loss=functools.partial(peers, name=name)),
+        "pairs",
+        slow_start=name == "KeOps",
+        why_not=lambda case: refusal(name, case.layers, case.domains, case.each, case.width),
+        applies=lambda case: case.kernel == PEERS[name].kernel,
+    )
 
 
-def _peer(case: MMDCase, name: str) -> Trial:
-    reason = refusal(name, case.domains * case.each, case.width, case.domains, case.layers)
-    if reason:
-        raise NotRunError(reason)
-    return trial(case, functools.partial(layer_by_layer, formula=PEERS[name][0]))
+COMPILED = functools.partial(trial, loss=compiled)
+CONTENDERS = (
+    _ours("auto", "fastheads, auto"),
+    _ours("triton", "fastheads, Triton"),
+    _ours("cpu", "fastheads, cpu"),
+    _ours("reference", "fastheads, reference"),
+    *map(_peer, PEERS),
+    Contender("compiled", "torch.compile of the plain formula", COMPILED, "together", slow_start=True),
+)
 
 
-def _same_kernel(case: MMDCase, name: str) -> bool:
-    return PEERS[name][1] == case.kernel
+# ----------------------------------------------------------------------------------------------------- the standard
 
 
 def pair_by_pair(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
     """The peers' mathematics: every pair of domains on its own, bandwidths too, which we take over all domains."""
-    pairs = list(itertools.combinations(range(case.domains), 2))
     losses = []
-    for pair in pairs:
+    for pair in itertools.combinations(range(case.domains), 2):
         rows = torch.isin(ids, torch.tensor(pair, device=ids.device))
         own = (ids[rows] == pair[1]).long()
         losses.append(mmd(x[:, rows], own, num_domains=2, kernel=case.kernel, impl="reference"))
@@ -131,46 +151,17 @@ def pair_by_pair(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
 
 
 def exact(case: MMDCase, maths: str) -> dict[str, Tensor]:
-    loss = functools.partial(ours, impl="reference") if maths == "together" else pair_by_pair
-    return trial(replace(case, exact=True), loss).outputs()
+    return trial(replace(case, exact=True), formula if maths == "together" else pair_by_pair).outputs()
 
 
 def plain(case: MMDCase, maths: str) -> dict[str, Tensor]:
     """The formula in float32: `fastheads.reference`, or for the peers' mathematics the peer whose kernels they are."""
-    if maths == "together":
-        return trial(case, functools.partial(ours, impl="reference")).outputs()
-    return _peer(case, FORMULAS[case.kernel]).outputs()
+    own = functools.partial(peers, name=FORMULAS[case.kernel])
+    return trial(case, formula if maths == "together" else own).outputs()
 
 
-OURS = {"auto": "fastheads, auto", "triton": "fastheads, Triton", "cpu": "fastheads, cpu"}
-OURS["reference"] = "fastheads, reference"
-GROUP = Group(
-    "mmd",
-    "auto",
-    (
-        *(Contender(n, words, functools.partial(_ours, impl=n), "together", ours=True) for n, words in OURS.items()),
-        *(
-            Contender(
-                name,
-                name,
-                functools.partial(_peer, name=name),
-                "pairs",
-                slow_start=name == "KeOps",
-                applies=functools.partial(_same_kernel, name=name),
-            )
-            for name in PEERS
-            if name != "reference"
-        ),
-        Contender(
-            "compiled", "torch.compile of the plain formula", lambda c: trial(c, compiled), "together", slow_start=True
-        ),
-    ),
-    cases,
-    exact,
-    plain,
-    draws=8,
-)
+GROUP = Group("mmd", "auto", CONTENDERS, cases, exact, plain, draws=8)
 
 
-def test_mmd(compete: Callable[..., None], case: MMDCase, contender: Contender) -> None:
+def test_mmd(compete, case, contender):
     compete(GROUP, case, contender)

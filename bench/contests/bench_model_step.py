@@ -1,12 +1,7 @@
 """A training step of the image tower at the published ranks: forward and backward, the optimiser left out."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-from bench.contests.contenders.ways import TRAINING
-from bench.contests.contest import Contender
-from bench.contests.models import SETTINGS
+from bench.base.towers import SETTINGS
+from bench.contests.contenders.towers import TRAINING
 from bench.contests.vision import VisionCase, group, shapes
 
 
@@ -18,5 +13,5 @@ def cases(device: str, size: str) -> list[VisionCase]:
 GROUP = group("model step", TRAINING, cases)
 
 
-def test_model_step(compete: Callable[..., None], case: VisionCase, contender: Contender) -> None:
+def test_model_step(compete, case, contender):
     compete(GROUP, case, contender)

@@ -6,19 +6,20 @@ time, memory and the numbers to be checked. What cannot run says why; what is wr
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.base.memory import held_bytes, peak_bytes
-from bench.base.results import Row
 
 FORWARD, BACKWARD, FLOOR = 2.0, 3.0, 1e-6  # the numerics rule of CONTRIBUTING.md
-SIZES = ("rehearsal", "quick", "full")
 SLOW_START = "compiles for a minute or more; in the full set (--full)"
 
 
@@ -26,19 +27,13 @@ class NotRunError(Exception):
     """A contender that cannot run here; its text says why."""
 
 
-class Case(Protocol):
-    """One problem: its name in tables, where it runs, what it says of itself in a result file, and a small likeness."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def device(self) -> str: ...
-
-    def extra(self) -> dict[str, Any]: ...
-
-    def small(self, draw: int) -> Any:
-        """The same mathematics with few samples, for the check; `draw`: which random input."""
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What fastheads refuses to run is a NotRunError, with the reason that it gives."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise NotRunError(str(error).rpartition(": it ")[2].removesuffix("; takes 'auto'")) from error
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,60 @@ class Trial:
     known: Callable[[], Iterable[Tensor]] = tuple
     samples: int = 0
 
+    def memory(self, device: str) -> dict[str, int | None]:
+        """Peak and saved bytes, as a row has them."""
+
+        def known() -> Iterator[Tensor]:  # asked after the forward pass: PEFT makes its weights anew in each
+            yield from self.known()
+
+        saved = None if self.forward is None else held_bytes(self.forward, known())
+        return {"peak_bytes": peak_bytes(self.run, device), "saved_bytes": saved}
+
+
+def training_trial(
+    forward: Callable[[], Tensor],
+    dy: Tensor | None,
+    named: Callable[[], Mapping[str, Sequence[Tensor]]],
+    known: Callable[[], Iterable[Tensor]],
+    *,
+    result: str,
+    others: Sequence[Tensor] = (),
+    samples: int = 0,
+) -> Trial:
+    """A forward pass, and a backward pass into which `dy` comes; None where forward's result is a loss.
+
+    named: asked after the forward pass, what is checked the gradients of; several tensors of a name are put together.
+    others: trained too, but not checked. result: the name of what forward returns.
+    """
+
+    def gradients(y: Tensor, wanted: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(y, list(wanted), None if dy is None else dy.to(y.dtype), allow_unused=True)
+
+    def run() -> Any:
+        y = forward()
+        return gradients(y, dict.fromkeys((*chain(*named().values()), *others)))
+
+    def outputs() -> dict[str, Tensor]:
+        y = forward()
+        tensors, found = named(), {result: y.detach()}
+        grads = iter(gradients(y, chain(*tensors.values())))
+        for name, each in tensors.items():
+            own = [g for g in islice(grads, len(each)) if g is not None]
+            if own:
+                found[f"d{name}"] = own[0] if len(own) == 1 else torch.cat([g.flatten() for g in own])
+        return found
+
+    return Trial(run, outputs, forward, known, samples)
+
 
 @dataclass(frozen=True)
 class Contender:
     """One way to do what a group measures.
 
-    words: what stands in tables. build: makes the trial; raises NotRunError. maths: what it claims to compute, a key of
-    the group's `exact`. fault: what is known to be wrong with it, said where the check finds it wrong. ours: must never
-    be wrong. slow_start: compiles for a minute or more, so on a CPU it is in the full set only.
+    words: what stands in tables. build: makes the trial. maths: what it claims to compute, a key of the group's
+    `exact`. fault: what is known to be wrong with it, said where the check finds it wrong. ours: must never be wrong.
+    slow_start: compiles for a minute or more, so on a CPU it is in the full set only. why_not: why it cannot run a
+    case, "" where it can. applies: whether a case is any business of it.
     """
 
     name: str
@@ -71,16 +112,39 @@ class Contender:
     fault: str = ""
     ours: bool = False
     slow_start: bool = False
+    why_not: Callable[[Any], str] = lambda case: ""
     applies: Callable[[Any], bool] = lambda case: True
+
+    def trial(self, case: Any) -> Trial:
+        """Raises NotRunError."""
+        reason = self.why_not(case)
+        if reason:
+            raise NotRunError(reason)
+        return self.build(case)
+
+    def tried(self, case: Any) -> Trial:
+        """The trial, run once. Raises NotRunError: also for a peer that breaks, since it must not end the whole run."""
+        try:
+            trial = self.trial(case)
+            trial.run()
+            return trial
+        except NotRunError:
+            raise
+        except Exception as error:
+            if self.ours:
+                raise
+            raise NotRunError(f"broke: {type(error).__name__}: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)
 class Group:
     """A question with its contenders.
 
-    exact, plain: outputs of a case, of the mathematics of that name, in float64 and as plain PyTorch has them in the
-    case's own precision, its error the largest over `draws` of inputs. cases: for a device and one of SIZES.
-    baseline: the contender of the ratios.
+    cases: for a device and a size, "rehearsal", "quick" or "full". A case has a name for tables, a device, `extra()`,
+    what it says of itself in a result file, and `small(draw)`: the same mathematics with few samples, for the check,
+    of the random input `draw`. exact, plain: outputs of a case, of the mathematics of that name, in float64 and as
+    plain PyTorch has them in the case's own precision, its error the largest over `draws`. baseline: the contender of
+    the ratios.
     """
 
     name: str
@@ -98,6 +162,20 @@ class Group:
         return next(c for c in self.contenders if c.name == name)
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def free() -> None:
+    """Gives back what nobody holds: of models, Python's own collector comes first."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# -------------------------------------------------------------------------------------------------------- the check
+
+
 @dataclass(frozen=True)
 class Verdict:
     """status: "ok" or "wrong". error, allowed: of the output that is worst by the rule, over its largest value."""
@@ -108,38 +186,28 @@ class Verdict:
     allowed: float
 
 
-def build(contender: Contender, case: Any) -> Trial:
-    """The trial, run once. Raises NotRunError: also for a peer that breaks, since it must not end the whole run."""
-    try:
-        trial = contender.build(case)
-        trial.run()
-        return trial
-    except NotRunError:
-        raise
-    except Exception as error:
-        if contender.ours:
-            raise
-        raise NotRunError(f"broke: {type(error).__name__}: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def _worst(found: Tensor, exact: Tensor, plain_errors: Mapping[str, float], factor: float) -> tuple[float, float]:
-    """Error and what is allowed, relative to exact's largest value; of max and RMS the one that is worse."""
+def _errors(found: Tensor, exact: Tensor) -> dict[str, float]:
     difference = found.detach().double().cpu() - exact
-    if not bool(torch.isfinite(difference).all()):
-        return float("inf"), 0.0
-    scale = max(float(exact.abs().max()), 1e-300)
-    pairs = []
-    for size, error in _sizes(difference).items():
-        pairs.append((error / scale, factor * plain_errors[size] / scale + FLOOR))
-    return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-300))
-
-
-def _sizes(difference: Tensor) -> dict[str, float]:
     return {"max": float(difference.abs().max()), "rms": float(difference.square().mean().sqrt())}
+
+
+class _Off(NamedTuple):
+    """Of an output, over its largest value: how far it is off, how far it may be, and the one over the other."""
+
+    excess: float
+    error: float
+    allowed: float
+
+
+def _off(found: Tensor, exact: Tensor, plain_errors: Mapping[str, float], factor: float) -> _Off:
+    """Of max and RMS the one that is worse."""
+    if not bool(torch.isfinite(found).all()):
+        return _Off(float("inf"), float("inf"), 0.0)
+    scale, each = max(float(exact.abs().max()), 1e-300), []
+    for size, error in _errors(found, exact).items():
+        allowed = factor * plain_errors[size] / scale + FLOOR
+        each.append(_Off(error / scale / allowed, error / scale, allowed))
+    return max(each)
 
 
 class Judge:
@@ -147,61 +215,39 @@ class Judge:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self._known: dict[Any, tuple[dict[str, Tensor], dict[str, dict[str, float]]]] = {}
+        self._standard = functools.cache(self._standard_of)
 
-    def _standard(self, case: Any, maths: str) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    def _standard_of(self, case: Any, maths: str) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
         """Exact outputs of the first draw, and plain PyTorch's errors, the largest over all draws."""
-        if (case, maths) not in self._known:
-            first: dict[str, Tensor] = {}
-            errors: dict[str, dict[str, float]] = {}
-            for draw in range(self.group.draws):
-                exact = {k: v.detach().double().cpu() for k, v in self.group.exact(case.small(draw), maths).items()}
-                plain = self.group.plain(case.small(draw), maths)
-                first = first or exact
-                for name, value in exact.items():
-                    off = _sizes(plain[name].detach().double().cpu() - value)
-                    before = errors.setdefault(name, off)
-                    errors[name] = {size: max(off[size], before[size]) for size in off}
-            self._known[case, maths] = first, errors
-        return self._known[case, maths]
+        first: dict[str, Tensor] = {}
+        errors: dict[str, dict[str, float]] = {}
+        for draw in range(self.group.draws):
+            small = case.small(draw)
+            exact = {k: v.detach().double().cpu() for k, v in self.group.exact(small, maths).items()}
+            plain = self.group.plain(small, maths)
+            first = first or exact
+            for name, value in exact.items():
+                off = _errors(plain[name], value)
+                before = errors.setdefault(name, off)
+                errors[name] = {size: max(off[size], before[size]) for size in off}
+        return first, errors
 
     def check(self, contender: Contender, case: Any) -> Verdict:
-        """The verdict on a contender, by a small likeness of the case. Raises NotRunError as `build` does."""
+        """The verdict on a contender, by a small likeness of the case. Raises NotRunError as `tried` does."""
         exact, plain_errors = self._standard(case, contender.maths)
-        found = build(contender, case.small(0)).outputs()
+        found = contender.tried(case.small(0)).outputs()
         missing = sorted(set(exact) - set(found))
         if missing:
             raise ValueError(f"{contender.name}: gives no {', '.join(missing)}")
-        worst = {
-            name: _worst(found[name], value, plain_errors[name], BACKWARD if name.startswith("d") else FORWARD)
+        off = {
+            name: _off(found[name], value, plain_errors[name], BACKWARD if name.startswith("d") else FORWARD)
             for name, value in exact.items()
         }
-        first, *others = sorted(worst, key=lambda name: worst[name][0] / max(worst[name][1], 1e-300), reverse=True)
-        error, allowed = worst[first]
+        first, *others = sorted(off, key=lambda name: off[name], reverse=True)
+        _, error, allowed = off[first]
         if error <= allowed:
             return Verdict("ok", "", error, allowed)
-        also = [name for name in others if worst[name][0] > worst[name][1]]
         why = f"{first} is off by {error:.2g} of its largest, {allowed:.1g} allowed"
+        also = [name for name in others if off[name].excess > 1]
         why += f"; so are {', '.join(also)}" if also else ""
         return Verdict("wrong", why + (f": {contender.fault}" if contender.fault else ""), error, allowed)
-
-
-def memory_of(trial: Trial, device: str) -> dict[str, int | None]:
-    """Peak and saved bytes of a trial, for a Row."""
-
-    def known() -> Iterator[Tensor]:  # asked after the forward pass: PEFT makes its weights anew in each
-        yield from trial.known()
-
-    saved = None if trial.forward is None else held_bytes(trial.forward, known())
-    return {"peak_bytes": peak_bytes(trial.run, device), "saved_bytes": saved}
-
-
-def not_run(group: str, case: Any, contender: Contender, why: str) -> Row:
-    return Row(group, case.name, contender.name, "not run", why, extra=case.extra())
-
-
-def free() -> None:
-    """Gives back what nobody holds: of models, Python's own collector comes first."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The towers that are measured: OpenCLIP's own models by their configs, with random weights, which cost the same.
+"""OpenCLIP's own models by their configs, with random weights, which cost the same.
 
 The text tower is as small as OpenCLIP lets it be: nobody runs it. Where OpenCLIP is not installed, the same tower is
 written out here (a test holds it to OpenCLIP's): GPU machines without a network have torch and little else.
@@ -8,75 +8,35 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import bench.base.checkout  # noqa: F401
-from bench.base.shapes import Shape
+from bench.base.towers import Setting
 
 HAS_OPEN_CLIP = importlib.util.find_spec("open_clip") is not None
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A model's image tower. config: OpenCLIP's name of it; "" where it is ours."""
-
-    name: str
-    config: str
-    image: int
-    patch: int
-    width: int
-    head_dim: int
-    layers: int
-    embed_dim: int = 512
-
-    @property
-    def tokens(self) -> int:
-        return (self.image // self.patch) ** 2 + 1
-
-    @property
-    def heads(self) -> int:
-        return self.width // self.head_dim
-
-    def ranks(self) -> tuple[int, ...]:
-        """The published ranks, one per layer: 2, and 8 in the last two."""
-        return (2,) * (self.layers - 2) + (8,) * 2
-
-    def shape(self, batch: int) -> Shape:
-        """What the roofline calls it."""
-        return Shape(f"{self.name}, batch {batch}", batch, self.tokens, self.width, self.heads, self.layers)
-
-    def model(self, layers: int, device: str, dtype: torch.dtype) -> Any:
-        """A frozen CLIP of random weights, the same at every call, whose image tower has `layers` layers."""
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # at once, not by .to(): so it works on fake tensors too
-        try:
-            with torch.device(device):
-                model = self._open_clip(layers) if HAS_OPEN_CLIP else Clip(self, layers)
-        finally:
-            torch.set_default_dtype(before)
-        return model.train().requires_grad_(False)
-
-    def _open_clip(self, layers: int) -> Any:
-        from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
-        vision = CLIPVisionCfg(layers, self.width, self.head_dim, patch_size=self.patch, image_size=self.image)
-        text = CLIPTextCfg(context_length=8, vocab_size=64, width=64, heads=2, layers=1)
-        return CLIP(self.embed_dim, vision, text)
+def clip(setting: Setting, layers: int, device: str, dtype: torch.dtype) -> Any:
+    """A frozen CLIP of random weights, the same at every call, whose image tower has `layers` layers."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # at once, not by .to(): so it works on fake tensors too
+    try:
+        with torch.device(device):
+            model = (_open_clip if HAS_OPEN_CLIP else Clip)(setting, layers)
+    finally:
+        torch.set_default_dtype(before)
+    return model.train().requires_grad_(False)
 
 
-SETTINGS = {
-    "tiny": Setting("a tiny tower", "", 32, 8, 64, 32, 3),
-    "B/32": Setting("ViT-B/32", "ViT-B-32", 224, 32, 768, 64, 12),
-    "B/16": Setting("ViT-B/16", "ViT-B-16", 224, 16, 768, 64, 12),
-    "L/14": Setting("ViT-L/14", "ViT-L-14", 224, 14, 1024, 64, 24, 768),
-    "L/14-336": Setting("ViT-L/14 at 336", "ViT-L-14-336", 336, 14, 1024, 64, 24, 768),
-    "H/14": Setting("ViT-H/14", "ViT-H-14", 224, 14, 1280, 80, 32, 1024),
-}
+def _open_clip(setting: Setting, layers: int) -> Any:
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    vision = CLIPVisionCfg(layers, setting.width, setting.head_dim, patch_size=setting.patch, image_size=setting.image)
+    text = CLIPTextCfg(context_length=8, vocab_size=64, width=64, heads=2, layers=1)
+    return CLIP(setting.embed_dim, vision, text)
 
 
 def blocks_of(model: Any) -> Any:

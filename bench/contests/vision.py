@@ -11,27 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contests.contenders.attentions import EXACT, PLAIN, Attention
-from bench.contests.contenders.ways import Way, modules, trained
-from bench.contests.contest import Contender, Group, Trial
-from bench.contests.models import SETTINGS, Setting, blocks_of
+from bench.base.towers import BATCHES, SETTINGS, Setting
+from bench.contests.contenders.attentions import EXACT, PLAIN, Attention, modules, trained
+from bench.contests.contest import Contender, Group, Trial, training_trial
+from bench.contests.models import blocks_of, clip
 
-# How a model is run: its weights' dtype, and whether under autocast to bfloat16.
+Dress = Callable[[Any, Sequence[int]], Any]  # a stock model and its layers' ranks → the model
+# How a model is run: its weights' dtype, whether under autocast to bfloat16, and that in words.
 PRECISIONS = {
-    "amp": (torch.float32, True),
-    "bf16": (torch.bfloat16, False),
-    "fp32": (torch.float32, False),
+    "amp": (torch.float32, True, "bf16 autocast"),
+    "bf16": (torch.bfloat16, False, "bf16 weights"),
+    "fp32": (torch.float32, False, "float32"),
+    "bf16 qkv": (torch.bfloat16, False, "bf16"),  # where no weight takes part
 }
-PRECISION_WORDS = {"amp": "bf16 autocast", "bf16": "bf16 weights", "fp32": "float32"}
-KINDS = ("block", "model step", "inference")
 
 
 @dataclass(frozen=True)
 class VisionCase:
-    """kind: "block" (one layer's attention module, forward and backward), "model step" or "inference" (the tower).
+    """kind: "block" (one layer's attention module, forward and backward), "model step" or "inference" (the tower), or
+    "attention" (without its projections).
 
-    setting: a key of SETTINGS. ranks: of the layers that are run. tokens: of a block; 0: the setting's.
-    closed: heads per layer whose gate is 0, where there are gates.
+    setting: a key of SETTINGS. ranks: of the layers that are run. tokens: of a layer; 0: the setting's.
+    closed: heads per layer whose gate is 0, where there are gates. to_images: a step's gradients go on to the images.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class VisionCase:
     ranks: tuple[int, ...]
     tokens: int = 0
     closed: int = 0
+    to_images: bool = False
     draw: int = 0
     exact: bool = False
 
@@ -62,7 +64,7 @@ class VisionCase:
 
     @property
     def precision_words(self) -> str:
-        return PRECISION_WORDS[self.precision]
+        return PRECISIONS[self.precision][2]
 
     def small(self, draw: int) -> VisionCase:
         """Two images, and of a tower its last three layers: both published ranks are among them."""
@@ -75,9 +77,9 @@ class VisionCase:
     def model(self) -> Any:
         """A stock model of its own; in float64 where `exact`, of the weights as the precision rounds them."""
         if self.device == "cpu":
-            model = copy.deepcopy(_stock(self.setting, len(self.ranks), self.stored))
+            model = copy.deepcopy(_stock(self.of, len(self.ranks), self.stored))
         else:  # made in no time, and a copy would lie in the way of the largest batch
-            model = self.of.model(len(self.ranks), self.device, self.stored)
+            model = clip(self.of, len(self.ranks), self.device, self.stored)
         return model.double() if self.exact else model
 
     @property
@@ -93,69 +95,57 @@ class VisionCase:
         found = torch.randn(*shape, generator=g).to(self.device, dtype)
         return found.double() if self.exact else found
 
+    def images(self) -> Tensor:
+        return self.tensor(self.batch, 3, self.of.image, self.of.image, stream=0, dtype=self.stored)
+
 
 @functools.lru_cache(maxsize=3)
-def _stock(setting: str, layers: int, dtype: torch.dtype) -> Any:
-    return SETTINGS[setting].model(layers, "cpu", dtype)
+def _stock(setting: Setting, layers: int, dtype: torch.dtype) -> Any:
+    return clip(setting, layers, "cpu", dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- trials
 
 
-def trial(case: VisionCase, way: Way) -> Trial:
-    model = way.of(case.model(), case.ranks)
-    if case.closed:
-        _close_heads(case, way, model)
-    kinds = {"block": block_trial, "model step": step_trial, "inference": inference_trial}
-    return kinds[case.kind](case, way, model)
+def trial(case: VisionCase, dress: Dress, maths: str) -> Trial:
+    model = dress(case.model(), case.ranks)
+    layers = [trained(block.attn, maths) for block in blocks_of(model)]
+    for layer in layers if case.closed else ():
+        if "theta" in layer:
+            layer["theta"].data[: case.closed] = -torch.inf
+    if case.kind == "inference":
+        return _inference_trial(case, model)
+    return (_block_trial if case.kind == "block" else _step_trial)(case, model, layers)
 
 
-def _close_heads(case: VisionCase, way: Way, model: Any) -> None:
-    with torch.no_grad():
-        for block in blocks_of(model):
-            theta = trained(way, block).get("theta")
-            if theta is not None:
-                theta[: case.closed] = -torch.inf
-
-
-def block_trial(case: VisionCase, way: Way, model: Any) -> Trial:
+def _block_trial(case: VisionCase, model: Any, layers: Sequence[dict[str, Tensor]]) -> Trial:
     """The attention module from LayerNorm to residual, with gradients to its input and what it trains."""
     block = blocks_of(model)[0]
     dtype = torch.float32 if case.precision == "fp32" else torch.bfloat16  # of activations
     shape = (case.batch, case.length, case.of.width)
     x = case.tensor(*shape, stream=0, dtype=dtype).requires_grad_()
     dy = case.tensor(*shape, stream=1, dtype=dtype)
-    names = trained(way, block)
-    own = [p for part in (block.ln_1, block.attn) for p in part.parameters() if p.requires_grad]
+    named = {"x": [x], **{name: [parameter] for name, parameter in layers[0].items()}}
+    others = [p for part in (block.ln_1, block.attn) for p in part.parameters() if p.requires_grad]
 
     def forward() -> Tensor:
         with case.computing():
             return x + block.ls_1(block.attention(block.ln_1(x)))
 
-    def run() -> Any:
-        return torch.autograd.grad(forward(), [x, *own], dy, allow_unused=True)
-
-    def outputs() -> dict[str, Tensor]:
-        y = forward()
-        grads = torch.autograd.grad(y, [x, *names.values()], dy)
-        return {"y": y.detach()} | {f"d{n}": g for n, g in zip(("x", *names), grads, strict=True)}
-
     def known() -> Iterator[Tensor]:
         yield from (x, dy, *block.parameters(), *block.buffers())
 
-    return Trial(run, outputs, forward, known, case.batch)
+    return training_trial(forward, dy, lambda: named, known, result="y", others=others, samples=case.batch)
 
 
-def step_trial(case: VisionCase, way: Way, model: Any) -> Trial:
+def _step_trial(case: VisionCase, model: Any, layers: Sequence[dict[str, Tensor]]) -> Trial:
     """A training step of the tower without the optimiser: gradients to what is trained and to the first block's input.
 
     So that the frozen tower has the same backward pass. Full fine-tuning goes on to the images' weights.
     """
-    images = case.tensor(case.batch, 3, case.of.image, case.of.image, stream=0, dtype=case.stored)
-    own = [p for p in model.visual.parameters() if p.requires_grad]
-    layers = [trained(way, block) for block in blocks_of(model)]
-    names = {n: [layer[n] for layer in layers] for n in layers[0]}
-    entered: list[Tensor] = []
+    images, entered = case.images().requires_grad_(case.to_images), list[Tensor]()
+    named = {name: [layer[name] for layer in layers] for name in layers[0]}
+    others = [p for p in (images, *model.visual.parameters()) if p.requires_grad]
 
     def enter(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         entered[:] = [args[0] if args[0].requires_grad else args[0].detach().requires_grad_()]
@@ -169,29 +159,17 @@ def step_trial(case: VisionCase, way: Way, model: Any) -> Trial:
 
     dy = case.tensor(*forward().shape, stream=1, dtype=torch.float32)
 
-    def run() -> Any:
-        features = forward()
-        return torch.autograd.grad(features, [*entered, *own], dy.to(features.dtype), allow_unused=True)
-
-    def outputs() -> dict[str, Tensor]:
-        features = forward()
-        wanted = [*entered, *(p for each in names.values() for p in each)]
-        dx, *grads = torch.autograd.grad(features, wanted, dy.to(features.dtype))
-        found = {"features": features.detach(), "dx": dx}
-        for i, name in enumerate(names):
-            of_layers = grads[i * len(layers) : (i + 1) * len(layers)]
-            found[f"d{name}"] = torch.cat([g.flatten() for g in of_layers])
-        return found
-
     def known() -> Iterator[Tensor]:
         yield from (images, dy, *model.parameters(), *model.buffers())
 
-    return Trial(run, outputs, forward, known, case.batch)
+    return training_trial(
+        forward, dy, lambda: {"x": entered, **named}, known, result="features", others=others, samples=case.batch
+    )
 
 
-def inference_trial(case: VisionCase, way: Way, model: Any) -> Trial:
+def _inference_trial(case: VisionCase, model: Any) -> Trial:
     """The tower in evaluation mode, without gradients: stock runs `nn.MultiheadAttention`'s own fast path."""
-    images = case.tensor(case.batch, 3, case.of.image, case.of.image, stream=0, dtype=case.stored)
+    images = case.images()
     model.eval()
 
     def run() -> Tensor:
@@ -209,7 +187,7 @@ def _standard(case: VisionCase, maths: str, kinds: dict[str, type[Attention]]) -
         model.visual.requires_grad_(maths == "full")
         return modules(kinds[maths])(model, ranks)
 
-    return trial(case, Way(maths, "", maths, dress)).outputs()
+    return trial(case, dress, maths).outputs()
 
 
 def exact(case: VisionCase, maths: str) -> dict[str, Tensor]:
@@ -227,17 +205,9 @@ def shapes(device: str, size: str, quick: Sequence[tuple[str, int]]) -> list[tup
     if size == "rehearsal":
         return [("tiny", 2, "amp" if device == "cuda" else "fp32")]
     if device == "cuda":
-        return [(key, batch, p) for p in ("amp", "bf16") for key, batch in (("B/16", 256), ("L/14", 128))]
+        return [(key, batch, p) for p in ("amp", "bf16") for key, batch in BATCHES.items()]
     return [(key, batch, "fp32") for key, batch in ((("B/32", 8), ("B/16", 2)) if size == "full" else quick)]
 
 
-def group(kind: str, ways: Sequence[Way], cases: Callable[[str, str], Sequence[VisionCase]]) -> Group:
-    contenders = tuple(
-        Contender(w.name, w.words, functools.partial(_build, way=w), w.maths, w.fault, w.ours, w.slow_start)
-        for w in ways
-    )
+def group(kind: str, contenders: tuple[Contender, ...], cases: Callable[[str, str], Sequence[VisionCase]]) -> Group:
     return Group(kind, "stock", contenders, cases, exact, plain)
-
-
-def _build(case: VisionCase, way: Way) -> Trial:
-    return trial(case, way)

@@ -1,8 +1,108 @@
-"""`python -m bench.gpu`: see `bench.gpu.run`."""
+"""Everything that only a GPU can show, in one command: tests, benches, sweeps, profile, and what of the targets is met.
 
+    python -m bench.gpu --out DIR                under nine minutes, no network, no installation
+    python -m bench.gpu --out DIR --tune         the search for tile rows as well (--minutes 15)
+    python -m bench.gpu --out DIR --rehearse     the same on a CPU, tiny, Triton's kernels in the interpreter: a minute
+
+Parts, each a process under a time limit of its own, what matters first. The state is the files in DIR/parts: started
+again with the same DIR, the command runs what is not yet complete (`--again PART` runs a part once more). What no time
+is left for is named. Writes gpu.json (environment, parts, rows), traces.tar.gz and summary.md to DIR; exits with 1
+where a part failed. Needs torch, triton, pytest; what else is missing (open_clip, peft) is said.
+"""
+
+from __future__ import annotations
+
+import argparse
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-from bench.gpu.run import main
+import torch
+
+import bench.base.checkout  # noqa: F401
+import fastheads.kernels
+from bench.base.checkout import ROOT
+from bench.gpu.run import Outcome, Part, Run
+from bench.report.gpu_page import summary
+
+# The paths that take longest first: where the time ends early, what is missing matters least.
+PARTS = (
+    Part("rates", "python", 40, 15, ("bench.gpu.parts", "rates")),
+    Part("tests", "tests", 110, 30, ("tests/kernels", "tests/ops", "-m", "not gpu")),
+    Part("gpu tests", "tests", 70, 30, ("tests/ops/test_gpu.py", "tests", "-m", "gpu")),
+    Part("block", "bench", 110, 30, ("bench/", "-k", "test_block")),
+    Part("model step", "bench", 110, 30, ("bench/", "-k", "test_model_step")),
+    Part("attention", "bench", 60, 25, ("bench/", "-k", "test_attention")),
+    Part("mmd", "bench", 60, 25, ("bench/", "-k", "test_mmd")),
+    Part("inference", "bench", 50, 25, ("bench/", "-k", "test_inference")),
+    Part("sweeps", "python", 110, 40, ("bench.gpu.parts", "sweeps")),
+    Part("profile", "python", 60, 20, ("bench.gpu.parts", "profile")),
+)
+TUNE = Part("tune", "python", 300, 40, ("bench.tune",))
+REHEARSAL = (
+    Part("rates", "python", 30, 1, ("bench.gpu.parts", "rates")),
+    Part("tests", "tests", 60, 1, ("tests/bench/roofline/test_roofline.py",)),
+    Part("benches", "bench", 240, 1, ("bench/", "--rehearse")),
+    Part("sweeps", "python", 90, 1, ("bench.gpu.parts", "sweeps")),
+    Part("profile", "python", 60, 1, ("bench.gpu.parts", "profile")),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, traces.tar.gz and summary.md")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny problems")
+    parser.add_argument("--minutes", type=float, default=9.0, help="all of it may take")
+    parser.add_argument("--tune", action="store_true", help="search the tile tables as well")
+    parser.add_argument("--again", nargs="+", default=[], metavar="PART", help="run these although they are complete")
+    given = parser.parse_args(argv)
+    started = time.monotonic()
+    parts = [*(REHEARSAL if given.rehearse else PARTS), *([TUNE] if given.tune else [])]
+    names = [part.name for part in parts]
+    unknown = sorted(set(given.again) - set(names))
+    if unknown:
+        parser.error(f"--again: got {', '.join(unknown)}; takes {', '.join(names)}")
+    if not given.rehearse and not torch.cuda.is_available():
+        print("There is no CUDA device here; `--rehearse` runs the same on the CPU.", file=sys.stderr)
+        return 2
+    for module in (fastheads, fastheads.kernels):
+        if ROOT not in Path(str(module.__file__)).resolve().parents:
+            print(f"{module.__name__} is {module.__file__}, not that of {ROOT}: run this in {ROOT}", file=sys.stderr)
+            return 2
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True)
+
+    run = Run(given.out.resolve(), given.rehearse)
+    try:
+        where = run.environment()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    say(f"{where['device']}, torch {torch.__version__}, commit {where['commit'][:10]}, fastheads of {ROOT}")
+    for name in given.again:
+        run.forget(name)
+    outcomes: dict[str, Outcome] = {}
+    for part in parts:
+        outcome = run.outcome(part.name)
+        left = 60 * given.minutes - (time.monotonic() - started) - 5
+        if outcome is not None and outcome.status == "done":
+            say(f"{part.name}: there already")
+        elif left < part.least:
+            outcome = outcome or Outcome("left out", why=f"no time left of {given.minutes:g} minutes")
+        else:
+            say(f"{part.name}, at most {min(part.seconds, left):.0f} s")
+            outcome = run.run(part, min(part.seconds, left))
+        outcomes[part.name] = outcome
+        if outcome.status != "done":
+            say(f"  {outcome.status}: {outcome.why}")
+    text = summary(run.collect(where, outcomes))
+    (run.out / "summary.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
+    say(f"written to {run.out}")
+    return 1 if any(o.status == "failed" for o in outcomes.values()) else 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

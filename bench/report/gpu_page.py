@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from bench.base.results import Row
-from bench.base.tables import table
+from bench.base.results import by_case
+from bench.base.tables import contest_table, table
 from bench.report.targets import targets
-
-
-def contest(rows: Sequence[Row], words: Mapping[str, str] | None = None) -> str:
-    """A case's contenders, the fastest first; what is wrong says so, what did not run comes last."""
-    words = words or {}
-    baseline = next((r.baseline for r in rows if r.baseline), "")
-    ran = sorted((r for r in rows if r.seconds), key=lambda r: (r.ratio or 1, (r.seconds or {})["median"]))
-    cells = []
-    for r in [*ran, *(r for r in rows if not r.seconds)]:
-        shown = words.get(r.contender, r.contender)
-        memory = ["" if b is None else f"{b / 1e6:,.1f}" for b in (r.peak_bytes, r.saved_bytes)]
-        note = "" if r.status == "ok" else f"{r.status}: {r.why}"
-        if r.status == "wrong":
-            note = f"**{note}**"
-        times = [f"{r.seconds['median'] * 1e3:,.2f}" if r.seconds else "–", f"{r.ratio:.2f}" if r.ratio else "–"]
-        cells.append([shown, *times, *memory, note])
-    return table(["", "ms", f"/ {baseline}" if baseline else "ratio", "peak MB", "saved MB", ""], cells)
 
 
 def where_line(where: Mapping[str, Any]) -> str:
@@ -64,9 +47,8 @@ def summary(content: Mapping[str, Any]) -> str:
     lines += _parts(content["parts"])
     cells = [t.row() for t in targets(content)]
     lines += ["## Targets", "", table(["where", "what", "limit", "measured", ""], cells), ""]
-    for group, case in dict.fromkeys((r.group, r.case) for r in rows if not r.group.endswith("sweep")):
-        own = [r for r in rows if (r.group, r.case) == (group, case)]
-        lines += [f"## {group}: {case}", "", contest(own), ""]
+    for (group, case), own in by_case(r for r in rows if not r.group.endswith("sweep")).items():
+        lines += [f"## {group}: {case}", "", contest_table(own), ""]
     for name, kernels in content.get("profile", {}).items():
         cells = [[k["kernel"][:90], f"{k['microseconds']:.0f}", f"{k['calls']:.0f}"] for k in kernels]
         lines += [f"## Where the time goes: {name}", "", table(["kernel", "µs", "launches"], cells), ""]

@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.base.checkout import ROOT
 from bench.base.results import Row
-from bench.base.tables import read_block, table, write_block
+from bench.base.tables import contest_table, read_block, sweep_tables, table, write_block
+from bench.base.towers import SETTINGS
 from bench.report import charts
-from bench.report.gpu_page import contest
-from bench.report.sources import GROUPS, Source, by_machine, cases, is_ours, one_machine, sources, words
+from bench.report.sources import GROUPS, Source, by_machine, cases, is_ours, one_machine, sources, words, words_of
 from bench.report.targets import CHOSEN
 from bench.roofline.chips import chip_of
+from bench.roofline.costs import shares_of
 from bench.roofline.passes import PATHS
 
-ROOT = Path(__file__).resolve().parents[2]
 TITLES = {
     "attention": "Attention alone: from q, k, v to gated heads, and back",
     "block": "The attention module: from its LayerNorm to the residual, forward and backward",
@@ -103,42 +104,8 @@ def wins_and_losses(found: Sequence[Source]) -> str:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def sweep_tables(source: Source, group: str) -> list[str]:
-    """Images per second against x, contenders across; of the batch sweep the largest batch of each."""
-    lines = []
-    own = [r for r in source.rows if r.group == group]
-    label = group.removesuffix(" sweep")
-    for case in dict.fromkeys(r.case for r in own):
-        rows = [r for r in own if r.case == case]
-        ran = [r for r in rows if r.seconds]
-        names = list(dict.fromkeys(r.contender for r in ran))
-        at = {(r.x, r.contender): r for r in ran}
-        xs = sorted({r.x for r in ran if r.x is not None})
-        cells = [[f"{x:g}", *(_speed(at.get((x, name))) for name in names)] for x in xs]
-        if cells:
-            lines += [f"{case}, images per second:", "", table([label, *names], cells), ""]
-        for r in ran:
-            if r.extra and "ended" in r.extra:
-                word = "largest batch" if r.extra["largest"] else "largest batch tried"
-                lines.append(f"- {r.contender}: {word} {r.x:g}, {_speed(r)} images/s; {r.extra['ended']}")
-        reasons: dict[str, list[str]] = {}
-        for r in rows:
-            if r.status != "ok":
-                reasons.setdefault(f"{r.contender}: {r.status}, {r.why}", []).append(f"{r.x:g}")
-        lines += [f"- {why} ({label} {', '.join(x)})" for why, x in reasons.items()]
-        lines.append("")
-    return lines
-
-
-def _speed(row: Row | None) -> str:
-    return "" if row is None or row.per_second is None else f"{row.per_second:,.1f}"
-
-
 def roofline_shares(found: Sequence[Source]) -> list[tuple[Row, float, float]]:
     """Rows of the attention module that the roofline has a path for; share of peak's time, and of reachable rates'."""
-    from bench.contests.models import SETTINGS
-    from bench.roofline.costs import shares_of
-
     one_machine(found, "fraction of the roofline")
     chip = chip_of(found[0].environment["device"])
     shares = []
@@ -162,11 +129,11 @@ def machine_section(found: Sequence[Source], folder: str) -> str:
             lines += [f"#### {TITLES[group]}", ""]
             lines += _picture(found, group, folder)
         lines += [f"**{rows[0].case}** ({source.caption()})", ""]
-        lines += [contest(rows, {r.contender: words(r) for r in rows}), ""]
+        lines += [contest_table(rows, words_of(rows)), ""]
     for source in found:
         for name in dict.fromkeys(r.group for r in source.rows if r.group.endswith(" sweep")):
             lines += [f"#### Against the {charts.AXES[name]}", "", *_picture([source], name, folder)]
-            lines += [f"({source.caption()})", "", *sweep_tables(source, name)]
+            lines += [f"({source.caption()})", "", *sweep_tables(source.rows, name)]
     shares = roofline_shares(found)
     if shares:
         cells = [[r.case, words(r), f"{peak:.0%}", f"{reached:.0%}"] for r, peak, reached in shares]
@@ -209,7 +176,7 @@ def chart_of(found: Sequence[Source], what: str) -> Chart | None:
         panels = charts.lines(what, [r for s in own for r in s.rows if r.group == what])
     else:
         rows = [r for s in own for r in s.rows if r.group == what]
-        panels = charts.bars(rows, {r.contender: words(r) for r in rows}, {r.contender for r in rows if is_ours(r)})
+        panels = charts.bars(rows, words_of(rows), {r.contender for r in rows if is_ours(r)})
     if not panels:
         return None
     slug = "".join(c if c.isalnum() else "-" for c in found[0].machine.lower()).strip("-")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.base.results import Row, read
+from bench.base.results import Row, by_case
+from bench.contests.contest import Contender
 
 GROUPS = ("attention", "block", "model step", "mmd", "inference")
 
@@ -40,27 +41,27 @@ class Source:
 
 
 def sources(files: Sequence[Path]) -> list[Source]:
-    """The files that hold rows; ValueError for a rehearsal's, and where two say something of the same case."""
+    """The files that hold contests or sweeps; ValueError for a rehearsal's, and where two have the same case."""
     found = []
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
-        rows = content.get("rows") if isinstance(content, dict) else None
-        if not rows or not isinstance(rows, list) or "contender" not in rows[0]:
-            continue  # another form: of the compiler, of the roofline
+        rows = tuple(Row(**row) for row in content.get("rows", ()) if is_shown(row.get("group", "")))
+        if not rows:
+            continue  # of the compiler, of the roofline, or with a page of its own
         if content.get("rehearsal"):
             raise ValueError(f"{file.name}: a rehearsal's numbers mean nothing")
-        found.append(Source(file.name, *_frozen(read(file))))
+        found.append(Source(file.name, content["environment"], rows))
     seen: dict[tuple[str, str, str], str] = {}
     for source in found:
-        for group, case in dict.fromkeys((r.group, r.case) for r in source.rows):
+        for group, case in by_case(source.rows):
             other = seen.setdefault((source.machine, group, case), source.name)
             if other != source.name:
                 raise ValueError(f"{other} and {source.name} both have {group}: {case} of {source.machine}; keep one")
     return found
 
 
-def _frozen(pair: tuple[dict[str, Any], list[Row]]) -> tuple[dict[str, Any], tuple[Row, ...]]:
-    return pair[0], tuple(pair[1])
+def is_shown(group: str) -> bool:
+    return group in GROUPS or group.endswith(" sweep")
 
 
 def one_machine(found: Sequence[Source], what: str) -> None:
@@ -75,7 +76,7 @@ def one_machine(found: Sequence[Source], what: str) -> None:
 
 
 @functools.cache
-def contenders() -> dict[tuple[str, str], Any]:
+def contenders() -> dict[tuple[str, str], Contender]:
     """Per group and name, as the benches have them."""
     modules = [importlib.import_module(f"bench.contests.bench_{group.replace(' ', '_')}") for group in GROUPS]
     return {(m.GROUP.name, c.name): c for m in modules for c in m.GROUP.contenders}
@@ -84,6 +85,10 @@ def contenders() -> dict[tuple[str, str], Any]:
 def words(row: Row) -> str:
     known = contenders().get((row.group, row.contender))
     return known.words if known else row.contender
+
+
+def words_of(rows: Iterable[Row]) -> dict[str, str]:
+    return {r.contender: words(r) for r in rows}
 
 
 def is_ours(row: Row) -> bool:
@@ -95,8 +100,8 @@ def cases(found: Sequence[Source]) -> Iterator[tuple[Source, list[Row]]]:
     """The contests, group by group; a case's rows are of one file."""
     for group in GROUPS:
         for source in found:
-            for case in dict.fromkeys(r.case for r in source.rows if r.group == group):
-                yield source, [r for r in source.rows if (r.group, r.case) == (group, case)]
+            for rows in by_case(r for r in source.rows if r.group == group).values():
+                yield source, rows
 
 
 def by_machine(found: Sequence[Source]) -> dict[str, list[Source]]:

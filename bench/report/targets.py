@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.base.results import Row
-from bench.contests.models import SETTINGS
+from bench.base.towers import BATCHES, SETTINGS, SHAPES
 from bench.roofline.chips import chip_of
 from bench.roofline.costs import cost
 from bench.roofline.passes import PATHS
 
-TOWERS = ("B/16", "L/14")
-BATCHES = {"B/16": 256, "L/14": 128}
 # What "auto" takes: stacked for a base in float32, delta for one in 16 bits.
 CHOSEN = {"amp": "stacked", "bf16": "delta"}
 LARGE, PAPER = (1, 2, 8192, 768, "domainbed"), (12, 3, 12, 768, "domainbed")
@@ -90,7 +88,7 @@ def module_mean(rows: Sequence[Row], setting: str, precision: str, name: str, va
 
 def module_targets(rows: Sequence[Row], device: str, setting: str, precision: str) -> list[Target]:
     where = f"{SETTINGS[setting].name}, batch {BATCHES[setting]}, {precision}: attention module"
-    ours, shape = CHOSEN[precision], SETTINGS[setting].shape(BATCHES[setting])
+    ours, shape = CHOSEN[precision], SHAPES[setting]
 
     def ratio(name: str) -> float:
         return module_mean(rows, setting, precision, name, lambda r: _field(r, "ratio"))
@@ -170,7 +168,7 @@ def targets(content: Mapping[str, Any]) -> list[Target]:
     """Of gpu.json's content: rows as `Row`, environment with its rates, profile."""
     rows, device = content["rows"], content["environment"]["device"]
     found = []
-    for setting in TOWERS:
+    for setting in BATCHES:
         for precision in CHOSEN:
             found += module_targets(rows, device, setting, precision)
             found.append(step_target(rows, setting, precision))

@@ -17,6 +17,7 @@ from fastheads.kernels.attention_bwd import tile_for, whole_blocks
 from fastheads.kernels.attention_fwd import tiles_of
 from fastheads.kernels.low_rank import BLOCK_ROWS, PROGRAMS
 from fastheads.kernels.one_pass import one_pass_tiles
+from fastheads.ops.mmd import panel_rows
 
 DTYPE = torch.bfloat16
 
@@ -150,3 +151,15 @@ def low_rank_bwd(head_dim: int, rows: int, targets: int, heads: int, rank: int) 
 
 def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
+
+
+# ----------------------------------------------------------------------------------------------------------- the MMD
+
+
+def mmd_pairs(samples: int, device: str = "cpu") -> int:
+    """Pairs of samples whose distance a sweep over one set of them forms, on a "cpu" or on a GPU ("cuda").
+
+    A panel's own square is made whole: of up to 2,048 samples, which are one panel, all N² pairs; of many more, half.
+    """
+    height = panel_rows(samples, 64 if device == "cpu" else 128)
+    return sum(min(height, samples - i) * (samples - i) for i in range(0, samples, height))

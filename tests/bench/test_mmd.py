@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import mmd
+from bench.base.results import Row, fields
 from bench.base.timing import compare
-from bench.report import mmd_page as mmd_report
+from bench.report import mmd_page
+from bench.report.mmd_page import OURS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, DOC = ROOT / "bench" / "results" / "mmd-cpu.json", ROOT / "docs" / "results" / "mmd-cpu.md"
@@ -18,17 +19,14 @@ RESULTS, DOC = ROOT / "bench" / "results" / "mmd-cpu.json", ROOT / "docs" / "res
 def tiny(monkeypatch):
     """Each part and the growth on a few samples, memory in this process."""
     peers = ("DomainBed", "reference")
-    parts = {"12 × 36 × 768": ((12, 16, 3, 2), (*mmd.OURS, *peers), 2, 1e-3)}
-    parts["3 × 2048 × 768"] = ((24, 16, 3, 1), (mmd.OURS[0], *peers), 2, 0.0)
-    parts[mmd.LARGE] = ((24, 16, 2, 1), (mmd.OURS[0], *peers), 1, 0.0)
+    parts = {"12 × 36 × 768": ((12, 16, 3, 2), (OURS, "ours: adaptive", "ours: dan", *peers), 2, 1e-3)}
+    parts["3 × 2048 × 768"] = ((24, 16, 3, 1), (OURS, *peers), 2, 0.0)
+    parts[mmd.LARGE] = ((24, 16, 2, 1), (OURS, *peers), 1, 0.0)
     monkeypatch.setattr(mmd, "PARTS", parts)
     monkeypatch.setattr(mmd, "GROWTH_N", (8, 16))
     monkeypatch.setattr(mmd, "GROWTH_D", (4, 768))
-    monkeypatch.setattr(mmd, "GROWTH_FIXED", (16, 768))
-    monkeypatch.setattr(mmd_report, "GROWTH_SAMPLES", 16)
-    a = torch.ones(16, 16)
-    monkeypatch.setattr(mmd, "product", lambda: lambda: a @ a)
-    monkeypatch.setattr(mmd, "product_flops", lambda: 2 * 16**3)
+    monkeypatch.setattr(mmd_page, "GROWTH_SAMPLES", 16)
+    monkeypatch.setattr(mmd, "PRODUCT", 16)
     monkeypatch.setattr(mmd, "compare", lambda runs, device, **_: compare(runs, device, rounds=2, sample_seconds=1e-4))
     monkeypatch.setattr(mmd, "in_process", lambda name, part, threads: mmd.measure_alone(name, part))
 
@@ -46,22 +44,23 @@ def test_parts_are_measured_one_after_the_other_into_one_file(tiny, tmp_path, ca
     for heading in (*mmd.PARTS, "Growth with N and D"):
         assert f"## {heading}\n" in text
     assert "goes into: sort and centre" in text and f"]({plot.name})" in text
-    assert "rounds" not in text and "round 1 of 2" in capsys.readouterr().out
+    assert "ours: domainbed, in a process of its own" in capsys.readouterr().out
 
 
-def part(ours, peers, memory, share):
-    times = {name: mmd_report.summary([seconds]) for name, seconds in {mmd_report.OURS: ours, **peers}.items()}
-    return {"times": times, "memory": memory, "share_of_matmul": share}
+def part(share, **rows):
+    """A part's content: seconds and extra bytes of each candidate."""
+    own = [Row(mmd.GROUP, "here", n, seconds={"median": s}, peak_bytes=int(b)) for n, (s, b) in rows.items()]
+    return {"rows": list(map(fields, own)), "share_of_matmul": share}
 
 
 def test_targets_are_met_or_not_as_the_numbers_say():
-    results = {
-        "12 × 36 × 768": part(1.0, {"DomainBed": 9.9}, {mmd_report.OURS: 1}, 0.1),
-        "3 × 2048 × 768": part(1.0, {"DomainBed": 3.0}, {mmd_report.OURS: 5, "DomainBed": 100}, 0.7),
-        "3 × 256 × 768": part(1.0, {"DomainBed": 3.0, "KeOps": 51.0}, {mmd_report.OURS: 5}, 0.8),
-        "16384 × 768": part(1.0, {}, {mmd_report.OURS: 301e6}, 0.8),
+    content = {
+        "12 × 36 × 768": part(0.1, **{OURS: (1.0, 1), "DomainBed": (9.9, 0)}),
+        "3 × 2048 × 768": part(0.7, **{OURS: (1.0, 5), "DomainBed": (3.0, 100)}),
+        "3 × 256 × 768": part(0.8, **{OURS: (1.0, 5), "DomainBed": (3.0, 0), "KeOps": (51.0, 0)}),
+        "16384 × 768": part(0.8, **{OURS: (1.0, 301e6)}),
     }
-    found = {(row[0], row[1].split(" than ")[-1]): row[3] for row in mmd_report.verdicts(results, list(results))}
+    found = {(row[0], row[1].split(" than ")[-1]): row[3] for row in mmd_page.verdicts(content, list(content))}
     assert found["12 × 36 × 768", "DomainBed"] == "no"
     assert found["3 × 2048 × 768", "DomainBed"] == "yes"
     assert found["3 × 2048 × 768", "≤ 5% of its extra memory"] == "yes"
@@ -75,4 +74,4 @@ def test_the_document_shows_the_result_file():
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert set(results) == {*mmd.PARTS, "growth"}
     plot = DOC.parent / "mmd-growth.png"
-    assert DOC.read_text(encoding="utf-8") == mmd_report.document(results, list(mmd.PARTS), plot) and plot.exists()
+    assert DOC.read_text(encoding="utf-8") == mmd_page.document(results, list(mmd.PARTS), plot) and plot.exists()

@@ -5,20 +5,20 @@ import torch
 
 from bench import sweeps
 from bench.base import results
-from bench.contests.contenders.ways import AUTO, TRAINING, Way, way
-from bench.contests.contest import NotRunError, Trial
-from bench.contests.vision import VisionCase, trial
+from bench.contests.contenders.towers import AUTO, tower, training
+from bench.contests.contest import Contender, NotRunError, Trial
+from bench.contests.vision import VisionCase
 from bench.sweeps import Sweep, largest, main, memory_error, points_of, sweep_batch, sweep_module
 
-STOCK = way("stock", TRAINING)
+STOCK = training("stock")
 QUICK = {"rounds": 1, "sample_seconds": 0.0, "say": lambda line: None}
 
 
-def simulated(monkeypatch, seconds=0.0, limit=100, error=None):
-    """Trials that take no time, and no memory up to `limit` images."""
+def simulated(monkeypatch, limit=100, error=None):
+    """Batches that were asked for, and a way to contenders whose trials take no memory up to `limit` images."""
     asked = []
 
-    def made(case, contender):
+    def build(case):
         def run():
             if case.batch > limit:
                 raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -26,9 +26,8 @@ def simulated(monkeypatch, seconds=0.0, limit=100, error=None):
         asked.append(case.batch)
         return Trial(run, dict)
 
-    monkeypatch.setattr(sweeps, "trial", made)
     monkeypatch.setattr(sweeps, "peak_bytes", lambda run, device: 1000)
-    return asked
+    return asked, lambda name: Contender(name, "", build)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 8, 100, 1000, 1023])
@@ -42,9 +41,9 @@ def test_nothing_fits():
 
 
 def test_the_batch_grows_until_memory_ends(monkeypatch):
-    asked = simulated(monkeypatch)
+    asked, contender = simulated(monkeypatch)
     sweep = Sweep("cpu", "fp32", 60, **QUICK)
-    sweep_batch(sweep, ["tiny"], [AUTO], start=8)
+    sweep_batch(sweep, ["tiny"], [contender("auto")], start=8)
     assert asked[:5] == [8, 16, 32, 64, 128]
     last = sweep.rows[-1]
     assert 89 <= last.x <= 100 and last.extra["largest"] is True
@@ -55,24 +54,24 @@ def test_the_batch_grows_until_memory_ends(monkeypatch):
 
 
 def test_after_the_memory_ended_the_next_contender_starts(monkeypatch):
-    simulated(monkeypatch)
+    _, contender = simulated(monkeypatch)
     sweep = Sweep("cpu", "fp32", 60, **QUICK)
-    sweep_batch(sweep, ["tiny"], [AUTO, STOCK], start=8)
+    sweep_batch(sweep, ["tiny"], [contender("auto"), contender("stock")], start=8)
     assert [r.contender for r in sweep.rows if (r.extra or {}).get("largest")] == ["auto", "stock"]
 
 
 def test_a_first_batch_that_does_not_fit_is_not_run(monkeypatch):
-    simulated(monkeypatch, limit=1)
+    _, contender = simulated(monkeypatch, limit=1)
     sweep = Sweep("cpu", "fp32", 60, **QUICK)
-    sweep_batch(sweep, ["tiny"], [AUTO], start=8)
+    sweep_batch(sweep, ["tiny"], [contender("auto")], start=8)
     (row,) = sweep.rows
     assert row.status == "not run" and "out of memory" in row.why and row.x == 8
 
 
 def test_an_error_that_is_not_about_memory_is_an_error(monkeypatch):
-    simulated(monkeypatch, error=RuntimeError("shapes do not fit"))
+    _, contender = simulated(monkeypatch, error=RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes"):
-        sweep_batch(Sweep("cpu", "fp32", 60, **QUICK), ["tiny"], [AUTO], start=256)
+        sweep_batch(Sweep("cpu", "fp32", 60, **QUICK), ["tiny"], [contender("auto")], start=256)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +98,9 @@ def test_a_budget_ends_it_on_a_cpu():
 
 
 def test_without_time_nothing_is_called_the_largest(monkeypatch):
-    simulated(monkeypatch)
+    _, contender = simulated(monkeypatch)
     sweep = Sweep("cpu", "fp32", -1, **QUICK)
-    sweep_batch(sweep, ["tiny"], [AUTO], start=8)
+    sweep_batch(sweep, ["tiny"], [contender("auto")], start=8)
     (row,) = sweep.rows
     assert row.extra["largest"] is False and "no time left" in row.extra["ended"]
 
@@ -122,7 +121,7 @@ def test_a_contender_that_cannot_run_leaves_the_others():
 
     case = VisionCase("block", "tiny", 2, "cpu", "fp32", (8,))
     sweep = Sweep("cpu", "fp32", 60, **QUICK)
-    contenders = [Way("absent", "", "ha-lora", refuse), STOCK, AUTO]
+    contenders = [tower("absent", "", "ha-lora", refuse), STOCK, AUTO]
     sweep_module(sweep, "rank", "here", points_of("rank", case, True)[:1], contenders)
     assert [(r.contender, r.status) for r in sweep.rows] == [("absent", "not run"), ("stock", "ok"), ("auto", "ok")]
     assert sweep.rows[1].ratio == 1.0 and sweep.rows[2].baseline == "stock"
@@ -138,7 +137,7 @@ def test_length_keeps_the_tokens_and_closed_counts_heads():
 
 def test_closed_heads_have_a_gate_of_zero():
     open_, closed = (
-        trial(VisionCase("block", "tiny", 2, "cpu", "fp32", (4,), closed=n), AUTO).outputs() for n in (0, 1)
+        AUTO.trial(VisionCase("block", "tiny", 2, "cpu", "fp32", (4,), closed=n)).outputs() for n in (0, 1)
     )
     assert bool((closed["dlora_A"][:, 0] == 0).all()) and bool((closed["dlora_A"][:, 1] != 0).any())
     assert bool((open_["dlora_A"][:, 0] != 0).any())

@@ -8,19 +8,18 @@ Four mathematics are among them:
 - `lora qv`: plain LoRA on the query and the value projection, which is what CLIP-LoRA offers.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.contests.models import blocks_of
 from fastheads import reference
 from fastheads.reference import softmax_gate
 
 PARTS = (0, 2)  # q and v
-MATHS = ("frozen", "full", "ha-lora", "lora qkvo", "lora qv")
 
 
 def adapters(maths: str, width: int, heads: int, rank: int, layer: int) -> dict[str, Tensor]:
@@ -47,19 +46,65 @@ def adapters(maths: str, width: int, heads: int, rank: int, layer: int) -> dict[
     return {}
 
 
+def trained(attn: Any, maths: str) -> dict[str, Tensor]:
+    """What of an attention is trained, whoever's it is, by the names that `adapters` gives it."""
+    if maths == "full":
+        return {"w_in": attn.in_proj_weight, "w_out": attn.out_proj.weight}
+    if hasattr(attn, "base_layer"):  # PEFT's, with the output projection's inside
+        layers = {"in": attn, "out": attn.base_layer.out_proj}
+        each = ((of, side) for of in layers for side in "AB")
+        return {f"{of}_{side}": getattr(layers[of], f"lora_{side}")["default"].weight for of, side in each}
+    owner = attn if isinstance(attn, Attention) else getattr(attn, "heads", None)
+    return {} if owner is None else {n: p for n, p in owner.named_parameters(recurse=False) if p.requires_grad}
+
+
+def modules(kind: "type[Attention]") -> Callable[[Any, Sequence[int]], Any]:
+    """Puts a `kind` in the place of every attention of the image tower."""
+
+    def dress(model: Any, ranks: Sequence[int]) -> Any:
+        for layer, (block, rank) in enumerate(zip(blocks_of(model), ranks, strict=True)):
+            block.attn = kind(block.attn, rank, layer)
+        return model
+
+    return dress
+
+
+def split(qkv: Tensor, heads: int) -> list[Tensor]:
+    """q, k, v, each `[B, H, N, dh]`, views of `[B, N, 3D]`."""
+    return [part.transpose(1, 2) for part in qkv.unflatten(2, (3, heads, -1)).unbind(2)]
+
+
+def joined(o: Tensor) -> Tensor:
+    """Heads `[B, H, N, dh]` as `[B, N, D]`."""
+    return o.transpose(1, 2).flatten(2)
+
+
+def gated(o: Tensor, gate: Tensor) -> Tensor:
+    """Heads `[B, H, N, dh]`, each times its gate, as `[B, N, D]`."""
+    return joined(o * gate.to(o.dtype).view(1, -1, 1, 1))
+
+
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As SDPA has it; xformers wants `[B, N, H, dh]`."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """A layer's attention by plain PyTorch, called as OpenCLIP 3.3 calls it; its weights are the original module's."""
 
     maths = "frozen"
+    attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, original: Any, rank: int, layer: int) -> None:
         super().__init__()
-        self.num_heads, self.rank, width = original.num_heads, rank, original.embed_dim
+        self.num_heads, self.rank = original.num_heads, rank
         self.in_proj_weight, self.in_proj_bias = original.in_proj_weight, original.in_proj_bias
         self.out_proj = original.out_proj
         weight = self.in_proj_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        for name, value in adapters(self.maths, width, self.num_heads, rank, layer).items():
+        for name, value in adapters(self.maths, original.embed_dim, self.num_heads, rank, layer).items():
             self.register_parameter(name, nn.Parameter(value.to(weight.device, dtype)))
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -67,58 +112,42 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Heads `[B, N, D]`, concatenated, of x `[B, N, D]`."""
-        q, k, v = self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))
-        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+        return joined(self.attend(*self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
-    def split(self, y: Tensor) -> list[Tensor]:
-        """q, k, v, each `[B, H, N, dh]`, views of `[B, N, 3D]`."""
-        B, N, _ = y.shape
-        return [p.transpose(1, 2) for p in y.view(B, N, 3, self.num_heads, -1).unbind(2)]
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        return split(qkv, self.num_heads)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-# ------------------------------------------------------------------------------------------------------- HA-LoRA
+class Plain(Attention):
+    """HA-LoRA as one writes it in PyTorch: projection, the low-rank path beside it, SDPA, gate."""
 
-
-class HeadLora(Attention):
     maths = "ha-lora"
     lora_A: Tensor
     lora_B: Tensor
     theta: Tensor
 
-    def gated(self, o: Tensor) -> Tensor:
-        """`[B, H, N, dh]`, each head times its gate, as `[B, N, D]`."""
-        o = o * softmax_gate(self.theta).to(o.dtype).view(1, -1, 1, 1)
-        return o.transpose(1, 2).flatten(2)
-
-
-class Plain(HeadLora):
-    """As one writes it in PyTorch: projection, the low-rank path beside it, SDPA, gate."""
-
     def heads(self, x: Tensor) -> Tensor:
+        return gated(self.attend(*self.project(x)), softmax_gate(self.theta))
+
+    def project(self, x: Tensor) -> list[Tensor]:
         each = self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))
         dtype = each[0].dtype
         for t, part in enumerate(PARTS):
             low = torch.einsum("bnd,hrd->bhnr", x, self.lora_A[t].to(dtype))
             each[part] = each[part] + 1.0 * (low @ self.lora_B[t].to(dtype).mT)
-        return self.gated(self.attend(*each))
+        return each
 
 
 class XFormers(Plain):
-    """`Plain` with xformers' memory_efficient_attention, which wants `[B, N, H, dh]`."""
+    """`Plain` with xformers' memory_efficient_attention."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from xformers.ops import memory_efficient_attention
-
-        return memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    attend = staticmethod(xformers_attention)
 
 
-class Reference(HeadLora):
+class Reference(Plain):
     """The formula in `fastheads.reference`; in float64 what all others are held to."""
 
     def heads(self, x: Tensor) -> Tensor:
@@ -137,16 +166,16 @@ class Compiled(Reference):
         return self.compiled(x)
 
 
-class Merged(HeadLora):
+class Merged(Plain):
     """W + s·B A formed under autograd, in float32, rounded once; then the stock projection, with a dense dW."""
 
-    def heads(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> list[Tensor]:
         dtype = self.compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             for_q, for_v = torch.einsum("thdr,thrk->thdk", self.lora_B, self.lora_A).flatten(1, 2).unbind(0)
             weight = self.in_proj_weight + torch.cat((for_q, torch.zeros_like(for_q), for_v))
         bias = None if self.in_proj_bias is None else self.in_proj_bias.to(dtype)
-        return self.gated(self.attend(*self.split(F.linear(x, weight.to(dtype), bias))))
+        return self.split(F.linear(x, weight.to(dtype), bias))
 
 
 class _Factored(torch.autograd.Function):
@@ -181,10 +210,10 @@ class _Factored(torch.autograd.Function):
         return dx, None, None, da, dup
 
 
-class Factored(HeadLora):
+class Factored(Plain):
     """The deltas factored through cuBLAS in one autograd.Function with in-place products, in unsloth's way."""
 
-    def heads(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> list[Tensor]:
         B, N, D = x.shape
         dtype, (T, H, dh, r) = self.compute_dtype(x), self.lora_B.shape
         diagonal = torch.eye(H, device=x.device).view(1, H, 1, H, 1)
@@ -193,10 +222,13 @@ class Factored(HeadLora):
         flat = x.to(dtype).reshape(B * N, D)
         with torch.autocast(x.device.type, enabled=False):
             y = _Factored.apply(flat, self.in_proj_weight.to(dtype), bias, self.lora_A.flatten(1, 2).to(dtype), up)
-        return self.gated(self.attend(*self.split(y.view(B, N, 3 * D))))
+        return self.split(y.view(B, N, 3 * D))
 
 
-# ---------------------------------------------------------------------------------------------------- plain LoRA
+def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x Aᵀ Bᵀ, in what the products come to."""
+    low = F.linear(x, a.to(x.dtype))
+    return F.linear(low, b.to(low.dtype))
 
 
 class LoraQKVO(Attention):
@@ -209,10 +241,9 @@ class LoraQKVO(Attention):
     out_B: Tensor
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        y = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        y = y + F.linear(F.linear(query, self.in_A.to(y.dtype)), self.in_B.to(y.dtype))
-        o = self.attend(*self.split(y)).transpose(1, 2).flatten(2)
-        return self.out_proj(o) + F.linear(F.linear(o, self.out_A.to(o.dtype)), self.out_B.to(o.dtype)), None
+        qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias) + low_rank(query, self.in_A, self.in_B)
+        o = joined(self.attend(*self.split(qkv)))
+        return self.out_proj(o) + low_rank(o, self.out_A, self.out_B), None
 
 
 class LoraQV(Attention):
@@ -225,9 +256,8 @@ class LoraQV(Attention):
     def heads(self, x: Tensor) -> Tensor:
         each = list(F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         for t, part in enumerate(PARTS):
-            low = F.linear(x, self.lora_A[t].to(each[part].dtype))
-            each[part] = each[part] + F.linear(low, self.lora_B[t].to(low.dtype))
-        return self.attend(*self.split(torch.cat(each, -1))).transpose(1, 2).flatten(2)
+            each[part] = each[part] + low_rank(x, self.lora_A[t], self.lora_B[t])
+        return joined(self.attend(*self.split(torch.cat(each, -1))))
 
 
 class ClipLora(LoraQV):
@@ -236,11 +266,9 @@ class ClipLora(LoraQV):
     """
 
     def heads(self, x: Tensor) -> Tensor:
-        D = x.shape[-1]
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         each = []
-        for part in range(3):
-            weight = self.in_proj_weight[part * D : (part + 1) * D]
-            bias = None if self.in_proj_bias is None else self.in_proj_bias[part * D : (part + 1) * D]
+        for part, (weight, bias) in enumerate(zip(self.in_proj_weight.chunk(3), biases, strict=True)):
             if part not in PARTS:
                 each.append(F.linear(x, weight, bias))
                 continue
@@ -249,9 +277,8 @@ class ClipLora(LoraQV):
             weight = weight.detach() + delta
             each.append(F.linear(x, weight, bias))
             weight.data -= delta.detach()
-        B, N, _ = x.shape
-        q, k, v = (y.view(B, N, self.num_heads, -1).transpose(1, 2) for y in each)
-        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in each)
+        return joined(self.attend(q, k, v))
 
 
 PLAIN: dict[str, type[Attention]] = {

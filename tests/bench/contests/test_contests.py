@@ -11,12 +11,13 @@ import torch
 from standalone import clean_environment
 
 from bench.base import results
+from bench.base.towers import SETTINGS
 from bench.contests import bench_attention, bench_block, bench_inference, bench_mmd, bench_model_step
-from bench.contests.contenders.attentions import EXACT, PLAIN, LoraQKVO, adapters
-from bench.contests.contenders.ways import IMPLEMENTATIONS, TRAINING, modules, way
-from bench.contests.contest import Contender, Group, Judge, NotRunError, Trial, build, memory_of
-from bench.contests.models import SETTINGS, Clip, blocks_of
-from bench.contests.vision import VisionCase, trial
+from bench.contests.contenders.attentions import EXACT, PLAIN, LoraQKVO, adapters, modules
+from bench.contests.contenders.towers import IMPLEMENTATIONS, training
+from bench.contests.contest import Contender, Group, Judge, NotRunError, Trial
+from bench.contests.models import Clip, blocks_of, clip
+from bench.contests.vision import VisionCase
 
 ROOT = Path(__file__).resolve().parents[3]
 GROUPS = {m.GROUP.name: m.GROUP for m in (bench_attention, bench_block, bench_model_step, bench_mmd, bench_inference)}
@@ -127,7 +128,7 @@ def test_a_missing_library_is_not_run(name, package, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == package else found(n, *a))
     with pytest.raises(NotRunError, match=f"^{package} is not installed$"):
-        build(GROUPS["block"].named(name), BLOCK)
+        GROUPS["block"].named(name).tried(BLOCK)
 
 
 def test_a_peer_that_breaks_is_not_run_and_ours_is_an_error():
@@ -135,9 +136,9 @@ def test_a_peer_that_breaks_is_not_run_and_ours_is_an_error():
         raise RuntimeError("no such kernel\nand more")
 
     with pytest.raises(NotRunError, match="^broke: RuntimeError: no such kernel$"):
-        build(Contender("peer", "", broken), BLOCK)
+        Contender("peer", "", broken).tried(BLOCK)
     with pytest.raises(RuntimeError):
-        build(Contender("ours", "", broken, ours=True), BLOCK)
+        Contender("ours", "", broken, ours=True).tried(BLOCK)
 
 
 @pytest.mark.parametrize("name", ["peft", "peft, merged"])
@@ -177,18 +178,18 @@ def test_the_peak_on_a_cpu_is_the_most_that_was_held_at_once():
         return second.sum()
 
     made = Trial(run, dict)
-    peak = memory_of(made, "cpu")["peak_bytes"]
+    peak = made.memory("cpu")["peak_bytes"]
     assert 8_000_000 <= peak < 8_001_000
 
 
 def test_saved_bytes_leave_out_what_exists_anyway():
     x = torch.zeros(1000, requires_grad=True)
     made = Trial(lambda: None, dict, lambda: (x * 2).square().sum(), lambda: (x,))
-    assert memory_of(made, "cpu")["saved_bytes"] == 4000
+    assert made.memory("cpu")["saved_bytes"] == 4000
 
 
 def test_recompute_saves_less_than_stock():
-    saved = {n: memory_of(trial(BLOCK, way(n, TRAINING)), "cpu")["saved_bytes"] for n in ("stock", "cpu, recompute")}
+    saved = {n: training(n).trial(BLOCK).memory("cpu")["saved_bytes"] for n in ("stock", "cpu, recompute")}
     assert saved["cpu, recompute"] < saved["stock"]
 
 
@@ -211,7 +212,7 @@ def test_settings_are_openclips_own_configs(key):
 def test_the_tower_written_out_is_openclips():
     pytest.importorskip("open_clip")
     setting = SETTINGS["tiny"]
-    original, ours = setting.model(2, "cpu", torch.float32).eval(), Clip(setting, 2).eval()
+    original, ours = clip(setting, 2, "cpu", torch.float32).eval(), Clip(setting, 2).eval()
     weights = {n: p for n, p in original.state_dict().items() if n.startswith("visual.")}
     ours.load_state_dict(weights)
     images = torch.randn(2, 3, setting.image, setting.image)
@@ -246,4 +247,4 @@ def test_the_command_gives_every_contender_a_row_and_a_verdict(tmp_path):
             assert row.baseline == GROUPS[row.group].baseline
     assert {r.contender for r in rows if r.status == "wrong"} <= {"peft", "peft, merged", "clip-lora"}
     assert "block: a tiny tower, batch 2, rank 8, float32" in shown
-    assert "right, off by" in shown and "not run: runs on cuda, not on cpu" in shown and "WRONG: dx is off by" in shown
+    assert "right, off by" in shown and "not run: runs on cuda, not on cpu" in shown and "wrong: dx is off by" in shown

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from standalone import clean_environment
 
-from bench.base import results
+from bench.base import results, timing
 from bench.base.results import Row
-from bench.base.shapes import SHAPES
 from bench.base.timing import compare
+from bench.base.towers import SHAPES
 from bench.check.compare import copy_working_tree
-from bench.gpu.run import Outcome, Part, Run, main, read_junit
+from bench.gpu.__main__ import main
+from bench.gpu.plugin import NO_TIME
+from bench.gpu.run import Outcome, Part, Run, read_junit
 from bench.report.targets import LARGE, PAPER, Target, mmd_targets, module_targets, step_target
 from bench.roofline.chips import CHIPS
 from bench.roofline.costs import cost
-from bench.stopwatch import Stopwatch
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -87,27 +88,29 @@ def test_the_mmds_targets_come_from_rows_rates_and_launches():
 
 
 def test_a_junit_report_is_read():
-    text = """<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">
+    text = f"""<testsuites><testsuite tests="4" failures="1" errors="0" skipped="2">
     <testcase classname="tests.a" name="good"/>
     <testcase classname="tests.a" name="bad"><failure message="no"/></testcase>
+    <testcase classname="tests.a" name="elsewhere"><skipped message="needs a GPU"/></testcase>
+    <testcase classname="tests.a" name="late"><skipped type="pytest.skip" message="{NO_TIME}"/></testcase>
     </testsuite></testsuites>"""
     found = read_junit(text)
     assert found["counts"]["passed"] == 1
     assert found["failures"] == [{"test": "tests.a::bad", "message": "no"}]
+    assert found["left"] == ["tests.a::late"]
 
 
 def test_variants_take_turns():
     order = []
     found = compare({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", rounds=3, sample_seconds=0)
-    assert "".join(order[-6:]) == "ababab"
+    assert "".join(order[-6:]) == "abbaab"
     assert found["a"]["samples"] == 3
 
 
-def test_without_pytest_benchmark_a_stopwatch_takes_turns_too():
-    order, watch = [], Stopwatch()
-    watch.pedantic(lambda: order.append("call"), setup=lambda: order.append("setup"), rounds=2, warmup_rounds=1)
-    assert order == ["setup", "call"] * 3
-    assert 0 < watch.stats.stats.min <= watch.stats.stats.median
+@pytest.mark.parametrize(("taken", "rounds"), [(2.0, 3), (0.5, 5), (0.1, 10), (0.001, 40)])
+def test_few_rounds_are_taken_where_seconds_are_short(taken, rounds, monkeypatch):
+    monkeypatch.setattr(timing, "seconds_of", lambda *_: taken)
+    assert compare({"": int}, "cpu", rounds=40, sample_seconds=0, seconds=1.0)[""]["samples"] == rounds
 
 
 class Sleeping(Run):
@@ -119,7 +122,7 @@ class Sleeping(Run):
 
 @pytest.fixture
 def run(tmp_path):
-    return Sleeping(tmp_path, rehearse=True, say=print)
+    return Sleeping(tmp_path, rehearse=True)
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_says_so(run):
@@ -135,8 +138,8 @@ def test_a_part_that_fails_says_its_last_line(run):
 
 def test_a_part_that_is_complete_is_known_from_its_file(run, tmp_path):
     run.run(Part("good", "python", 9, 1, ("0", "")), limit=30)
-    assert Run(tmp_path, True, print).outcome("good").status == "done"
-    assert Run(tmp_path, True, print).outcome("other") is None
+    assert Run(tmp_path, True).outcome("good").status == "done"
+    assert Run(tmp_path, True).outcome("other") is None
 
 
 def test_a_folder_of_another_commit_is_refused(run, monkeypatch):

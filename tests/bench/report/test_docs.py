@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.base.shapes import SHAPES
+from bench.base import results
 from bench.base.tables import read_block, table, write_block
+from bench.base.towers import SHAPES
 from bench.compile_report.kernels import doc_blocks, from_json
 from bench.cpu import report as cpu_report
 from bench.report.pages import stale
 from bench.report.sources import sources
+from bench.roofline.__main__ import all_costs, backward_table, cost_table, target_table
 from bench.roofline.chips import CHIPS
-from bench.roofline.costs import all_costs, backward_table, cost_table, target_table
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -46,7 +47,7 @@ def test_the_compile_tables_are_those_of_the_result_file():
 
 
 def test_the_cpu_table_is_that_of_the_result_file():
-    rows = json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))["rows"]
+    _, rows = results.read(RESULTS / "cpu.json")
     assert read_block(PAGE, "cpu").strip() == cpu_report(rows)
 
 

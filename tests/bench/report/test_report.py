@@ -8,7 +8,7 @@ import pytest
 
 from bench.base import results
 from bench.base.results import Row
-from bench.contests.models import SETTINGS
+from bench.base.towers import SETTINGS
 from bench.report import charts
 from bench.report.pages import (
     NO_GPU,

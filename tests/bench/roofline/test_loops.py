@@ -4,7 +4,6 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from bench.mmd import pairs
 from bench.roofline import loops
 from fastheads import mmd
 from fastheads.kernels import attention_bwd, attention_fwd, low_rank, one_pass
@@ -109,7 +108,7 @@ def test_pairs_of_the_mmd_on_a_cpu(samples, monkeypatch):
     made, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y, **k: made.append(x.shape[1] * y.shape[2]) or bmm(x, y, **k))
     mmd(torch.randn(samples, 4), torch.arange(samples) % 2, num_domains=2, impl="cpu")
-    assert pairs(samples) == sum(made)
+    assert loops.mmd_pairs(samples) == sum(made)
     assert (sum(made) == samples**2) == (samples <= 252)
 
 
@@ -125,6 +124,6 @@ def test_pairs_of_the_mmd_on_a_gpu(samples, counted, monkeypatch):
 
     with launching(run):
         mmd(torch.randn(samples, 8), torch.arange(samples) % 2, num_domains=2, impl="triton")
-    computed, needed = sum(tiles for tiles, *_ in panels), pairs(samples, "cuda")
+    computed, needed = sum(tiles for tiles, *_ in panels), loops.mmd_pairs(samples, "cuda")
     assert needed <= computed <= needed + sum((samples + n) * m + samples * n for _, m, n in panels)
     assert (needed == samples**2) == (len(panels) == 1)

@@ -5,10 +5,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.base.memory import held_bytes, saved_bytes
-from bench.contests.contenders.ways import way
-from bench.contests.models import SETTINGS, Setting
-from bench.contests.vision import VisionCase, trial
+from bench.base.memory import held_bytes
+from bench.base.towers import SETTINGS, Setting
+from bench.contests.contenders.towers import training
+from bench.contests.vision import VisionCase
 from bench.roofline.passes import PATHS
 
 # Large enough that a weight is little beside an activation.
@@ -18,9 +18,26 @@ SMALL = VisionCase("block", "small", 128, "cpu", "bf16", (RANK,))
 SHAPE = SETTINGS["small"].shape(128)
 
 
+def saved_bytes(run, known) -> int:
+    """Bytes of the storages that autograd was given through `saved_tensors_hooks`, `known` excepted."""
+    anyway = {t.untyped_storage()._cdata for t in known}
+    sizes: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+        alive.append(storage)  # so that no other storage gets its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(size for key, size in sizes.items() if key not in anyway)
+
+
 @pytest.mark.parametrize("name", ["stock", "plain", "factored", "merged"])
 def test_saved_bytes_of_the_peers_are_what_autograd_keeps(name):
-    made, shape = trial(SMALL, way(name)), SHAPE
+    made, shape = training(name).trial(SMALL), SHAPE
     made.run()
     held = held_bytes(made.forward, made.known()) + shape.row  # the module's input is kept too
     assert held == saved_bytes(made.forward, made.known()) + shape.row
@@ -39,7 +56,7 @@ def test_saved_bytes_of_the_kernels_are_what_the_operator_keeps(name):
             pytest.skip("no fused implementation in this version")
     case, shape = VisionCase("block", "B/16", 256, "cuda", "bf16", (2,)), SETTINGS["B/16"].shape(256)
     with FakeTensorMode():
-        made = trial(case, way(name))
+        made = training(name).trial(case)
         held = held_bytes(made.forward, made.known()) + shape.row
     assert held == pytest.approx(PATHS[name](shape, 2)[2], rel=0.02)
 
@@ -68,7 +85,7 @@ class Traffic(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["stock", "plain", "factored", "merged"])
 def test_traffic_of_the_peers_is_what_torch_moves(name):
-    shape, made = SHAPE, trial(SMALL, way(name))
+    shape, made = SHAPE, training(name).trial(SMALL)
     made.run()
     with Traffic(shape.row // 2) as seen:
         made.run()

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from bench.base.shapes import SHAPES, Pass
+from bench.base.towers import SHAPES
+from bench.roofline.__main__ import main, target_table
 from bench.roofline.chips import CHIPS, Rates, chip_of
-from bench.roofline.costs import all_costs, cost, main, target_table
-from bench.roofline.passes import PATHS
+from bench.roofline.costs import all_costs, cost
+from bench.roofline.passes import PATHS, Pass
 
 B16 = SHAPES["B/16"]  # 256 × 197 tokens, width 768, 12 heads
 ROW = 256 * 197 * 768 * 2
@@ -22,7 +23,7 @@ def test_sizes_of_vit_b16_are_those_worked_out_by_hand():
     assert B16.columns(2) == 48 and B16.low(2) == 4_841_472
     assert B16.low_product(2) == 2 * 50_432 * 48 * 768
     assert B16.up_product(2) == 2 * 50_432 * 64 * 2 * 24  # 24 heads of q and v, [N, 2] × [2, 64]
-    assert B16.ranks() == [2] * 10 + [8] * 2
+    assert B16.ranks() == (2,) * 10 + (8,) * 2
 
 
 def test_the_frozen_floor_adds_up():
