@@ -6,8 +6,6 @@ pytest bench/ --rehearse          tiny shapes, in seconds: that it runs, and tha
 pytest bench/ -k mmd --rows FILE  one group; its rows, as `bench.base.results` has them, to FILE
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ Stock runs as OpenCLIP runs it, `nn.MultiheadAttention`'s own inference path inc
 images. They take turns. Some five minutes on one core without bfloat16 instructions, where bfloat16 is slow.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ resident size at the most, gradient included, beyond the features. `--parts` mea
 others as they are.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -86,9 +84,6 @@ def rate_of(took: dict[str, float]) -> float:
 def flops(N: int, D: int, L: int = 1) -> int:
     """Of the two products: inner products of the pairs, and their weights times the features, 2 N²D."""
     return L * (2 * mmd_pairs(N) * D + 2 * N * N * D)
-
-
-# ----------------------------------------------------------------------------------------------------------- parts
 
 
 def measure_alone(name: str, part: str) -> dict[str, float]:

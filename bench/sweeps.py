@@ -9,8 +9,6 @@ Contenders of one x take turns; in `batch` each has the memory, and so the machi
 no time for is in the file as not run.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -85,9 +83,6 @@ def memory_error(error: BaseException) -> str | None:
     if isinstance(error, (OutOfMemoryError, torch.OutOfMemoryError, MemoryError)):
         return text or "out of memory"
     return text if "out of memory" in str(error) or "ALLOC_FAILED" in str(error) else None
-
-
-# --------------------------------------------------------------------------------------------------------- the batch
 
 
 def largest(fits: Callable[[int], bool], start: int = 1) -> int:
@@ -174,9 +169,6 @@ def _point(sweep: Sweep, case: VisionCase, contender: Contender, where: str) -> 
     return time.monotonic() - started, replace(row, per_second=per_second, extra=extra)
 
 
-# --------------------------------------------------------------------------------------------- one attention module
-
-
 def sweep_module(
     sweep: Sweep, kind: str, where: str, points: Sequence[tuple[float, VisionCase]], contenders: Sequence[Contender]
 ) -> None:
@@ -237,9 +229,6 @@ def run(kind: str, sweep: Sweep, settings: Sequence[str], rehearse: bool = False
         varied = {"length": f", batch {case.batch}", "rank": ", rank 8"}.get(kind, "")
         points = points_of(kind, case, rehearse)
         sweep_module(sweep, kind, case.name.replace(varied, ""), points, CONTENDERS)
-
-
-# ------------------------------------------------------------------------------------------------------ command line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,18 +7,16 @@ candidate is faster, the row to paste: forward in `tiles_of` (kernels/attention_
 (kernels/attention_bwd.py). A new row is compiled for its chips first (`python -m bench.compile_report`): no spills.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,8 +24,10 @@ from torch import Tensor
 import bench.base.checkout  # noqa: F401
 from bench.base.results import write_json
 from bench.base.timing import compare
+from bench.base.towers import SETTINGS
+from bench.contests.contest import first_line
 
-TOWERS = {"B/16": (12, 64), "L/14": (16, 64), "H/14": (16, 80)}  # heads, head size
+TOWERS = ("B/16", "L/14", "H/14")
 LENGTHS = (197, 257, 577, 50)
 TOKENS = 256 * 197
 # Both outputs are rounded to bfloat16 and so is P inside: a few units in the last place, 2⁻⁸, of the largest value.
@@ -59,84 +59,56 @@ def problems(rehearse: bool) -> list[Problem]:
     if rehearse:
         each = (("forward", False), ("backward", True))
         return [Problem(d, "tiny", 1, 16, 20, 1, deltas, "cpu", torch.float32) for d, deltas in each]
+    heads = {tower: (SETTINGS[tower].heads, SETTINGS[tower].head_dim) for tower in TOWERS}
+    every = itertools.product(LENGTHS, TOWERS, ("backward", "forward"), (False, True))
     return [
-        Problem(d, tower, *TOWERS[tower], n, max(1, TOKENS // n), deltas, "cuda", torch.bfloat16)
-        for n in LENGTHS
-        for tower in TOWERS
-        for d in ("backward", "forward")
-        for deltas in (False, True)
+        Problem(d, tower, *heads[tower], n, max(1, TOKENS // n), deltas, "cuda", torch.bfloat16)
+        for n, tower, d, deltas in every
     ]
 
 
-def forward_candidates(p: Problem) -> list[Any]:
+def candidates(p: Problem) -> list[Any]:
     from fastheads.kernels.attend import Tiles
+    from fastheads.kernels.attention_bwd import Tile
     from fastheads.kernels.attention_fwd import LONGEST_ON_CHIP, on_chip
 
+    if p.direction == "backward":
+        if p.device == "cpu":
+            return [Tile(True, 16, 16, 16, 16), Tile(False, 16, 16, 16, 32)]
+        blocks = ((64, 32, 32, 64), (64, 64, 64, 64), (64, 16, 16, 64), (128, 32, 32, 128), (128, 64, 64, 128))
+        each = itertools.product((True, False), blocks, (4, 8), (1, 2))
+        return [Tile(whole, *b, warps=warps, stages=stages) for whole, b, warps, stages in each]
     if p.device == "cpu":
         return [Tiles((), 32, 0, 16, 4, 1), on_chip(p.length, 64, 0)]
-    found = []
-    if p.length <= LONGEST_ON_CHIP:
-        for largest, tail, warps in itertools.product((64, 128), (0, 16), (4, 8)):
-            found.append(on_chip(p.length, largest, tail)._replace(num_warps=warps))
-    for m, n, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):
-        found.append(Tiles((), m, 0, n, warps, stages))
-    return found
-
-
-def backward_candidates(p: Problem) -> list[Any]:
-    from fastheads.kernels.attention_bwd import Tile
-
-    if p.device == "cpu":
-        return [Tile(True, 16, 16, 16, 16), Tile(False, 16, 16, 16, 32)]
-    blocks = ((64, 32, 32, 64), (64, 64, 64, 64), (64, 16, 16, 64), (128, 32, 32, 128), (128, 64, 64, 128))
-    each = itertools.product((True, False), blocks, (4, 8), (1, 2))
-    return [Tile(whole, *b, warps=warps, stages=stages) for whole, b, warps, stages in each]
-
-
-@contextmanager
-def tiles(candidate: Any) -> Iterator[None]:
-    """`attention_fwd` takes this row in place of its table's; None: its table's."""
-    from fastheads.kernels import attention_fwd as module
-
-    before = module.tiles_of
-    if candidate is not None:
-        module.tiles_of = lambda *args, **kwargs: candidate
-    try:
-        yield
-    finally:
-        module.tiles_of = before
+    chunks = itertools.product((64, 128), (0, 16), (4, 8)) if p.length <= LONGEST_ON_CHIP else ()
+    streamed = itertools.product((64, 128), (32, 64), (4, 8), (2, 3))
+    found = [on_chip(p.length, largest, tail)._replace(num_warps=warps) for largest, tail, warps in chunks]
+    return found + [Tiles((), m, 0, n, warps, stages) for m, n, warps, stages in streamed]
 
 
 def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:
     """What a candidate is timed and checked by: its kernel's outputs; None is the default's row."""
+    from fastheads.kernels import attention_fwd
     from fastheads.kernels.attention_bwd import attention_bwd
-    from fastheads.kernels.attention_fwd import attention_fwd
     from fastheads.kernels.low_rank import LowRank
 
     torch.manual_seed(0)
     B, N, H, dh, r = p.batch, p.length, p.heads, p.head_dim, 8
     qkv, do = (torch.randn(B, N, d, device=p.device, dtype=p.dtype) for d in (3 * H * dh, H * dh))
-    gate = 1 + 0.1 * torch.randn(H, device=p.device)
-    delta = None
+    options: dict[str, Any] = {"num_heads": H, "gate": 1 + 0.1 * torch.randn(H, device=p.device), "delta": None}
     if p.deltas:
         low = torch.randn(B, N, 2 * H * r, device=p.device, dtype=p.dtype)
-        delta = LowRank(low, 0.05 * torch.randn(2, H, dh, r, device=p.device), (0, 2), 1.0, False)
+        options["delta"] = LowRank(low, 0.05 * torch.randn(2, H, dh, r, device=p.device), (0, 2), 1.0, False)
+    default = attention_fwd.tiles_of
+
+    def forward(candidate: Any) -> list[Tensor]:
+        with mock.patch.object(attention_fwd, "tiles_of", lambda *a, **k: candidate or default(*a, **k)):
+            return list(attention_fwd.attention_fwd(qkv, **options)[:2])
+
     if p.direction == "forward":
-
-        def forward(candidate: Any) -> list[Tensor]:
-            with tiles(candidate):
-                o, lse, _ = attention_fwd(qkv, num_heads=H, gate=gate, delta=delta)
-            return [o, lse]
-
         return forward
-    _, lse, _ = attention_fwd(qkv, num_heads=H, gate=gate, delta=delta)
-
-    def backward(candidate: Any) -> list[Tensor]:
-        dqkv, dgate = attention_bwd(do, qkv, lse, num_heads=H, gate=gate, delta=delta, _tile=candidate)
-        assert dgate is not None
-        return [dqkv, dgate]
-
-    return backward
+    _, lse = forward(None)
+    return lambda candidate: list(attention_bwd(do, qkv, lse, **options, _tile=candidate))
 
 
 def off_by(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -162,21 +134,16 @@ def search(p: Problem, candidates: Sequence[Any], until: float, **timing: Any) -
         try:
             error = off_by(run(candidate), right)
         except Exception as problem:  # too much shared memory, a tile that does not compile: not a candidate here
-            refused[name] = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:160]}"
+            refused[name] = f"{type(problem).__name__}: {first_line(problem)}"
             continue
         if error > ALLOWED:
             refused[name] = f"wrong: off by {error:.2g} of the largest value"
         else:
-            runs[name] = lambda c=candidate: run(c)  # type: ignore[misc]
-    times = compare(runs, p.device, **timing)
-    best = min(times, key=lambda name: times[name]["median"])
-    return {
-        "best": best,
-        "gain": times["default"]["median"] / times[best]["median"],
-        "default_seconds": times["default"]["median"],
-        "times": {name: t["median"] for name, t in times.items()},
-        "refused": refused,
-    }
+            runs[name] = lambda c=candidate: run(c)
+    times = {name: took["median"] for name, took in compare(runs, p.device, **timing).items()}
+    best, default = min(times, key=lambda name: times[name]), times["default"]
+    gain = default / times[best]
+    return {"best": best, "gain": gain, "default_seconds": default, "times": times, "refused": refused}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,7 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rehearse", action="store_true", help="tiny problems on the CPU, in the interpreter")
     given = parser.parse_args(argv)
-    given.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + given.seconds
     file = given.out / "tune.result.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -194,9 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for i, p in enumerate(todo):
         if time.monotonic() > until:
             raise SystemExit(f"no time left for {len(todo) - i} of {len(todo)} problems, from {p.name} on")
-        candidates = forward_candidates(p) if p.direction == "forward" else backward_candidates(p)
-        found[p.name] = result = search(p, candidates, until, **timing)
-        print(f"{p.name}: {len(result['times']) - 1} of {len(candidates)} candidates ran", flush=True)
+        own = candidates(p)
+        found[p.name] = result = search(p, own, until, **timing)
+        print(f"{p.name}: {len(result['times']) - 1} of {len(own)} candidates ran", flush=True)
         if result["gain"] > GAIN:
             print(f"  {result['gain']:.2f} × the default's speed: {result['best']}", flush=True)
         write_json(file, found)

@@ -2,34 +2,34 @@
 
 setup.py maps the folder to that name; on a machine where the repository was only copied, nobody has. And where another
 checkout is installed beside, its kernels must not answer for this one's. Also a pytest plugin:
-`-p bench.base.checkout`.
+`-p bench.base.checkout`. Standard library only: `bench.check` uses it in trees that have no bench/.
 """
 
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def find_kernels() -> None:
-    """Registers kernels/ as `fastheads.kernels`, unless it is that already."""
-    import fastheads
+class Kernels:
+    """Finds `fastheads.kernels` in a tree, for the fastheads of that tree."""
 
-    folder = ROOT / "kernels"
-    found = importlib.util.find_spec("fastheads.kernels")
-    if found is not None and found.origin is not None and Path(found.origin).resolve().parent == folder:
-        return
-    if ROOT not in Path(fastheads.__file__).resolve().parents:
-        return  # an installed fastheads, which has its own kernels
-    spec = importlib.util.spec_from_file_location(
-        "fastheads.kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fastheads.kernels"] = module
-    spec.loader.exec_module(module)
-    fastheads.kernels = module
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        file = self.tree / "kernels" / "__init__.py"
+        own = name == "fastheads.kernels" and self.tree / "fastheads" in (Path(p).resolve() for p in path)
+        if not own or not file.exists():
+            return None
+        return importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
+
+
+def find_kernels(tree: Path = ROOT) -> None:
+    if not any(isinstance(finder, Kernels) and finder.tree == tree for finder in sys.meta_path):
+        sys.meta_path.insert(0, Kernels(tree))
 
 
 find_kernels()

@@ -1,7 +1,5 @@
 """What a forward pass leaves alive for its backward pass, the most memory a call takes, and how much there is."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import warnings

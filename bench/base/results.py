@@ -5,8 +5,6 @@
 Every bench writes this form, and `bench.report` reads it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import json
@@ -73,9 +71,6 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-
 def write_text(file: Path, text: str) -> None:
     """The file whole or not at all, its folder too."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +106,6 @@ def read(file: Path) -> tuple[dict[str, Any], list[Row]]:
     """Environment and rows of a file that `write` wrote."""
     content = json.loads(file.read_text(encoding="utf-8"))
     return content["environment"], rows_of(content)
-
-
-# ------------------------------------------------------------------------------------------------------ environment
 
 
 def environment(device: str) -> dict[str, Any]:

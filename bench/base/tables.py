@@ -1,7 +1,5 @@
 """Markdown: tables, those of rows among them, and the blocks of a document that a command fills in."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +22,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
     rule = "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True))
     return "\n".join([line(header), f"|{rule}|", *map(line, cells)])
-
-
-# ---------------------------------------------------------------------------------------------------- tables of rows
 
 
 def contest_table(rows: Sequence[Row], words: Mapping[str, str] | None = None, errors: bool = False) -> str:
@@ -76,9 +71,6 @@ def sweep_tables(rows: Sequence[Row], group: str) -> list[str]:
 
 def _speed(row: Row | None) -> str:
     return "" if row is None or row.per_second is None else f"{row.per_second:,.1f}"
-
-
-# ------------------------------------------------------------------------------------------------ blocks of a document
 
 
 def _block(name: str) -> re.Pattern[str]:

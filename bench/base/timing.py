@@ -3,8 +3,6 @@
 Every time in bench/ is taken here, but for the processes of `bench.check`, which take their turns here.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import deque

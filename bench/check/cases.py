@@ -3,10 +3,9 @@
 A base commit that lacks what a case uses fails in the factory or the first call, and is named for it.
 """
 
-from __future__ import annotations
-
+import multiprocessing
 import os
-import struct
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,32 +21,22 @@ def _torch() -> Any:
     return torch
 
 
+def _import() -> float:
+    started = time.perf_counter()
+    import fastheads  # noqa: F401
+
+    return time.perf_counter() - started
+
+
 def importing() -> Run:
     """`import fastheads` where torch is there already, in a fork of this process."""
-    import sys
-
     _torch()
     if "fastheads" in sys.modules:
         raise RuntimeError("fastheads is imported already; this case must be the first")
 
     def run() -> float:
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                started = time.perf_counter()
-                import fastheads  # noqa: F401
-
-                os.write(write, struct.pack("d", time.perf_counter() - started))
-            finally:
-                os._exit(0)
-        os.close(write)
-        with os.fdopen(read, "rb") as pipe:
-            found = pipe.read()
-        os.waitpid(child, 0)
-        if len(found) != 8:
-            raise ImportError("`import fastheads` failed in a new process")
-        return float(struct.unpack("d", found)[0])
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            return pool.apply(_import)
 
     return run
 

@@ -6,8 +6,6 @@ Reads JSON lines, `{"case": NAME, "calls": N}`, and answers each with one: `{"se
 N, or `{"missing": WHY}` where this tree cannot run the case. Standard library only: the cases import the rest.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -21,24 +19,22 @@ from typing import Any
 PACKAGE = "fastheads"
 
 
+def load(file: Path) -> ModuleType:
+    """A module by its file; what it starts finds it by its name."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    sys.modules[file.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def only_from(tree: Path) -> None:
     """From here on `import fastheads` finds that of `tree` and no other, `fastheads.kernels` being its kernels/."""
-    here = str(Path(__file__).resolve().parent)
-    sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", here))]
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(tree), *(p for p in sys.path if p not in ("", str(here)))]
     # An editable install of fastheads is a finder of its own: it would answer for what the tree does not have.
     sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
-    kernels = tree / "kernels" / "__init__.py"
-
-    class Kernels:
-        @staticmethod
-        def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-            if name != f"{PACKAGE}.kernels" or not kernels.exists():
-                return None
-            return importlib.util.spec_from_file_location(
-                name, kernels, submodule_search_locations=[str(kernels.parent)]
-            )
-
-    sys.meta_path.insert(0, Kernels)
+    load(here.parent / "base" / "checkout.py").find_kernels(tree)
 
 
 def check_origin(tree: Path) -> None:
@@ -47,14 +43,6 @@ def check_origin(tree: Path) -> None:
         file = getattr(module, "__file__", None)
         if name.split(".")[0] == PACKAGE and file and tree not in Path(file).resolve().parents:
             raise ImportError(f"{name} came from {file}, not from {tree}")
-
-
-def load(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cases", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def sample(run: Callable[[], Any], calls: int) -> float:
@@ -74,15 +62,12 @@ def main() -> None:
     name, run = "", None
     for line in sys.stdin:
         asked = json.loads(line)
-        answer: dict[str, Any]
         try:
             if asked["case"] != name:
-                name, run = "", None
-                run = cases[asked["case"]]()
-                name = asked["case"]
+                name, run = "", cases[asked["case"]]()
                 sample(run, 1)  # what only a first call does
                 check_origin(tree)
-            assert run is not None
+                name = asked["case"]
             answer = {"seconds": sample(run, asked["calls"])}
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]

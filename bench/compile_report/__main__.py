@@ -1,8 +1,53 @@
-"""`python -m bench.compile_report`: see `bench.compile_report.kernels`."""
+"""Every kernel as it is compiled for an A100 (sm_80) and an H100 or H200 (sm_90): registers, spills, shared memory.
 
+    python -m bench.compile_report [--quick] [--check] [--jobs 2] [--json FILE] [--doc FILE]
+
+Needs no GPU, but Triton without its interpreter. The launchers choose their tiles as they would on the GPU, and the
+shapes are such that they reach every row. `--check` exits with 1 where a default row spills, needs more shared memory
+than a block has, or multiplies without tensor cores; `--quick` is a representative part for CI. `--doc` puts the tables
+into a document.
+"""
+
+import argparse
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-from bench.compile_report.kernels import main
+import torch
+import triton
+
+from bench.base.results import write_lines
+from bench.base.tables import write_block
+from bench.compile_report.cases import all_cases, quick_cases
+from bench.compile_report.kernels import SHARED_NAME, compile_all, doc_blocks, failures, report, summary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a representative part, in CI's time")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a default row is not fit")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose title contains this")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--doc", type=Path, help="put the tables into this document")
+    given = parser.parse_args(argv)
+    cases = [c for c in (quick_cases() if given.quick else all_cases()) if given.only in c.title()]
+    started = time.perf_counter()
+    kernels = compile_all(cases, given.jobs)
+    for arch, chips in SHARED_NAME.items():
+        print(f"\nsm_{arch} ({chips})\n\n{report(kernels, arch)}")
+    print(f"\n{summary(kernels)}\n{len(cases)} cases in {time.perf_counter() - started:.0f} s")
+    if given.json:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        write_lines(given.json, [kernel.to_dict() for kernel in kernels], versions=versions)
+    for name, text in doc_blocks(kernels).items() if given.doc else ():
+        write_block(given.doc, name, text)
+    found = failures(kernels)
+    for line in found:
+        print("NOT FIT", line, file=sys.stderr)
+    return 1 if found and given.check else 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,10 +3,7 @@
 Only shapes, dtypes and strides matter: all tensors are on "meta".
 """
 
-from __future__ import annotations
-
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +17,7 @@ OTHER_HEADS = {16: 8, 32: 4, 72: 16, 88: 16, 104: 16, 112: 16, 128: 8}
 # 104, 112), texts (72, 16), none (32, 128).
 OPENCLIP_LENGTHS = {80: (257, 577, 730), 88: (257,), 104: (257,), 112: (257,), 72: (77,), 16: (77,), 32: (), 128: ()}
 ONE_PASS_LENGTHS = (50, 65, 77, 197, 257)
+DOMAINBED = (0, 10, 0, 10, 0, 10, 0)  # powers of its bandwidths
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,10 @@ class Case:
         return 1 if self.one_head else {**HEADS, **OTHER_HEADS}[self.head_dim]
 
     @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
     def parts(self) -> tuple[int, ...]:
         return tuple("qkv".index(t) for t in self.targets)
 
@@ -82,28 +84,33 @@ class Case:
 
     def shape(self) -> str:
         """The problem in a few words."""
+        if self.launcher == "fold":
+            return f"D {self.width}, rank {self.rank}, {self.base}, {'merged' if self.merge else 'beside'}"
         if self.launcher.startswith("mmd"):
             small = self.launcher == "mmd_small"
-            words = [f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.heads * self.head_dim}"]
-            words += [("gated" if self.gate else "features")] if small else []
-            words += [] if self.preset == "adaptive" else [self.preset]
-            words += [] if self.domains == 3 else [f"{self.domains} domains"]
-            return ", ".join(words + ["sums only"] * (not self.backward) + ["tf32"] * self.tf32)
-        if self.launcher == "fold":
-            return (
-                f"D {self.heads * self.head_dim}, rank {self.rank}, {self.base}, {'merged' if self.merge else 'beside'}"
-            )
-        words = [f"head {self.head_dim}", f"N {self.length}"]
-        words += ["one head"] if self.one_head else []
-        words += [f"rank {self.rank}"] if self.rank else []
-        words += [f"of {self.targets}"] if self.targets != "qv" else []
-        words += ["shared"] if self.shared else []
-        words += [f"{self.mask} mask"] if self.mask else []
-        words += ["causal"] if self.causal else []
-        words += [] if self.gate else ["no gate"]
-        words += {None: ["no pool"], "mean": ["mean pool"], "tokens": ["pool per image"]}.get(self.pool, [])
-        words += [] if self.dtype == "bfloat16" else [self.dtype]
-        return ", ".join(words)
+            words = {
+                f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.width}": True,
+                "gated" if self.gate else "features": small,
+                self.preset: self.preset != "adaptive",
+                f"{self.domains} domains": self.domains != 3,
+                "sums only": not self.backward,
+                "tf32": self.tf32,
+            }
+        else:
+            words = {
+                f"head {self.head_dim}": True,
+                f"N {self.length}": True,
+                "one head": self.one_head,
+                f"rank {self.rank}": self.rank,
+                f"of {self.targets}": self.targets != "qv",
+                "shared": self.shared,
+                f"{self.mask} mask": self.mask,
+                "causal": self.causal,
+                "no gate": not self.gate,
+                {None: "no pool", "mean": "mean pool", "tokens": "pool per image"}.get(self.pool): self.pool != 0,
+                self.dtype: self.dtype != "bfloat16",
+            }
+        return ", ".join(word for word, said in words.items() if said)
 
     def title(self) -> str:
         return f"{self.launcher}: {self.shape()}"
@@ -118,9 +125,8 @@ def _kernels(module: str) -> Any:
 
 
 def _columns(case: Case) -> int:
-    from fastheads.kernels.fold import padded_rank
-
-    return padded_rank(len(case.parts) * (1 if case.shared else case.heads) * (case.rank or 2))
+    each = len(case.parts) * (1 if case.shared else case.heads)
+    return _kernels("fold").padded_rank(each * (case.rank or 2))
 
 
 def _pool(case: Case) -> Any:
@@ -129,20 +135,19 @@ def _pool(case: Case) -> Any:
 
 def _projected(case: Case) -> tuple[Tensor, Any]:
     """qkv and the delta as the projection's one product leaves them: views of `[B, N, 3D + columns]`."""
-    B, N, H, dh = case.batch, case.length, case.heads, case.head_dim
     # The columns of T = x Aᵀ stand beside q, k, v whether or not the delta is added on chip.
-    columns = _columns(case)
-    y = meta(B, N, 3 * H * dh + columns, dtype=case.dtype)
+    y = meta(case.batch, case.length, 3 * case.width + _columns(case), dtype=case.dtype)
+    qkv, low = y[..., : 3 * case.width], y[..., 3 * case.width :]
     if not case.rank:
-        return y[..., : 3 * H * dh], None
-    low = _kernels("low_rank").LowRank(
-        low=y[..., 3 * H * dh :],
-        up=meta(len(case.parts), H, dh, case.rank),
-        parts=case.parts,
-        scale=1.0,
-        shared=case.shared,
-    )
-    return y[..., : 3 * H * dh], low
+        return qkv, None
+    up = meta(len(case.parts), case.heads, case.head_dim, case.rank)
+    return qkv, _kernels("low_rank").LowRank(low=low, up=up, parts=case.parts, scale=1.0, shared=case.shared)
+
+
+def _adapters(case: Case, dtype: str = "float32") -> tuple[Tensor, Tensor]:
+    T, H = len(case.parts), case.heads
+    a = meta(T, 1 if case.shared else H, case.rank, case.width, dtype=dtype)
+    return a, meta(T, H, case.head_dim, case.rank)
 
 
 def _options(case: Case) -> dict[str, Any]:
@@ -153,62 +158,54 @@ def _options(case: Case) -> dict[str, Any]:
     return {"num_heads": case.heads, "gate": gate, "mask": mask, "causal": case.causal}
 
 
-def _attention_fwd(case: Case) -> None:
+def attention_fwd(case: Case) -> None:
     qkv, delta = _projected(case)
     _kernels("attention_fwd").attention_fwd(qkv, delta=delta, pool=_pool(case), **_options(case))
 
 
-def _attention_bwd(case: Case) -> None:
+def attention_bwd(case: Case) -> None:
     qkv, delta = _projected(case)
-    B, N, D = case.batch, case.length, case.heads * case.head_dim
-    do = meta(B, N, D, dtype=case.dtype)
-    _kernels("attention_bwd").attention_bwd(do, qkv, meta(B, case.heads, N), delta=delta, **_options(case))
+    do, lse = meta(case.batch, case.length, case.width, dtype=case.dtype), meta(case.batch, case.heads, case.length)
+    _kernels("attention_bwd").attention_bwd(do, qkv, lse, delta=delta, **_options(case))
 
 
-def _low_rank_bwd(case: Case) -> None:
+def low_rank_bwd(case: Case) -> None:
     qkv, delta = _projected(case)
     d = meta(case.batch, case.length, qkv.shape[-1] + _columns(case), dtype=case.dtype)
     _kernels("low_rank").low_rank_bwd(d[..., : qkv.shape[-1]], delta, d[..., qkv.shape[-1] :])
 
 
-def _fold(case: Case) -> None:
-    D, options = case.heads * case.head_dim, {"merge": case.merge, "dtype": getattr(torch, case.dtype)}
-    _kernels("fold").fold(
-        meta(3 * D, D, dtype=case.base), *_adapters(case), parts=case.parts, scale=1.0, shared=case.shared, **options
-    )
+def fold(case: Case) -> None:
+    options = {"shared": case.shared, "merge": case.merge, "dtype": getattr(torch, case.dtype)}
+    w = meta(3 * case.width, case.width, dtype=case.base)
+    _kernels("fold").fold(w, *_adapters(case), parts=case.parts, scale=1.0, **options)
 
 
-def _adapters(case: Case, dtype: str = "float32") -> tuple[Tensor, Tensor]:
-    T, H = len(case.parts), case.heads
-    a = meta(T, 1 if case.shared else H, case.rank, H * case.head_dim, dtype=dtype)
-    return a, meta(T, H, case.head_dim, case.rank)
-
-
-def _dropout(case: Case) -> None:
-    x = meta(case.batch, case.length, case.heads * case.head_dim, dtype=case.dtype)
+def dropout(case: Case) -> None:
+    x = meta(case.batch, case.length, case.width, dtype=case.dtype)
     _kernels("dropout").dropout(x, 0.1, meta(1, dtype="int64"))
 
 
-def _one_pass(case: Case) -> None:
-    B, N, H, dh = case.batch, case.length, case.heads, case.head_dim
-    D, options = H * dh, _options(case)
-    x, w_in, b_in = (meta(*shape, dtype=case.dtype) for shape in ((B, N, D), (3 * D, D), (3 * D,)))
+def one_pass(case: Case) -> None:
+    D, options = case.width, _options(case)
+    shapes = ((case.batch, case.length, D), (3 * D, D), (3 * D,))
+    x, w_in, b_in = (meta(*shape, dtype=case.dtype) for shape in shapes)
     low = _adapters(case, case.dtype) if case.rank else (None, None)
     _kernels("one_pass").one_pass_fwd(x, w_in, b_in, *low, parts=case.parts, scale=1.0, pool=_pool(case), **options)
 
 
-def _mmd_small(case: Case) -> None:
-    x, dom = meta(12, case.rows, case.heads * case.head_dim), meta(case.rows, dtype="int64")
+def mmd_small(case: Case) -> None:
+    x, dom = meta(12, case.rows, case.width), meta(case.rows, dtype="int64")
     gate = meta(12, case.heads) if case.gate else None
     options: dict[str, Any] = {"preset": case.preset, "estimator": "unbiased"}
     if case.preset == "domainbed":
-        options |= {"preset": None, "gammas": meta(12, 7), "powers": (0, 10, 0, 10, 0, 10, 0)}
+        options |= {"preset": None, "gammas": meta(12, 7), "powers": DOMAINBED}
     _kernels("mmd_small").mmd_small(x, dom, num_domains=case.domains, gate=gate, backward=case.backward, **options)
 
 
-def _mmd_tile(case: Case) -> None:
-    x, dom, S = meta(1, 4096, case.heads * case.head_dim), meta(4096, dtype="int64"), case.domains
-    powers = (0, 10, 0, 10, 0, 10, 0) if case.preset == "domainbed" else (0, 2, 2, 0, 2)
+def mmd_tile(case: Case) -> None:
+    x, dom, S = meta(1, 4096, case.width), meta(4096, dtype="int64"), case.domains
+    powers = DOMAINBED if case.preset == "domainbed" else (0, 2, 2, 0, 2)
     out = {"coeff": meta(1, S, S), "out": meta(1, 1024, 4096)} if case.backward else {}
     gammas, precision = meta(1, len(powers)), torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
@@ -219,21 +216,9 @@ def _mmd_tile(case: Case) -> None:
         torch.backends.cuda.matmul.fp32_precision = precision
 
 
-LAUNCHERS: dict[str, Callable[[Case], None]] = {
-    "attention_fwd": _attention_fwd,
-    "attention_bwd": _attention_bwd,
-    "low_rank_bwd": _low_rank_bwd,
-    "fold": _fold,
-    "dropout": _dropout,
-    "one_pass": _one_pass,
-    "mmd_small": _mmd_small,
-    "mmd_tile": _mmd_tile,
-}
-
-
-def run_case(case: Case) -> None:
-    """Calls the case's launcher on meta tensors."""
-    LAUNCHERS[case.launcher](case)
+# Each calls its launcher on meta tensors.
+EVERY = (attention_fwd, attention_bwd, low_rank_bwd, fold, dropout, one_pass, mmd_small, mmd_tile)
+LAUNCHERS = {launch.__name__: launch for launch in EVERY}
 
 
 def quick_cases() -> list[Case]:
@@ -258,27 +243,24 @@ def all_cases() -> list[Case]:
     cases = quick_cases()
     for launcher in ("attention_fwd", "attention_bwd"):
         for dh in HEADS:
-            for n in LENGTHS:
-                cases += [Case(launcher, dh, n, rank=r) for r in (0, 8)]  # rank 2 has rank 8's tiles
+            cases += [Case(launcher, dh, n, rank=r) for n in LENGTHS for r in (0, 8)]  # rank 2 has rank 8's tiles
             cases += [Case(launcher, dh, 77, causal=True, rank=r) for r in (0, 8)]
             cases += [Case(launcher, dh, 77, mask="additive", rank=8)]
             cases += [Case(launcher, dh, 4096, causal=True)]
             cases += [Case(launcher, dh, n, mask=m) for n in (77, 197, 577) for m in ("bool", "additive")]
             cases += [Case(launcher, dh, 257, gate=False, pool=None)]
         cases += [Case(launcher, dh, n, rank=r) for dh in OTHER_HEADS for n in (257, 577) for r in (0, 8)]
-        cases += [Case(launcher, dh, n, dtype="float16") for dh in HEADS for n in (197,)]
+        cases += [Case(launcher, dh, 197, dtype="float16") for dh in HEADS]
         cases += [Case(launcher, dh, n, dtype="float32") for dh in HEADS for n in (197, 577)]
         cases += [Case(launcher, 64, n, rank=r) for n in (197, 577) for r in (32, 64)]
     cases += [Case("attention_fwd", 64, 197, pool="mean")]
     cases += [Case("low_rank_bwd", dh, n, rank=r) for dh in (64, 80, 72, 128) for n in (197, 4096) for r in (2, 16)]
     for dh in HEADS:
-        cases += [
-            Case("fold", dh, rank=r, base=b, merge=b == "float32") for r in (2, 8, 16) for b in ("float32", "bfloat16")
-        ]
+        bases = (("float32", True), ("bfloat16", False))
+        cases += [Case("fold", dh, rank=r, base=base, merge=merge) for r in (2, 8, 16) for base, merge in bases]
         cases += [Case("one_pass", dh, n, rank=r) for n in ONE_PASS_LENGTHS for r in (0, 8)]
         cases += [Case("one_pass", dh, 77, causal=True, rank=2)]
-    cases += _corners()
-    return list(dict.fromkeys(cases))
+    return list(dict.fromkeys(cases + _corners()))
 
 
 def _corners() -> list[Case]:
@@ -293,11 +275,9 @@ def _corners() -> list[Case]:
         cases += [Case(launcher, 128, 197, rank=r, dtype="float32") for r in (8, 64)]
         cases += [Case(launcher, 64, 77, rank=8, mask="bool", causal=True, pool="mean")]
     cases += [Case("fold", 16, rank=1, one_head=True), Case("fold", 64, rank=8, targets="vkq", shared=True)]
-    cases += [
-        Case("one_pass", 16, 1, rank=1, one_head=True, pool="tokens"),
-        Case("one_pass", 72, 20, rank=3, mask="bool"),
-    ]
-    cases += [Case("one_pass", 128, 192, rank=32, targets="qkv"), Case("one_pass", 64, 272, rank=32, pool="mean")]
+    cases += [Case("one_pass", 16, 1, rank=1, one_head=True, pool="tokens")]
+    cases += [Case("one_pass", 72, 20, rank=3, mask="bool"), Case("one_pass", 128, 192, rank=32, targets="qkv")]
+    cases += [Case("one_pass", 64, 272, rank=32, pool="mean")]
     cases += [Case("one_pass", dh, n, rank=32, dtype="float32") for dh, n in ((64, 192), (128, 96))]
     cases += [Case("mmd_small", length=n, gate=g) for n in (12, 128) for g in (True, False)]
     cases += [Case("mmd_small", preset=p, domains=d) for p, d in (("dan", 3), ("domainbed", 3), ("dan", 64))]

@@ -8,8 +8,6 @@ Tensors on "meta" have shapes, strides and dtypes, and nothing else: a launcher 
 would on a GPU, and each launch is specialised and compiled exactly as it would be there.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -17,8 +15,9 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import triton
@@ -28,7 +27,6 @@ from triton.runtime import driver
 import bench.base.checkout  # noqa: F401
 from fastheads.kernels.launch import launching
 
-ARCHITECTURES = (80, 90)
 # What one block may take, in bytes (CUDA C++ Programming Guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -68,27 +66,15 @@ class Compiled:
             found.append("has products, and no tensor-core instruction")
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-class _NoGPU:
+def _no_gpu(arch: int) -> SimpleNamespace:
     """A Triton driver that knows what to compile for and has nothing to run it on."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def set_current_device(self, device: int) -> None:
-        pass
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        set_current_device=lambda device: None,
+    )
 
 
 @contextmanager
@@ -112,7 +98,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
             kernel.device_caches = defaultdict(kernel.create_binder)
         out.append(_describe(kernel, arch, kernel.run(*args, grid=grid, warmup=True, **meta)))
 
-    driver.set_active(_NoGPU(arch))
+    driver.set_active(_no_gpu(arch))
     try:
         with launching(run):
             yield out
@@ -144,12 +130,8 @@ def _describe(kernel: Any, arch: int, compiled: Any) -> Compiled:
 
 def _constexprs(kernel: Any, constants: dict[tuple[int, ...], Any]) -> dict[str, Any]:
     """The kernel's `tl.constexpr` arguments by name; not those that Triton made constants of itself (None, 1)."""
-    found: dict[str, Any] = {}
-    for path, value in constants.items():
-        param = kernel.params[path[0]]
-        if param.is_constexpr and len(path) == 1:
-            found[param.name] = _plain(value)
-    return found
+    own = {kernel.params[path[0]]: value for path, value in constants.items() if len(path) == 1}
+    return {param.name: _plain(value) for param, value in own.items() if param.is_constexpr}
 
 
 def _plain(value: Any) -> Any:

@@ -71,9 +71,6 @@ def trial(case: MMDCase, loss: Loss) -> Trial:
     return training_trial(lambda: loss(x, ids, case), None, lambda: {"x": [x]}, lambda: (x, ids), result="loss")
 
 
-# ------------------------------------------------------------------------------------------------------ the contenders
-
-
 def ours(x: Tensor, ids: Tensor, case: MMDCase, impl: str) -> Tensor:
     return mmd(x, ids, num_domains=case.domains, kernel=case.kernel, impl=impl)
 
@@ -135,9 +132,6 @@ CONTENDERS = (
     *map(_peer, PEERS),
     Contender("compiled", "torch.compile of the plain formula", COMPILED, "together", slow_start=True),
 )
-
-
-# ----------------------------------------------------------------------------------------------------- the standard
 
 
 def pair_by_pair(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:

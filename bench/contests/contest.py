@@ -4,8 +4,6 @@ A group (`bench_*.py`) has cases and contenders. A contender makes a `Trial` of 
 time, memory and the numbers to be checked. What cannot run says why; what is wrong stands in the table as wrong.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -171,9 +169,6 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# -------------------------------------------------------------------------------------------------------- the check
 
 
 @dataclass(frozen=True)

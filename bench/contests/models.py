@@ -4,8 +4,6 @@ The text tower is as small as OpenCLIP lets it be: nobody runs it. Where OpenCLI
 written out here (a test holds it to OpenCLIP's): GPU machines without a network have torch and little else.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections import OrderedDict
 from typing import Any
@@ -42,9 +40,6 @@ def _open_clip(setting: Setting, layers: int) -> Any:
 def blocks_of(model: Any) -> Any:
     """The residual blocks of the image tower."""
     return model.visual.transformer.resblocks
-
-
-# ------------------------------------------------------------------------------------- OpenCLIP's tower, written out
 
 
 class LayerNorm(nn.LayerNorm):

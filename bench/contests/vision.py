@@ -104,9 +104,6 @@ def _stock(setting: Setting, layers: int, dtype: torch.dtype) -> Any:
     return clip(setting, layers, "cpu", dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------- trials
-
-
 def trial(case: VisionCase, dress: Dress, maths: str) -> Trial:
     model = dress(case.model(), case.ranks)
     layers = [trained(block.attn, maths) for block in blocks_of(model)]
@@ -177,9 +174,6 @@ def _inference_trial(case: VisionCase, model: Any) -> Trial:
             return model.visual(images)
 
     return Trial(run, lambda: {"features": run()}, samples=case.batch)
-
-
-# ---------------------------------------------------------------------------------------------------------- groups
 
 
 def _standard(case: VisionCase, maths: str, kinds: dict[str, type[Attention]]) -> dict[str, Tensor]:

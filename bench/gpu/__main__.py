@@ -10,8 +10,6 @@ is left for is named. Writes gpu.json (environment, parts, rows), traces.tar.gz 
 where a part failed. Needs torch, triton, pytest; what else is missing (open_clip, peft) is said.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -5,8 +5,6 @@
 Each writes its results to DIR as it goes, so that what was measured before its time was over is there.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time
@@ -68,9 +66,6 @@ def sweeps(out: Path, seconds: float, rehearse: bool) -> None:
         print(f"sweep: {kind}, {share:.0f} s", flush=True)
         command = [kind, "--json", str(files[kind]), "--seconds", f"{share:.0f}"]
         sweeping.main([*command, *(["--rehearse", "--device", "cpu"] if rehearse else [])])
-
-
-# ---------------------------------------------------------------------------------------------------------- profile
 
 
 def kernels(run: Callable[[], Any], calls: int, trace: Path | None = None) -> list[dict[str, Any]]:

@@ -5,8 +5,6 @@
 What starts after EPOCH is skipped. In a rehearsal only the contenders of TINY take part.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 

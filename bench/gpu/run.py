@@ -1,7 +1,5 @@
 """A folder of parts: each a process under a time limit of its own, whose state is the files it leaves there."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

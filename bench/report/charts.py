@@ -1,13 +1,14 @@
-"""The pictures of `bench.report`: bars of contenders, lines of sweeps, shares of the roofline, drawn from panels."""
+"""The pictures: bars of contenders, lines of sweeps, shares of the roofline. What is drawn is told from how."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence, Set
+import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.base.results import Row
+from bench.base.results import Row, by_case
+from bench.report.sources import GROUPS, Source, by_machine, is_ours, one_machine, roofline_shares, words
 
 AXES = {
     "batch sweep": "batch",
@@ -35,54 +36,88 @@ class Panel:
     log: str = ""
 
 
-def bars(rows: Sequence[Row], words: Mapping[str, str], ours: Set[str]) -> tuple[Panel, ...]:
+@dataclass(frozen=True)
+class Chart:
+    """A picture and what it is drawn from; `digest` is written into the file, so that a stale one is known."""
+
+    file: str
+    alt: str
+    caption: str
+    panels: tuple[Panel, ...]
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr((self.caption, self.panels)).encode()).hexdigest()[:16]
+
+
+def chart_of(found: Sequence[Source], what: str) -> Chart | None:
+    """The chart of a group, a sweep or "roofline" on one machine; None where there is nothing to draw."""
+    one_machine(found, f"a chart of {what}")
+    if what == "roofline":
+        shares = roofline_shares(found)
+        rows = [r for r, _, _ in shares]
+        panels = _shares([(f"{r.case}\n{words(r)}", reached) for r, _, reached in shares])
+    else:
+        rows = [r for s in found for r in s.rows if r.group == what]
+        panels = _lines(what, rows) if what.endswith(" sweep") else _bars(rows)
+    if not panels:
+        return None
+    machine = found[0].machine
+    slug = re.sub(r"[\W_]+", "-", machine.lower()).strip("-")
+    caption = "\n".join(s.caption() for s in found if any(r in s.rows for r in rows))
+    return Chart(f"{slug}-{what.replace(' ', '-')}.png", f"{what} on {machine}", caption, panels)
+
+
+def all_charts(found: Sequence[Source]) -> list[Chart]:
+    made = []
+    for own in by_machine(found).values():
+        names = [g for g in GROUPS if any(r.group == g for s in own for r in s.rows)]
+        made += [chart_of(own, name) for name in (*names, "roofline")]
+        made += [chart_of([source], group) for source in own for group in source.sweeps()]
+    return [chart for chart in made if chart is not None]
+
+
+def _bars(rows: Sequence[Row]) -> tuple[Panel, ...]:
     """Per case: time over the baseline's, and where it is known peak memory in MB."""
+
+    def bar(r: Row, value: float) -> tuple[str, float, str]:
+        if r.status == "wrong":
+            return f"{words(r)} (wrong)", value, WRONG
+        return words(r), value, OURS if is_ours(r) else OTHER
+
     panels = []
-    for case in dict.fromkeys(r.case for r in rows):
-        ran = sorted((r for r in rows if r.case == case and r.ratio), key=lambda r: r.ratio or 0)
-        if not ran:
-            continue
-
-        def bar(r: Row, value: float) -> tuple[str, float, str]:
-            wrong = r.status == "wrong"
-            label = words[r.contender] + (" (wrong)" if wrong else "")
-            return label, value, WRONG if wrong else OURS if r.contender in ours else OTHER
-
-        panels.append(Panel("bars", case, f"time / {ran[0].baseline}", tuple(bar(r, r.ratio or 0) for r in ran)))
-        known = [r for r in ran if r.peak_bytes is not None]
-        if known:
-            memory = tuple(bar(r, (r.peak_bytes or 0) / 1e6) for r in known)
+    for (_, case), own in by_case(rows).items():
+        ran = sorted((r for r in own if r.ratio), key=lambda r: r.ratio)
+        memory = tuple(bar(r, r.peak_bytes / 1e6) for r in ran if r.peak_bytes is not None)
+        if ran:
+            panels.append(Panel("bars", case, f"time / {ran[0].baseline}", tuple(bar(r, r.ratio) for r in ran)))
+        if memory:
             panels.append(Panel("bars", case, "peak memory, MB", memory))
     return tuple(panels)
 
 
-def lines(sweep: str, rows: Sequence[Row]) -> tuple[Panel, ...]:
+def _lines(sweep: str, rows: Sequence[Row]) -> tuple[Panel, ...]:
     """Per case: images per second against the batch, milliseconds against everything else."""
     panels = []
     speed = sweep == "batch sweep"
-    for case in dict.fromkeys(r.case for r in rows):
-        ran = [r for r in rows if r.case == case and r.seconds and r.x is not None]
+    for (_, case), own in by_case(r for r in rows if r.seconds and r.x is not None).items():
         each = []
-        for name in dict.fromkeys(r.contender for r in ran):
-            points = sorted((r.x, _y(r, speed)) for r in ran if r.contender == name)
-            each.append((name, tuple(p[0] for p in points), tuple(p[1] for p in points)))
-        if each:
-            log = {"batch sweep": "x", "length sweep": "xy", "rank sweep": "x"}.get(sweep, "")
-            label = "images per second" if speed else "ms, forward and backward"
-            panels.append(Panel("lines", case, label, lines=tuple(each), x_label=AXES[sweep], log=log))  # type: ignore[arg-type]
+        for name in dict.fromkeys(r.contender for r in own):
+            line = sorted(
+                (r.x, r.per_second if speed else r.seconds["median"] * 1e3) for r in own if r.contender == name
+            )
+            each.append((name, *zip(*line, strict=True)))
+        log = {"batch sweep": "x", "length sweep": "xy", "rank sweep": "x"}.get(sweep, "")
+        label = "images per second" if speed else "ms, forward and backward"
+        panels.append(Panel("lines", case, label, lines=tuple(each), x_label=AXES[sweep], log=log))
     return tuple(panels)
 
 
-def _y(row: Row, speed: bool) -> float:
-    return float(row.per_second or 0) if speed else (row.seconds or {})["median"] * 1e3
-
-
-def shares(found: Sequence[tuple[str, float]]) -> tuple[Panel, ...]:
+def _shares(found: Sequence[tuple[str, float]]) -> tuple[Panel, ...]:
     """Shares of the least time that reachable rates allow."""
-    if not found:
-        return ()
     each = tuple((label, share, OURS) for label, share in found)
-    return (Panel("bars", "least time / measured time", "share of the roofline, reachable rates", each),)
+    return (
+        (Panel("bars", "least time / measured time", "share of the roofline, reachable rates", each),) if each else ()
+    )
 
 
 def draw(panels: Sequence[Panel], caption: str, digest: str, file: Path) -> None:
@@ -107,15 +142,15 @@ def draw(panels: Sequence[Panel], caption: str, digest: str, file: Path) -> None
 
 
 def _draw_bars(axes: Any, panel: Panel) -> None:
-    labels = [b[0] for b in panel.bars]
+    labels, values, colours = zip(*panel.bars, strict=True)
     places = range(len(labels))
-    axes.barh(places, [b[1] for b in panel.bars], color=[b[2] for b in panel.bars])
+    axes.barh(places, values, color=colours)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlabel(panel.label, fontsize=8)
     axes.grid(True, axis="x", color=GRID)
     axes.set_axisbelow(True)
-    for place, (_, value, _) in zip(places, panel.bars, strict=True):
+    for place, value in enumerate(values):
         axes.text(value, place, f" {value:,.2f}" if value < 100 else f" {value:,.0f}", va="center", fontsize=6)
 
 

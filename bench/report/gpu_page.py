@@ -1,7 +1,5 @@
 """What `bench.gpu` found, as markdown: where, parts, targets each met, missed or not measured, tables, profile."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

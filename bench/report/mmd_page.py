@@ -1,7 +1,5 @@
 """What `bench.mmd` measured, as a document and a picture: targets met or not, tables, where the time goes, growth."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -123,9 +121,6 @@ def _where(stages: dict[str, float], share: float) -> str:
         text + " What is missing is in passes over the features and in fixed costs per call: at this size the products"
         f" are {products * 1e3:,.1f} ms."
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- growth
 
 
 def by(rows: Sequence[Row], key: str) -> list[Row]:

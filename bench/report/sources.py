@@ -1,7 +1,5 @@
 """Result files as the report has them: rows of one machine each, and who is who among their contenders."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import json
@@ -11,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.base.results import Row, by_case
+from bench.base.towers import SETTINGS
 from bench.contests.contest import Contender
+from bench.roofline.chips import chip_of
+from bench.roofline.costs import shares_of
+from bench.roofline.passes import PATHS
 
 GROUPS = ("attention", "block", "model step", "mmd", "inference")
 
@@ -26,7 +28,7 @@ class Source:
 
     @property
     def machine(self) -> str:
-        threads = "" if self.environment["capability"] else f", {self.environment['threads']} threads"
+        threads = "" if self.gpu else f", {self.environment['threads']} threads"
         return f"{self.environment['device']}{threads}"
 
     @property
@@ -39,24 +41,27 @@ class Source:
         load = "" if self.gpu or not e.get("load") else f", load average {e['load'][0]:.1f}"
         return f"{self.machine}{load}; commit {e['commit'][:10]}{changed}, {e['date'][:10]}; `{self.name}`"
 
+    def sweeps(self) -> list[str]:
+        return [group for group in dict.fromkeys(r.group for r in self.rows) if group.endswith(" sweep")]
+
 
 def sources(files: Sequence[Path]) -> list[Source]:
     """The files that hold contests or sweeps; ValueError for a rehearsal's, and where two have the same case."""
-    found = []
+    found, seen = [], dict[tuple[str, str, str], str]()
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
-        rows = tuple(Row(**row) for row in content.get("rows", ()) if is_shown(row.get("group", "")))
+        named = (row for row in content.get("rows", ()) if is_shown(row.get("group", "")))
+        rows = tuple(Row(**row) for row in named)
         if not rows:
             continue  # of the compiler, of the roofline, or with a page of its own
         if content.get("rehearsal"):
             raise ValueError(f"{file.name}: a rehearsal's numbers mean nothing")
-        found.append(Source(file.name, content["environment"], rows))
-    seen: dict[tuple[str, str, str], str] = {}
-    for source in found:
-        for group, case in by_case(source.rows):
+        source = Source(file.name, content["environment"], rows)
+        for group, case in by_case(rows):
             other = seen.setdefault((source.machine, group, case), source.name)
             if other != source.name:
                 raise ValueError(f"{other} and {source.name} both have {group}: {case} of {source.machine}; keep one")
+        found.append(source)
     return found
 
 
@@ -73,6 +78,22 @@ def one_machine(found: Sequence[Source], what: str) -> None:
                 f"{what}: {first.name} was measured on {first.machine}, {other.name} on {other.machine}; "
                 "times of different machines do not go into one table"
             )
+
+
+def by_machine(found: Sequence[Source]) -> dict[str, list[Source]]:
+    """GPUs first."""
+    machines: dict[str, list[Source]] = {}
+    for source in sorted(found, key=lambda s: (not s.gpu, s.machine, s.name)):
+        machines.setdefault(source.machine, []).append(source)
+    return machines
+
+
+def cases(found: Sequence[Source]) -> Iterator[tuple[Source, list[Row]]]:
+    """The contests, group by group; a case's rows are of one file."""
+    for group in GROUPS:
+        for source in found:
+            for rows in by_case(r for r in source.rows if r.group == group).values():
+                yield source, rows
 
 
 @functools.cache
@@ -96,17 +117,13 @@ def is_ours(row: Row) -> bool:
     return bool(known and known.ours)
 
 
-def cases(found: Sequence[Source]) -> Iterator[tuple[Source, list[Row]]]:
-    """The contests, group by group; a case's rows are of one file."""
-    for group in GROUPS:
-        for source in found:
-            for rows in by_case(r for r in source.rows if r.group == group).values():
-                yield source, rows
-
-
-def by_machine(found: Sequence[Source]) -> dict[str, list[Source]]:
-    """GPUs first."""
-    machines: dict[str, list[Source]] = {}
-    for source in sorted(found, key=lambda s: (not s.gpu, s.machine, s.name)):
-        machines.setdefault(source.machine, []).append(source)
-    return machines
+def roofline_shares(found: Sequence[Source]) -> list[tuple[Row, float, float]]:
+    """Rows of the attention module that the roofline has a path for; share of peak's time, and of reachable rates'."""
+    one_machine(found, "fraction of the roofline")
+    chip = chip_of(found[0].environment["device"])
+    shares = []
+    for r in (r for source in found for r in source.rows) if chip else ():
+        if r.group == "block" and r.seconds and r.contender in PATHS and r.extra:
+            shape = SETTINGS[r.extra["setting"]].shape(r.extra["batch"])
+            shares.append((r, *shares_of(r.contender, shape, r.extra["ranks"][0], chip, r.seconds["median"])))
+    return shares

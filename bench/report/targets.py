@@ -4,20 +4,19 @@ A ratio of two contenders is a ratio of their ratios to the baseline, with which
 are means over a tower's layers at their published ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bench.base.results import Row
-from bench.base.towers import BATCHES, SETTINGS, SHAPES
+from bench.base.towers import BATCHES, SHAPES
 from bench.roofline.chips import chip_of
 from bench.roofline.costs import cost
 from bench.roofline.passes import PATHS
 
 # What "auto" takes: stacked for a base in float32, delta for one in 16 bits.
 CHOSEN = {"amp": "stacked", "bf16": "delta"}
+MMD = ("layers", "domains", "each", "width", "kernel")
 LARGE, PAPER = (1, 2, 8192, 768, "domainbed"), (12, 3, 12, 768, "domainbed")
 LAUNCHES = "mmd, 12 × 36 × 768"
 
@@ -40,113 +39,96 @@ class Target:
         return "met" if met else "missed"
 
     def row(self) -> list[str]:
-        sign = "≤" if self.at_most else "≥"
         shown = "" if self.value is None else f"{self.value:.3g}"
-        return [self.where, self.what, f"{sign} {self.limit:g}", shown, self.verdict()]
+        return [self.where, self.what, f"{'≤' if self.at_most else '≥'} {self.limit:g}", shown, self.verdict()]
 
 
 class _MissingError(Exception):
     """What a target needs is not among the rows; the text says what."""
 
 
-def _target(where: str, what: str, limit: float, at_most: bool, value: Callable[[], float]) -> Target:
+def _target(where: str, what: str, sign: str, limit: float, value: Callable[[], float]) -> Target:
     try:
-        return Target(where, what, limit, at_most, value())
+        return Target(where, what, limit, sign == "≤", value())
     except _MissingError as error:
-        return Target(where, what, limit, at_most, None, str(error))
+        return Target(where, what, limit, sign == "≤", None, str(error))
 
 
 def _one(rows: Sequence[Row], group: str, name: str, **extra: Any) -> Row:
     for row in rows:
         own = row.extra or {}
         if (row.group, row.contender) == (group, name) and all(own.get(k) == v for k, v in extra.items()):
-            if row.status == "not run":
-                raise _MissingError(f"{name}: {row.why}")
             if row.seconds is None:
-                raise _MissingError(f"{name}: not timed")
+                raise _MissingError(f"{name}: {row.why or 'not timed'}")
             return row
     raise _MissingError(f"{name} has no row")
 
 
 def _field(row: Row, field: str) -> float:
-    value = getattr(row, field)
+    value = row.seconds["median"] if field == "seconds" else getattr(row, field)
     if value is None:
         raise _MissingError(f"{row.contender} has no {field}")
     return float(value)
 
 
-def module_mean(rows: Sequence[Row], setting: str, precision: str, name: str, value: Callable[[Row], float]) -> float:
-    """Of the attention module, over the tower's layers."""
-    ranks = SETTINGS[setting].ranks()
-    each = {}
-    for rank in set(ranks):
-        each[rank] = value(
-            _one(rows, "block", name, setting=setting, precision=precision, ranks=[rank], batch=BATCHES[setting])
-        )
-    return sum(each[rank] for rank in ranks) / len(ranks)
-
-
 def module_targets(rows: Sequence[Row], device: str, setting: str, precision: str) -> list[Target]:
-    where = f"{SETTINGS[setting].name}, batch {BATCHES[setting]}, {precision}: attention module"
-    ours, shape = CHOSEN[precision], SHAPES[setting]
+    shape, ours = SHAPES[setting], CHOSEN[precision]
+    where = f"{shape.name}, {precision}: attention module"
 
-    def ratio(name: str) -> float:
-        return module_mean(rows, setting, precision, name, lambda r: _field(r, "ratio"))
+    def mean(name: str, field: str) -> float:
+        """Over the tower's layers."""
+        ranks, own = shape.ranks(), {"setting": setting, "precision": precision, "batch": shape.batch}
+        each = {rank: _field(_one(rows, "block", name, ranks=[rank], **own), field) for rank in set(ranks)}
+        return sum(each[rank] for rank in ranks) / len(ranks)
 
-    def saved(name: str) -> float:  # the module's input, which the residual keeps, is counted too
-        return module_mean(rows, setting, precision, name, lambda r: _field(r, "saved_bytes") + shape.row)
+    def over_ours(name: str) -> float:
+        return mean(name, "ratio") / mean(ours, "ratio")
+
+    def of_plains_saved(name: str) -> float:  # the module's input, which the residual keeps, is counted too
+        return (mean(name, "saved_bytes") + shape.row) / (mean("plain", "saved_bytes") + shape.row)
 
     def share(reached: bool) -> float:
         chip = chip_of(device)
         if chip is None or ours not in PATHS:
             raise _MissingError("no roofline for this chip")
-        taken = module_mean(rows, setting, precision, ours, lambda r: (r.seconds or {})["median"])
-        return cost(ours, shape, [chip]).seconds(chip.name, reached) / taken
+        return cost(ours, shape, [chip]).seconds(chip.name, reached) / mean(ours, "seconds")
 
+    recompute = f"{ours}, recompute"
     return [
-        _target(where, f"{ours} / stock frozen", 1.05, True, lambda: ratio(ours)),
-        _target(where, f"plain PyTorch / {ours}", 1.6, False, lambda: ratio("plain") / ratio(ours)),
-        _target(where, f"PEFT / {ours}", 1.4, False, lambda: ratio("peft") / ratio(ours)),
-        _target(where, f"merged through autograd / {ours}", 1.25, False, lambda: ratio("merged") / ratio(ours)),
-        _target(where, f"saved: {ours} / plain", 0.6, True, lambda: saved(ours) / saved("plain")),
-        _target(where, f"saved: {ours}, recompute / plain", 0.4, True,
-                lambda: saved(f"{ours}, recompute") / saved("plain")),
-        _target(where, "share of the roofline, datasheet's peaks", 0.7, False, lambda: share(False)),
-        _target(where, "share of the roofline, reachable rates", 0.7, False, lambda: share(True)),
-    ]  # fmt: skip
+        _target(where, f"{ours} / stock frozen", "≤", 1.05, lambda: mean(ours, "ratio")),
+        _target(where, f"plain PyTorch / {ours}", "≥", 1.6, lambda: over_ours("plain")),
+        _target(where, f"PEFT / {ours}", "≥", 1.4, lambda: over_ours("peft")),
+        _target(where, f"merged through autograd / {ours}", "≥", 1.25, lambda: over_ours("merged")),
+        _target(where, f"saved: {ours} / plain", "≤", 0.6, lambda: of_plains_saved(ours)),
+        _target(where, f"saved: {recompute} / plain", "≤", 0.4, lambda: of_plains_saved(recompute)),
+        _target(where, "share of the roofline, datasheet's peaks", "≥", 0.7, lambda: share(False)),
+        _target(where, "share of the roofline, reachable rates", "≥", 0.7, lambda: share(True)),
+    ]
 
 
 def step_target(rows: Sequence[Row], setting: str, precision: str) -> Target:
-    where = f"{SETTINGS[setting].name}, batch {BATCHES[setting]}, {precision}: training step"
-    ours = CHOSEN[precision]
-
-    def value() -> float:
-        row = _one(rows, "model step", ours, setting=setting, precision=precision, batch=BATCHES[setting])
-        return _field(row, "ratio")
-
-    return _target(where, f"{ours} / the frozen model", 1.03, True, value)
+    where, ours = f"{SHAPES[setting].name}, {precision}: training step", CHOSEN[precision]
+    own = {"setting": setting, "precision": precision, "batch": BATCHES[setting]}
+    what = f"{ours} / the frozen model"
+    return _target(where, what, "≤", 1.03, lambda: _field(_one(rows, "model step", ours, **own), "ratio"))
 
 
 def mmd_targets(
     rows: Sequence[Row], rates: Mapping[str, float] | None, profile: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[Target]:
-    def row(name: str, case: tuple[int, int, int, int, str]) -> Row:
-        return _one(rows, "mmd", name, **dict(zip(("layers", "domains", "each", "width", "kernel"), case, strict=True)))
+    layers, domains, each, width, _ = LARGE
 
-    def times(name: str, case: tuple[int, int, int, int, str]) -> float:
-        return _field(row(name, case), "ratio")
+    def of(name: str, case: tuple[Any, ...], field: str) -> float:
+        return _field(_one(rows, "mmd", name, **dict(zip(MMD, case, strict=True))), field)
 
     def share() -> float:
         if not rates or "tf32" not in rates:
             raise _MissingError("the matmul rate was not measured")
-        layers, domains, each, width, _ = LARGE
-        taken = (row("auto", LARGE).seconds or {})["median"]
-        return 3 * layers * (domains * each) ** 2 * width / taken / rates["tf32"]
+        return 3 * layers * (domains * each) ** 2 * width / of("auto", LARGE, "seconds") / rates["tf32"]
 
     def memory() -> float:
-        layers, domains, each, width, _ = LARGE
         features = 4 * layers * domains * each * width
-        return (_field(row("auto", LARGE), "peak_bytes") + features) / (2 * features)
+        return (of("auto", LARGE, "peak_bytes") + features) / (2 * features)
 
     def launches() -> float:
         if LAUNCHES not in profile:
@@ -155,12 +137,12 @@ def mmd_targets(
 
     paper, large = "12 layers × 36 × 768", "16,384 × 768"
     return [
-        _target(paper, "launches, forward and gradient", 3, True, launches),
-        _target(paper, "DomainBed's loop / ours", 50, False, lambda: times("DomainBed", PAPER)),
-        _target(large, "materialised PyTorch (DomainBed's) / ours", 5, False, lambda: times("DomainBed", LARGE)),
-        _target(large, "KeOps / ours", 3, False, lambda: times("KeOps", LARGE)),
-        _target(large, "share of the tf32 matmul rate, 3 N²D", 0.6, False, share),
-        _target(large, "memory / inputs and gradients", 1.2, True, memory),
+        _target(paper, "launches, forward and gradient", "≤", 3, launches),
+        _target(paper, "DomainBed's loop / ours", "≥", 50, lambda: of("DomainBed", PAPER, "ratio")),
+        _target(large, "materialised PyTorch (DomainBed's) / ours", "≥", 5, lambda: of("DomainBed", LARGE, "ratio")),
+        _target(large, "KeOps / ours", "≥", 3, lambda: of("KeOps", LARGE, "ratio")),
+        _target(large, "share of the tf32 matmul rate, 3 N²D", "≥", 0.6, share),
+        _target(large, "memory / inputs and gradients", "≤", 1.2, memory),
     ]
 
 

@@ -5,8 +5,6 @@
 Nothing here is measured: it is the model of `bench.roofline.costs`.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping, Sequence

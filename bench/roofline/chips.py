@@ -12,8 +12,6 @@ Attention as reached: 55 % of the A100's and 35 % of Hopper's peak. FlashAttenti
 L2: 64 bytes read per SM and clock; two thirds of it are taken as reached.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

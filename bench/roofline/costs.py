@@ -6,8 +6,6 @@ module runs from the block's LayerNorm to the residual, the training step over t
 the published ones; numbers are per layer, in the mean.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -59,9 +59,6 @@ def _low(parts: Sequence[int], rank: int) -> tuple[int, int, int]:
     return q, k, v
 
 
-# -------------------------------------------------------------------------------------------------------- forward
-
-
 def _queries(tiles: Tiles, length: int) -> list[int]:
     rest = length % tiles.block_m if tiles.tail else 0
     return blocks(length - rest, tiles.block_m) + [tiles.tail] * bool(tiles.tail)
@@ -102,9 +99,6 @@ def one_pass_fwd(arch: int, head_dim: int, length: int, heads: int, parts: Seque
     for part, rows in ((0, sum(queries)), (1, sum(keys)), (2, sum(keys))):
         work += product(rows, columns + low[part], width) + product(rows, columns, low[part])
     return work
-
-
-# ------------------------------------------------------------------------------------------------------- backward
 
 
 def _swept(length: int, block: int) -> list[int]:
@@ -151,9 +145,6 @@ def low_rank_bwd(head_dim: int, rows: int, targets: int, heads: int, rank: int) 
 
 def _padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
-
-
-# ----------------------------------------------------------------------------------------------------------- the MMD
 
 
 def mmd_pairs(samples: int, device: str = "cpu") -> int:

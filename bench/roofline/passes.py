@@ -6,8 +6,6 @@ architecture; the peers' are those of whole tiles. Sizes are those of 16-bit tra
 R = T·H·r columns, for q and v.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,9 +43,6 @@ class Run(NamedTuple):
     forward: list[Pass]
     backward: list[Pass]
     saved: float
-
-
-# ------------------------------------------------------------------------------------- what all have in common
 
 
 def _module(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
@@ -93,8 +88,6 @@ def mlp(s: Shape) -> list[Pass]:
     backward = [product("dX of fc2"), Pass("GELU backward", 12 * s.row), product("dX of fc1"), *_norm_backward(s)]
     return forward + backward
 
-
-# ------------------------------------------------------------------------------------------------------ peers
 
 # FlashAttention-2 as torch has it, at head size 64: queries × keys of a tile, forward and backward.
 FLASH = 128
@@ -225,8 +218,6 @@ def peft(s: Shape, rank: int, arch: int = 80) -> Run:
     ]
     return Run([*merging, *forward], [*backward, *dw], saved + s.row + 8 * s.weight)
 
-
-# ------------------------------------------------------------------------------------------------------- ours
 
 # Products [N, dh] × [dh, N] and exponentials [N, N] of attention's backward pass, as kernels/attention_bwd.py does it
 # for more than 80 keys: Σ P ∘ dP first (S, dP), then dQ (S, dP, dS K), then dK and dV (S, dP, Pᵀ dO, dSᵀ Q).

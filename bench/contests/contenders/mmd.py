@@ -3,8 +3,6 @@
 A formula takes the features of two domains, `[n, D]` each. `PEERS` says which of our presets computes the same.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,9 +67,6 @@ def keops(x: Tensor, y: Tensor) -> Tensor:
         return k.sum(1).sum() / (len(a) * len(b))
 
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
-
-
-# ------------------------------------------------------------------------------------------------- what cannot run
 
 
 def _differences(n: int, D: int) -> int:

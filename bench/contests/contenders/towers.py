@@ -36,9 +36,6 @@ def _unfrozen(model: Any, ranks: Sequence[int]) -> Any:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------- ours
-
-
 def _patched(model: Any, ranks: Sequence[int], impl: str = "auto", recompute: bool = False) -> Any:
     with refusals():
         fastheads.patch(model, fastheads.HeadConfig(rank=tuple(ranks)), impl=impl, recompute=recompute)
@@ -66,9 +63,6 @@ def ours(impl: str, recompute: bool = False) -> Contender:
     return tower(name, f"fastheads, {name}", "ha-lora", dress, ours=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- PEFT
-
-
 def _with_peft(model: Any, ranks: Sequence[int]) -> Any:
     import peft
 
@@ -94,9 +88,6 @@ def _peft_merged(model: Any, ranks: Sequence[int]) -> Any:
     return model
 
 
-# ----------------------------------------------------------------------------------------------------- what cannot run
-
-
 def _missing(package: str) -> str:
     return "" if importlib.util.find_spec(package) is not None else f"{package} is not installed"
 
@@ -117,8 +108,6 @@ def xformers_why_not(case: Any) -> str:
         return f"xformers has no attention for this device: {first_line(error)}"
     return ""
 
-
-# ------------------------------------------------------------------------------------------------------ the contenders
 
 PEFT: dict[str, Any] = {"fault": "PEFT adds out_proj's delta twice", "why_not": lambda case: _missing("peft")}
 PLAIN = tower("plain", "plain-PyTorch HA-LoRA", "ha-lora", modules(attentions.Plain))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.check.compare import Result, check, copy_working_tree, default_base, trees_of
+from bench.check.__main__ import copy_working_tree, default_base, trees_of
+from bench.check.compare import Result, check
 
 CASES = """
 def work():

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from standalone import compiled
 
+from bench.compile_report.__main__ import main
 from bench.compile_report.cases import Case, all_cases, quick_cases
-from bench.compile_report.kernels import Row, blocks_per_sm, failures, from_json, main, merge_shapes, report
+from bench.compile_report.kernels import Kernel, blocks_per_sm, failures, merged, read, report
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def row(case: Case = Case("attention_fwd"), **values) -> Row:  # noqa: B008
+def row(case: Case = Case("attention_fwd"), **values) -> Kernel:  # noqa: B008
     found = compiled(**values)
-    return Row(case, found.arch, found.to_dict(), found.problems())
+    return Kernel(case, found.arch, found)
 
 
 def test_a_default_row_that_spills_fails_the_check():
@@ -29,7 +30,7 @@ def test_other_rows_may_spill_but_not_exceed_shared_memory():
 
 
 def test_a_kernel_that_does_not_compile_fails_the_check():
-    (line,) = failures([Row(Case("one_pass"), 90, error="CompilationError: no")])
+    (line,) = failures([Kernel(Case("one_pass"), 90, error="CompilationError: no")])
     assert line == "one_pass: head 64, N 197, sm_90: CompilationError: no"
 
 
@@ -54,8 +55,8 @@ def test_cases_reach_every_launcher_length_and_switch():
 
 def test_cases_that_compile_to_the_same_kernel_are_one_row():
     rows = [row(Case("attention_fwd", length=n), hash="same") for n in (197, 257)]
-    (merged,) = merge_shapes(rows)
-    assert "N 197, 257" in report([merged], 80)
+    (one,) = merged(rows)
+    assert "N 197, 257" in report([one], 80)
 
 
 def test_blocks_per_sm_are_bounded_by_registers_shared_memory_and_warps():
@@ -70,22 +71,16 @@ def test_blocks_per_sm_are_bounded_by_registers_shared_memory_and_warps():
 
 def test_a_pooled_token_at_257_tokens_leaves_an_a100_one_block():
     """What was once said of it, two, holds without the pooled token."""
-    rows = from_json((ROOT / "bench" / "results" / "compile.json").read_text(encoding="utf-8"))
     found = {}
-    for row in rows:
-        for case in (row.case, *row.also):
-            if row.arch == 80 and (case.launcher, case.head_dim, case.length, case.rank) == (
-                "attention_fwd",
-                64,
-                257,
-                0,
-            ):
-                c = row.compiled
-                found.setdefault(case.pool, blocks_per_sm(80, c["registers"], c["shared"], c["num_warps"]))
+    for kernel in read(ROOT / "bench" / "results" / "compile.json"):
+        for case in (kernel.case, *kernel.also) if kernel.arch == 80 else ():
+            if (case.launcher, case.head_dim, case.length, case.rank) == ("attention_fwd", 64, 257, 0):
+                c = kernel.compiled
+                found.setdefault(case.pool, blocks_per_sm(80, c.registers, c.shared, c.num_warps))
     assert (found[0], found[None]) == (1, 2)
 
 
 def test_rows_survive_json():
     one = row(stack=8)
-    assert Row.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+    assert Kernel.from_dict(json.loads(json.dumps(one.to_dict()))) == one
     assert dataclasses.replace(one.case) == one.case

@@ -13,7 +13,7 @@ from bench.base import results, timing
 from bench.base.results import Row
 from bench.base.timing import compare
 from bench.base.towers import SHAPES
-from bench.check.compare import copy_working_tree
+from bench.check.__main__ import copy_working_tree
 from bench.gpu.__main__ import main
 from bench.gpu.plugin import NO_TIME
 from bench.gpu.run import Outcome, Part, Run, read_junit

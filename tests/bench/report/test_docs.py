@@ -8,9 +8,9 @@ import pytest
 from bench.base import results
 from bench.base.tables import read_block, table, write_block
 from bench.base.towers import SHAPES
-from bench.compile_report.kernels import doc_blocks, from_json
+from bench.compile_report.kernels import doc_blocks, read
 from bench.cpu import report as cpu_report
-from bench.report.pages import stale
+from bench.report.__main__ import stale
 from bench.report.sources import sources
 from bench.roofline.__main__ import all_costs, backward_table, cost_table, target_table
 from bench.roofline.chips import CHIPS
@@ -41,8 +41,7 @@ def test_the_roofline_file_is_that_of_the_code():
 
 
 def test_the_compile_tables_are_those_of_the_result_file():
-    rows = from_json((RESULTS / "compile.json").read_text(encoding="utf-8"))
-    for name, text in doc_blocks(rows).items():
+    for name, text in doc_blocks(read(RESULTS / "compile.json")).items():
         assert read_block(PAGE, name).strip() == text.strip(), name
 
 

@@ -9,20 +9,10 @@ import pytest
 from bench.base import results
 from bench.base.results import Row
 from bench.base.towers import SETTINGS
-from bench.report import charts
-from bench.report.pages import (
-    NO_GPU,
-    all_charts,
-    answer,
-    blocks,
-    chart_of,
-    measured,
-    readme,
-    roofline_shares,
-    stale,
-    wins_and_losses,
-)
-from bench.report.sources import Source, one_machine, sources
+from bench.report.__main__ import stale, write
+from bench.report.charts import all_charts, chart_of
+from bench.report.pages import NO_GPU, answer, measured, readme, wins_and_losses
+from bench.report.sources import Source, one_machine, roofline_shares, sources
 from bench.roofline.chips import CHIPS
 from bench.roofline.costs import cost
 
@@ -156,14 +146,9 @@ def root(tmp_path):
 
 
 def test_what_was_changed_by_hand_or_is_of_older_rows_is_named(root):
-    from bench.base.tables import write_block
-
     found = [source()]
     assert len(stale(found, root)) == 3 + len(all_charts(found))
-    for (file, name), text in blocks(found).items():
-        write_block(root / file, name, text)
-    for chart in all_charts(found):
-        charts.draw(chart.panels, chart.caption, chart.digest(), root / "docs" / "results" / chart.file)
+    write(found, root)
     assert stale(found, root) == []
     page = root / "docs" / "performance.md"
     page.write_text(page.read_text().replace("3.00 ×", "3.50 ×"))
