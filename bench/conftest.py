@@ -77,7 +77,7 @@ class Contests:
             group.name,
             case.name,
             contender.name,
-            **vars(verdict),
+            **verdict._asdict(),
             seconds=times[""],
             baseline=group.baseline,
             ratio=median / times[group.baseline]["median"],

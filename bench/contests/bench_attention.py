@@ -2,18 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.base.towers import SETTINGS
 from bench.contests.contenders.attentions import gated, joined, split, xformers_attention
 from bench.contests.contenders.towers import xformers_why_not
 from bench.contests.contest import Contender, Group, Trial, training_trial
-from bench.contests.vision import VisionCase, shapes
+from bench.contests.vision import VisionCase, cases
 from fastheads import reference
 from fastheads.ops import cpu
 from fastheads.ops.dispatch import IMPLEMENTATIONS, Problem
@@ -21,29 +19,21 @@ from fastheads.ops.dispatch import IMPLEMENTATIONS, Problem
 Attend = Callable[[Tensor, Tensor, int], Tensor]  # qkv [B, N, 3D], gate [H], heads → [B, N, D]
 
 
-def cases(device: str, size: str) -> list[VisionCase]:
-    found = dict.fromkeys((key, batch) for key, batch, _ in shapes(device, size, quick=[("B/32", 8)]))
-    precision = "bf16 qkv" if device == "cuda" else "fp32"
-    return [VisionCase("attention", k, b, device, precision, (), tokens=SETTINGS[k].tokens) for k, b in found]
-
-
 def trial(case: VisionCase, attend: Attend) -> Trial:
     H, D = case.of.heads, case.of.width
     qkv, do = (case.tensor(case.batch, case.length, d, stream=i, dtype=case.stored) for i, d in enumerate((3 * D, D)))
     gate = 1 + 0.3 * case.tensor(H, stream=2, dtype=torch.float32)
-    tensors = (qkv.requires_grad_(), gate.requires_grad_(), do)
-    named = {"qkv": [qkv], "gate": [gate]}
-    return training_trial(
-        lambda: attend(qkv, gate, H), do, lambda: named, lambda: tensors, result="o", samples=case.batch
-    )
+    known, named = (qkv.requires_grad_(), gate.requires_grad_(), do), {"qkv": [qkv], "gate": [gate]}
+    forward = functools.partial(attend, qkv, gate, H)
+    return training_trial(forward, do, lambda: named, lambda: known, result="o", samples=case.batch)
 
 
 def sdpa(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
     return joined(F.scaled_dot_product_attention(*split(qkv, heads)))
 
 
-def sdpa_gated(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    return gated(F.scaled_dot_product_attention(*split(qkv, heads)), gate)
+def gated_after(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    return lambda qkv, gate, heads: gated(attend(*split(qkv, heads)), gate)
 
 
 def formula(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
@@ -51,28 +41,19 @@ def formula(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
     return reference.gate_heads(each, gate, qkv.dtype)
 
 
-def xformers_gated(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    return gated(xformers_attention(*split(qkv, heads)), gate)
-
-
 @functools.cache
-def _flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def flex_gated(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    return gated(_flex()(*split(qkv, heads)), gate)
-
-
-@functools.cache
-def _compiled() -> Any:
-    return torch.compile(formula)
+def _compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    return torch.compile(function, **options)
 
 
 def compiled(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    return _compiled()(qkv, gate, heads)
+    return _compiled(formula)(qkv, gate, heads)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return _compiled(flex_attention, dynamic=False)(q, k, v)
 
 
 class _Kernels(torch.autograd.Function):
@@ -113,35 +94,32 @@ def _refused(case: VisionCase, impl: str) -> str:
     return "; ".join(IMPLEMENTATIONS[impl].not_supported_reasons(problem))
 
 
-def _no_backward(case: VisionCase) -> str:
-    return "" if case.device == "cuda" else "FlexAttention has no backward pass on a CPU"
-
-
 def _contender(name: str, words: str, attend: Attend, **options: Any) -> Contender:
     return Contender(name, words, functools.partial(trial, attend=attend), **options)
 
 
+NO_BACKWARD = "FlexAttention has no backward pass on a CPU"
+PLAIN = gated_after(F.scaled_dot_product_attention)
+XFORMERS, FLEX = gated_after(xformers_attention), gated_after(flex)
 CONTENDERS = (
     _contender("sdpa", "SDPA, no gate", sdpa, maths="ungated"),
     _contender("triton", "fastheads, Triton", kernels, ours=True, why_not=lambda case: _refused(case, "stacked")),
     _contender("cpu", "fastheads, cpu", kernels, ours=True, why_not=lambda case: _refused(case, "cpu")),
     _contender("reference", "fastheads, reference", formula, ours=True),
-    _contender("sdpa, gate", "SDPA, then the gate", sdpa_gated),
-    _contender("xformers", "xformers, then the gate", xformers_gated, why_not=xformers_why_not),
-    _contender("flex", "FlexAttention, then the gate", flex_gated, slow_start=True, why_not=_no_backward),
+    _contender("sdpa, gate", "SDPA, then the gate", PLAIN),
+    _contender("xformers", "xformers, then the gate", XFORMERS, why_not=xformers_why_not),
+    _contender("flex", "FlexAttention, then the gate", FLEX, slow_start=True,
+               why_not=lambda case: "" if case.device == "cuda" else NO_BACKWARD),
     _contender("compiled", "torch.compile of the reference", compiled, slow_start=True),
-)
+)  # fmt: skip
 
 
-def exact(case: VisionCase, maths: str) -> dict[str, Tensor]:
-    return trial(replace(case, exact=True), sdpa if maths == "ungated" else formula).outputs()
+def standard(case: VisionCase, maths: str) -> Trial:
+    return trial(case, sdpa if maths == "ungated" else formula if case.exact else PLAIN)
 
 
-def plain(case: VisionCase, maths: str) -> dict[str, Tensor]:
-    return trial(case, sdpa if maths == "ungated" else sdpa_gated).outputs()
-
-
-GROUP = Group("attention", "sdpa", CONTENDERS, cases, exact, plain)
+CASES = functools.partial(cases, "attention", quick=[("B/32", 8)])
+GROUP = Group("attention", "sdpa", CONTENDERS, CASES, standard)
 
 
 def test_attention(compete, case, contender):

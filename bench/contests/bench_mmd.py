@@ -17,7 +17,6 @@ from fastheads.losses import mmd
 
 Loss = Callable[[Tensor, Tensor, "MMDCase"], Tensor]  # x [L, N, D], domain ids [N] → a scalar
 KERNELS = {"domainbed": "DomainBed's", "adaptive": "TLlib's", "dan": "the DAN snippet's"}
-FORMULAS = {"domainbed": "DomainBed", "adaptive": "TLlib", "dan": "DAN snippet"}  # a kernel's own peer
 
 
 @dataclass(frozen=True)
@@ -144,17 +143,15 @@ def pair_by_pair(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def exact(case: MMDCase, maths: str) -> dict[str, Tensor]:
-    return trial(replace(case, exact=True), formula if maths == "together" else pair_by_pair).outputs()
+def standard(case: MMDCase, maths: str) -> Trial:
+    """The formula: `fastheads.reference`, or of the peers' mathematics in float32 the peer whose kernels they are."""
+    if maths == "together":
+        return trial(case, formula)
+    own = next(name for name, peer in PEERS.items() if peer.kernel == case.kernel)
+    return trial(case, pair_by_pair if case.exact else functools.partial(peers, name=own))
 
 
-def plain(case: MMDCase, maths: str) -> dict[str, Tensor]:
-    """The formula in float32: `fastheads.reference`, or for the peers' mathematics the peer whose kernels they are."""
-    own = functools.partial(peers, name=FORMULAS[case.kernel])
-    return trial(case, formula if maths == "together" else own).outputs()
-
-
-GROUP = Group("mmd", "auto", CONTENDERS, cases, exact, plain, draws=8)
+GROUP = Group("mmd", "auto", CONTENDERS, cases, standard, draws=8)
 
 
 def test_mmd(compete, case, contender):

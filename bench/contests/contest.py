@@ -8,7 +8,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -140,17 +140,15 @@ class Group:
 
     cases: for a device and a size, "rehearsal", "quick" or "full". A case has a name for tables, a device, `extra()`,
     what it says of itself in a result file, and `small(draw)`: the same mathematics with few samples, for the check,
-    of the random input `draw`. exact, plain: outputs of a case, of the mathematics of that name, in float64 and as
-    plain PyTorch has them in the case's own precision, its error the largest over `draws`. baseline: the contender of
-    the ratios.
+    of the random input `draw`. standard: the trial of a mathematics, in float64 where `case.exact`, else as plain
+    PyTorch has it in the case's own precision; its error is the largest over `draws`. baseline: of the ratios.
     """
 
     name: str
     baseline: str
     contenders: tuple[Contender, ...]
     cases: Callable[[str, str], Sequence[Any]]
-    exact: Callable[[Any, str], dict[str, Tensor]]
-    plain: Callable[[Any, str], dict[str, Tensor]]
+    standard: Callable[[Any, str], Trial]
     draws: int = 3  # a gate's gradient is a dozen numbers, a loss is one
 
     def of(self, case: Any) -> list[Contender]:
@@ -171,8 +169,7 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """status: "ok" or "wrong". error, allowed: of the output that is worst by the rule, over its largest value."""
 
     status: str
@@ -184,25 +181,6 @@ class Verdict:
 def _errors(found: Tensor, exact: Tensor) -> dict[str, float]:
     difference = found.detach().double().cpu() - exact
     return {"max": float(difference.abs().max()), "rms": float(difference.square().mean().sqrt())}
-
-
-class _Off(NamedTuple):
-    """Of an output, over its largest value: how far it is off, how far it may be, and the one over the other."""
-
-    excess: float
-    error: float
-    allowed: float
-
-
-def _off(found: Tensor, exact: Tensor, plain_errors: Mapping[str, float], factor: float) -> _Off:
-    """Of max and RMS the one that is worse."""
-    if not bool(torch.isfinite(found).all()):
-        return _Off(float("inf"), float("inf"), 0.0)
-    scale, each = max(float(exact.abs().max()), 1e-300), []
-    for size, error in _errors(found, exact).items():
-        allowed = factor * plain_errors[size] / scale + FLOOR
-        each.append(_Off(error / scale / allowed, error / scale, allowed))
-    return max(each)
 
 
 class Judge:
@@ -218,8 +196,9 @@ class Judge:
         errors: dict[str, dict[str, float]] = {}
         for draw in range(self.group.draws):
             small = case.small(draw)
-            exact = {k: v.detach().double().cpu() for k, v in self.group.exact(small, maths).items()}
-            plain = self.group.plain(small, maths)
+            exact = self.group.standard(replace(small, exact=True), maths).outputs()
+            exact = {name: value.detach().double().cpu() for name, value in exact.items()}
+            plain = self.group.standard(small, maths).outputs()
             first = first or exact
             for name, value in exact.items():
                 off = _errors(plain[name], value)
@@ -234,15 +213,21 @@ class Judge:
         missing = sorted(set(exact) - set(found))
         if missing:
             raise ValueError(f"{contender.name}: gives no {', '.join(missing)}")
-        off = {
-            name: _off(found[name], value, plain_errors[name], BACKWARD if name.startswith("d") else FORWARD)
-            for name, value in exact.items()
-        }
-        first, *others = sorted(off, key=lambda name: off[name], reverse=True)
-        _, error, allowed = off[first]
+
+        def off(name: str) -> tuple[float, float]:
+            """Error, and what is allowed, over the largest value; of max and RMS the one that is worse."""
+            if not bool(torch.isfinite(found[name]).all()):
+                return float("inf"), FLOOR
+            scale, factor = max(float(exact[name].abs().max()), 1e-300), BACKWARD if name.startswith("d") else FORWARD
+            each = _errors(found[name], exact[name])
+            pairs = [(error / scale, factor * plain_errors[name][size] / scale + FLOOR) for size, error in each.items()]
+            return max(pairs, key=lambda pair: pair[0] / pair[1])
+
+        worst = sorted(((off(name), name) for name in exact), key=lambda one: one[0][0] / one[0][1], reverse=True)
+        (error, allowed), first = worst[0]
         if error <= allowed:
             return Verdict("ok", "", error, allowed)
         why = f"{first} is off by {error:.2g} of its largest, {allowed:.1g} allowed"
-        also = [name for name in others if off[name].excess > 1]
+        also = [name for (own, limit), name in worst[1:] if own > limit]
         why += f"; so are {', '.join(also)}" if also else ""
         return Verdict("wrong", why + (f": {contender.fault}" if contender.fault else ""), error, allowed)

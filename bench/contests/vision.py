@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.base.towers import BATCHES, SETTINGS, Setting
-from bench.contests.contenders.attentions import EXACT, PLAIN, Attention, modules, trained
+from bench.contests.contenders.attentions import EXACT, PLAIN, modules, trained
 from bench.contests.contest import Contender, Group, Trial, training_trial
 from bench.contests.models import blocks_of, clip
 
@@ -176,32 +177,33 @@ def _inference_trial(case: VisionCase, model: Any) -> Trial:
     return Trial(run, lambda: {"features": run()}, samples=case.batch)
 
 
-def _standard(case: VisionCase, maths: str, kinds: dict[str, type[Attention]]) -> dict[str, Tensor]:
+def standard(case: VisionCase, maths: str) -> Trial:
     def dress(model: Any, ranks: Sequence[int]) -> Any:
         model.visual.requires_grad_(maths == "full")
-        return modules(kinds[maths])(model, ranks)
+        return modules((EXACT if case.exact else PLAIN)[maths])(model, ranks)
 
-    return trial(case, dress, maths).outputs()
-
-
-def exact(case: VisionCase, maths: str) -> dict[str, Tensor]:
-    """What a case comes to by its mathematics in float64."""
-    return _standard(replace(case, exact=True), maths, EXACT)
+    return trial(case, dress, maths)
 
 
-def plain(case: VisionCase, maths: str) -> dict[str, Tensor]:
-    """What plain PyTorch makes of it, in the case's precision."""
-    return _standard(case, maths, PLAIN)
-
-
-def shapes(device: str, size: str, quick: Sequence[tuple[str, int]]) -> list[tuple[str, int, str]]:
-    """Setting, batch and precision of a group's cases; `quick`: the quick set's on a CPU."""
-    if size == "rehearsal":
-        return [("tiny", 2, "amp" if device == "cuda" else "fp32")]
+def cases(kind: str, device: str, size: str, quick: Sequence[tuple[str, int]]) -> list[VisionCase]:
+    """Of a group. quick: setting and batch of the quick set's on a CPU."""
+    shapes, precisions = quick, ("fp32",)
     if device == "cuda":
-        return [(key, batch, p) for p in ("amp", "bf16") for key, batch in BATCHES.items()]
-    return [(key, batch, "fp32") for key, batch in ((("B/32", 8), ("B/16", 2)) if size == "full" else quick)]
+        shapes, precisions = tuple(BATCHES.items()), ("bf16 qkv",) if kind == "attention" else ("amp", "bf16")
+    elif size == "full":
+        shapes = (("B/32", 8), ("B/16", 2))
+    if size == "rehearsal":
+        shapes, precisions = (("tiny", 2),), precisions[:1]
+    found = []
+    for precision, (key, batch) in itertools.product(precisions, shapes):
+        setting, case = SETTINGS[key], VisionCase(kind, key, batch, device, precision, SETTINGS[key].ranks())
+        if kind == "block":  # at both published ranks
+            found += [replace(case, ranks=(rank,)) for rank in ((2, 8) if size == "full" else (8,))]
+        else:
+            found.append(replace(case, tokens=setting.tokens) if kind == "attention" else case)
+    return found
 
 
-def group(kind: str, contenders: tuple[Contender, ...], cases: Callable[[str, str], Sequence[VisionCase]]) -> Group:
-    return Group(kind, "stock", contenders, cases, exact, plain)
+def group(kind: str, contenders: tuple[Contender, ...], quick: Sequence[tuple[str, int]]) -> Group:
+    of = functools.partial(cases, kind, quick=quick)
+    return Group(kind, "stock", contenders, of, standard)

@@ -100,12 +100,10 @@ def _lines(sweep: str, rows: Sequence[Row]) -> tuple[Panel, ...]:
     panels = []
     speed = sweep == "batch sweep"
     for (_, case), own in by_case(r for r in rows if r.seconds and r.x is not None).items():
-        each = []
-        for name in dict.fromkeys(r.contender for r in own):
-            line = sorted(
-                (r.x, r.per_second if speed else r.seconds["median"] * 1e3) for r in own if r.contender == name
-            )
-            each.append((name, *zip(*line, strict=True)))
+        points: dict[str, list[tuple[float, float]]] = {}
+        for r in own:
+            points.setdefault(r.contender, []).append((r.x, r.per_second if speed else r.seconds["median"] * 1e3))
+        each = [(name, *zip(*sorted(line), strict=True)) for name, line in points.items()]
         log = {"batch sweep": "x", "length sweep": "xy", "rank sweep": "x"}.get(sweep, "")
         label = "images per second" if speed else "ms, forward and backward"
         panels.append(Panel("lines", case, label, lines=tuple(each), x_label=AXES[sweep], log=log))
@@ -114,10 +112,9 @@ def _lines(sweep: str, rows: Sequence[Row]) -> tuple[Panel, ...]:
 
 def _shares(found: Sequence[tuple[str, float]]) -> tuple[Panel, ...]:
     """Shares of the least time that reachable rates allow."""
-    each = tuple((label, share, OURS) for label, share in found)
-    return (
-        (Panel("bars", "least time / measured time", "share of the roofline, reachable rates", each),) if each else ()
-    )
+    bars = tuple((label, share, OURS) for label, share in found)
+    title, label = "least time / measured time", "share of the roofline, reachable rates"
+    return (Panel("bars", title, label, bars),) if bars else ()
 
 
 def draw(panels: Sequence[Panel], caption: str, digest: str, file: Path) -> None:

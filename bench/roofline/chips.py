@@ -36,22 +36,18 @@ class Chip:
     reached: Rates
 
 
-def _chip(name: str, arch: int, tflops: float, gbs: float, sms: int, ghz: float, reached: Rates) -> Chip:
-    l2 = 64 * sms * ghz * 1e9
-    peak = Rates(gemm=tflops * 1e12, attention=tflops * 1e12, exp=16 * sms * ghz * 1e9, hbm=gbs * 1e9, l2=l2)
-    return Chip(name, arch, peak, reached)
-
-
-def _reached(gemm: float, attention: float, hbm: float, sms: int, ghz: float) -> Rates:
-    return Rates(
-        gemm * 1e12, attention * 1e12, exp=0.75 * 16 * sms * ghz * 1e9, hbm=hbm * 1e12, l2=2 / 3 * 64 * sms * ghz * 1e9
-    )
+def _chip(name: str, arch: int, sms: int, ghz: float, peak: tuple[float, float], reached: tuple[float, ...]) -> Chip:
+    """peak: TFLOP/s, GB/s. reached: TFLOP/s of products and inside attention, TB/s."""
+    exp, l2 = 16 * sms * ghz * 1e9, 64 * sms * ghz * 1e9
+    tflops, gemm, attention = peak[0] * 1e12, reached[0] * 1e12, reached[1] * 1e12
+    datasheet = Rates(tflops, tflops, exp, hbm=peak[1] * 1e9, l2=l2)
+    return Chip(name, arch, datasheet, Rates(gemm, attention, 0.75 * exp, hbm=reached[2] * 1e12, l2=2 / 3 * l2))
 
 
 CHIPS = {
-    "A100": _chip("A100", 80, 312, 2039, 108, 1.41, _reached(235, 0.55 * 312, 1.7, 108, 1.41)),
-    "H100": _chip("H100", 90, 989, 3350, 132, 1.98, _reached(680, 0.35 * 989, 2.85, 132, 1.98)),
-    "H200": _chip("H200", 90, 989, 4800, 132, 1.98, _reached(680, 0.35 * 989, 4.1, 132, 1.98)),
+    "A100": _chip("A100", 80, 108, 1.41, (312, 2039), (235, 0.55 * 312, 1.7)),
+    "H100": _chip("H100", 90, 132, 1.98, (989, 3350), (680, 0.35 * 989, 2.85)),
+    "H200": _chip("H200", 90, 132, 1.98, (989, 4800), (680, 0.35 * 989, 4.1)),
 }
 
 

@@ -28,12 +28,10 @@ class Work(NamedTuple):
     products: int = 0
     exps: int = 0
 
-    def __add__(self, other: object) -> Work:
-        assert isinstance(other, Work)
+    def __add__(self, other: Work) -> Work:
         return Work(self.products + other.products, self.exps + other.exps)
 
-    def __mul__(self, times: object) -> Work:
-        assert isinstance(times, int)
+    def __mul__(self, times: int) -> Work:
         return Work(self.products * times, self.exps * times)
 
 
@@ -52,11 +50,12 @@ def columns_of(head_dim: int) -> int:
     return sum(width for _, width in pieces_of(head_dim))
 
 
-def _low(parts: Sequence[int], rank: int) -> tuple[int, int, int]:
+def _low(parts: Sequence[int], rank: int) -> list[int]:
     """The columns that the deltas of q, k and v stand in, 0 where there is none."""
+    if not parts:
+        return [0, 0, 0]
     form = low_form(tuple(parts), rank, False)
-    q, k, v = (form.tile if target >= 0 else 0 for target in form.targets)
-    return q, k, v
+    return [form.tile if target >= 0 else 0 for target in form.targets]
 
 
 def _queries(tiles: Tiles, length: int) -> list[int]:
@@ -75,29 +74,23 @@ def attention_fwd(arch: int, head_dim: int, length: int, parts: Sequence[int] = 
     tiles, columns = tiles_of(arch, head_dim, length, DTYPE, len(parts), rank), columns_of(head_dim)
     queries = _queries(tiles, length)
     keys = [rows for _, rows in tiles.chunks] or blocks(length, tiles.block_n)
-    if not parts:
-        return _attend(queries, keys, columns, columns)
     q, k, v = _low(parts, rank)
-    work = _attend(queries, keys, columns + q + k, columns + v)
-    for rows in queries:
-        work += product(rows, k, columns) + product(rows, columns, v)
+    of_keys = product(sum(keys), q, columns)
+    if q and k:
+        of_keys += product(k, q, columns) * len(keys) + product(sum(keys), q, k)
     loaded = len(queries) if not tiles.chunks else 1  # keys that stream are loaded for every block of queries
-    for rows in keys:
-        work += product(rows, q, columns) * loaded
-        if q and k:
-            work += (product(k, q, columns) + product(rows, q, k)) * loaded
-    return work
+    work = _attend(queries, keys, columns + q + k, columns + v)
+    return work + product(sum(queries), k + v, columns) + of_keys * loaded
 
 
 def one_pass_fwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
     """Projection and attention; every head projects the whole width."""
     tiles, columns = one_pass_tiles(arch, head_dim, length, DTYPE), columns_of(head_dim)
     queries, keys = _queries(tiles, length), [rows for _, rows in tiles.chunks]
-    low = _low(parts, rank) if parts else (0, 0, 0)
     width = sum(blocks(heads * head_dim, tiles.block_n))
     work = _attend(queries, keys, columns, columns)
-    for part, rows in ((0, sum(queries)), (1, sum(keys)), (2, sum(keys))):
-        work += product(rows, columns + low[part], width) + product(rows, columns, low[part])
+    for low, rows in zip(_low(parts, rank), (sum(queries), sum(keys), sum(keys)), strict=True):
+        work += product(rows, columns + low, width) + product(rows, columns, low)
     return work
 
 
@@ -110,29 +103,18 @@ def _swept(length: int, block: int) -> list[int]:
 def attention_bwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
     """heads: of the whole batch. The query sweep makes delta and dQ, the key sweep dK and dV."""
     tile, columns = tile_for(arch, head_dim, length, heads, bool(parts), False, False), columns_of(head_dim)
-    q_low, k_low, v_low = _low(parts, rank) if parts else (0, 0, 0)
-    if tile.whole:
-        queries, keys2 = _swept(length, tile.q), _swept(length, tile.k2)
-    else:
-        queries, keys2 = blocks(length, tile.q), blocks(length, tile.k2)
+    q, k, v = _low(parts, rank)
+    queries, keys2 = ((_swept if tile.whole else blocks)(length, block) for block in (tile.q, tile.k2))
     keys, queries2 = [rows for _, rows in tile.chunks] or blocks(length, tile.k), blocks(length, tile.q2)
-    work = Work()
-    for rows in queries:
-        work += product(rows, columns, q_low)
-        pairs = rows * sum(keys)
-        if tile.chunks:  # S, dP, dS K of keys that stay on chip
-            work += product(pairs, 3, columns) + Work(exps=pairs)
-        else:  # S, dP; then again, and dS K
-            work += product(pairs, 5, columns) + Work(exps=2 * pairs)
-            work += product(2 * sum(keys), columns, k_low) + product(2 * sum(keys), columns, v_low)
-    if tile.chunks:
-        work += product(sum(keys), columns, k_low) + product(sum(keys), columns, v_low)
-    for rows in keys2:  # S, dP, P^T dO, dS^T Q
-        pairs = rows * sum(queries2)
-        work += product(pairs, 4, columns) + Work(exps=pairs)
-        work += product(rows, columns, k_low) + product(rows, columns, v_low)
-        work += product(sum(queries2), columns, q_low)
-    return work
+    pairs, of_keys = sum(queries) * sum(keys), product(sum(keys), k + v, columns)
+    work = product(sum(queries), columns, q)
+    if tile.chunks:  # S, dP, dS K of keys that stay on chip
+        work += product(pairs, 3, columns) + Work(exps=pairs) + of_keys
+    else:  # S, dP; then again, and dS K
+        work += product(pairs, 5, columns) + Work(exps=2 * pairs) + of_keys * (2 * len(queries))
+    pairs = sum(keys2) * sum(queries2)  # S, dP, P^T dO, dS^T Q
+    work += product(pairs, 4, columns) + Work(exps=pairs) + product(sum(keys2), k + v, columns)
+    return work + product(sum(queries2), columns, q) * len(keys2)
 
 
 def low_rank_bwd(head_dim: int, rows: int, targets: int, heads: int, rank: int) -> Work:
@@ -140,11 +122,8 @@ def low_rank_bwd(head_dim: int, rows: int, targets: int, heads: int, rank: int) 
     cut = len(blocks(rows, BLOCK_ROWS))
     steps = -(-cut // max(1, PROGRAMS // (targets * heads)))
     computed = sum(blocks(cut, steps)) * BLOCK_ROWS  # the last program goes on where there are no rows
-    return product(2 * computed, _padded(head_dim), _padded(rank)) * (targets * heads)
-
-
-def _padded(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
+    head, low = (max(16, 1 << (n - 1).bit_length()) for n in (head_dim, rank))
+    return product(2 * computed, head, low) * (targets * heads)
 
 
 def mmd_pairs(samples: int, device: str = "cpu") -> int:

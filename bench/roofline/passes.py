@@ -6,14 +6,13 @@ architecture; the peers' are those of whole tiles. Sizes are those of 16-bit tra
 R = T·H·r columns, for q and v.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from bench.base.towers import TARGETS, Shape
 from bench.roofline import loops
 from bench.roofline.chips import Rates
-from bench.roofline.loops import Work
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,10 @@ class Pass:
         )
 
 
+DX = "dX of the projection"
+DELTAS = (0, 2)  # of q and v
+
+
 class Run(NamedTuple):
     """saved: bytes that the forward pass keeps for the backward pass."""
 
@@ -45,37 +48,11 @@ class Run(NamedTuple):
     saved: float
 
 
-def _module(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
-    """The module around what lies between its LayerNorm and out_proj."""
-    return Run(
-        [_norm(s), *forward, _out(s), _residual(s)],
-        [_out(s), *backward, *_norm_backward(s)],
-        saved,
-    )
-
-
-def _norm(s: Shape) -> Pass:
-    return Pass("LayerNorm", 2 * s.row)
-
-
-def _out(s: Shape) -> Pass:
-    return Pass("out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)
-
-
-def _residual(s: Shape) -> Pass:
-    return Pass("residual add", 3 * s.row)
-
-
-def _norm_backward(s: Shape) -> list[Pass]:
-    return [Pass("LayerNorm backward", 3 * s.row), Pass("residual's gradient add", 3 * s.row)]
-
-
-def _qkv(s: Shape, name: str = "q, k, v projection") -> Pass:
-    return Pass(name, 4 * s.row + 6 * s.weight, gemm=3 * s.product)
-
-
-def _qkv_backward(s: Shape) -> Pass:
-    return _qkv(s, "dX of the projection")
+def _around(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float = 0) -> Run:
+    """Half of a block: its LayerNorm and residual around what is inside."""
+    gradients = [Pass("LayerNorm backward", 3 * s.row), Pass("residual's gradient add", 3 * s.row)]
+    residual = Pass("residual add", 3 * s.row)
+    return Run([Pass("LayerNorm", 2 * s.row), *forward, residual], [*backward, *gradients], saved)
 
 
 def mlp(s: Shape) -> list[Pass]:
@@ -84,13 +61,25 @@ def mlp(s: Shape) -> list[Pass]:
     def product(name: str) -> Pass:
         return Pass(name, 5 * s.row + 8 * s.weight, gemm=4 * s.product)
 
-    forward = [_norm(s), product("fc1"), Pass("GELU", 8 * s.row), product("fc2"), _residual(s)]
-    backward = [product("dX of fc2"), Pass("GELU backward", 12 * s.row), product("dX of fc1"), *_norm_backward(s)]
-    return forward + backward
+    forward = [product("fc1"), Pass("GELU", 8 * s.row), product("fc2")]
+    backward = [product("dX of fc2"), Pass("GELU backward", 12 * s.row), product("dX of fc1")]
+    run = _around(s, forward, backward)
+    return run.forward + run.backward
 
 
-# FlashAttention-2 as torch has it, at head size 64: queries × keys of a tile, forward and backward.
-FLASH = 128
+def _module(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
+    """The attention module around what lies between its LayerNorm and out_proj."""
+    out = Pass("out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)
+    return _around(s, [*forward, out], [out, *backward], saved)
+
+
+def _qkv(s: Shape, name: str = "q, k, v projection") -> Pass:
+    return Pass(name, 4 * s.row + 6 * s.weight, gemm=3 * s.product)
+
+
+def _waste(s: Shape) -> float:
+    """Scores for each one needed in FlashAttention-2 as torch has it: at head size 64 its tiles are 128 × 128."""
+    return (-(-s.tokens // 128) * 128) ** 2 / s.tokens**2
 
 
 def _sdpa(s: Shape) -> Pass:
@@ -108,11 +97,6 @@ def _sdpa_backward(s: Shape) -> list[Pass]:
     ]
 
 
-def _waste(s: Shape) -> float:
-    """Scores computed, in whole tiles, for each one needed."""
-    return (-(-s.tokens // FLASH) * FLASH) ** 2 / s.tokens**2
-
-
 def _gated(s: Shape) -> list[Pass]:
     return [_sdpa(s), Pass("gate", 2 * s.row)]
 
@@ -127,7 +111,7 @@ def floor(s: Shape, rank: int, arch: int = 80) -> Run:
     attend = Pass("attention", 4 * s.row + s.lse, attention=2 * s.attention, exp=s.scores)
     # five products; reads q, k, v, o, dO, writes dQ, dK, dV
     back = Pass("attention backward", 8 * s.row + 3 * s.lse, attention=5 * s.attention, exp=s.scores)
-    return _module(s, [_qkv(s), attend], [back, _qkv_backward(s)], 5 * s.row + s.lse)
+    return _module(s, [_qkv(s), attend], [back, _qkv(s, DX)], 5 * s.row + s.lse)
 
 
 def stock(s: Shape, rank: int, arch: int = 80) -> Run:
@@ -142,7 +126,7 @@ def stock(s: Shape, rank: int, arch: int = 80) -> Run:
         Pass("their sum", 2 * 9 * s.row),
         Pass("dQKV made contiguous", 6 * s.row),
     ]
-    forward, backward = [_qkv(s), *copied, _sdpa(s)], [*_sdpa_backward(s), *summed, _qkv_backward(s)]
+    forward, backward = [_qkv(s), *copied, _sdpa(s)], [*_sdpa_backward(s), *summed, _qkv(s, DX)]
     run = _module(s, forward, backward, 5 * s.row + s.lse)
     return run._replace(backward=[Pass("dO made contiguous", 2 * s.row), *run.backward])
 
@@ -166,7 +150,7 @@ def plain(s: Shape, rank: int, arch: int = 80) -> Run:
         Pass("dA, each target", rows + low, gemm=down),
         Pass("dX of the low-rank path, each target", rows + low, gemm=down),
         Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv_backward(s),
+        _qkv(s, DX),
         Pass("dX summed", 3 * rows),
     ]
     saved = 8 * s.row + low + images_up + s.lse
@@ -177,7 +161,7 @@ def merged(s: Shape, rank: int, arch: int = 80) -> Run:
     """W + s·B A formed under autograd, then the projection with a weight that wants its gradient."""
     backward = [
         Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv_backward(s),
+        _qkv(s, DX),
         _qkv(s, "dW"),
         Pass("dA, dB from dW", 42 * s.weight, gemm=4 * TARGETS * s.weight * rank),
     ]
@@ -191,13 +175,10 @@ def merged(s: Shape, rank: int, arch: int = 80) -> Run:
 def factored(s: Shape, rank: int, arch: int = 80) -> Run:
     """The deltas through cuBLAS, in place, in one autograd.Function; the heads' up-projections block-diagonal."""
     rows, low, up = TARGETS * s.row, s.low(rank), s.low_product(rank)
-    forward = [
-        Pass("T = x Aᵀ", s.row + low, gemm=up),
-        Pass("y += T Bᵀ, each target", 2 * rows + low, gemm=up),
-    ]
+    forward = [Pass("T = x Aᵀ", s.row + low, gemm=up), Pass("y += T Bᵀ, each target", 2 * rows + low, gemm=up)]
     backward = [
         Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv_backward(s),
+        _qkv(s, DX),
         Pass("U = dY B, each target", rows + low, gemm=up),
         Pass("dA, each target", rows + low, gemm=up),
         Pass("dB, each target", rows + low, gemm=up),
@@ -223,11 +204,6 @@ def peft(s: Shape, rank: int, arch: int = 80) -> Run:
 # for more than 80 keys: Σ P ∘ dP first (S, dP), then dQ (S, dP, dS K), then dK and dV (S, dP, Pᵀ dO, dSᵀ Q).
 BACKWARD_PRODUCTS, BACKWARD_EXPS = 9, 3
 ATTENTION_BACKWARD = "attention backward with the gate's gradient"
-DELTAS = (0, 2)  # of q and v
-
-
-def _all_heads(s: Shape, work: Work) -> Work:
-    return work * (s.batch * s.heads)
 
 
 def _fold(s: Shape, rank: int, stored: int) -> Pass:
@@ -243,17 +219,17 @@ def _project(s: Shape, rank: int) -> Pass:
 
 def _ours(s: Shape, rank: int, arch: int, delta: bool) -> Run:
     """One product on `[W; A]`, then attention with the gate in its epilogue and, with `delta`, the deltas on chip."""
-    low, deltas, dh = s.low(rank), (DELTAS, rank) if delta else (), s.width // s.heads
+    low, deltas, dh, heads = s.low(rank), (DELTAS, rank) if delta else (), s.width // s.heads, s.batch * s.heads
     added, more = (low, s.low_product(rank)) if delta else (0, 0)
-    work = _all_heads(s, loops.attention_fwd(arch, dh, s.tokens, *deltas))
+    work = loops.attention_fwd(arch, dh, s.tokens, *deltas) * heads
     attend = Pass("attention, gate", 4 * s.row + added + s.lse, attention=work.products, exp=work.exps)
-    work = _all_heads(s, loops.attention_bwd(arch, dh, s.tokens, s.batch * s.heads, *deltas))
+    work = loops.attention_bwd(arch, dh, s.tokens, heads, *deltas) * heads
     of_low_rank = loops.low_rank_bwd(dh, s.batch * s.tokens, TARGETS, s.heads, rank)
     backward = [
         Pass(ATTENTION_BACKWARD, 7 * s.row + 3 * s.lse + added, attention=work.products, exp=work.exps),
         Pass("dB and U = dY B", TARGETS * s.row + 2 * low, attention=of_low_rank.products),
         Pass("dA = Uᵀ x", s.row + low, gemm=s.low_product(rank)),
-        Pass("dX of the projection", 4 * s.row + added + 6 * s.weight, gemm=3 * s.product + more),
+        Pass(DX, 4 * s.row + added + 6 * s.weight, gemm=3 * s.product + more),
     ]
     forward = [_fold(s, rank, 2 if delta else 4), _project(s, rank), attend]
     return _module(s, forward, backward, 5 * s.row + low + s.lse)
@@ -278,26 +254,16 @@ def delta(s: Shape, rank: int, arch: int = 80) -> Run:
 def one_pass(s: Shape, rank: int, arch: int = 80) -> Run:
     """A program per image and head projects too: each reads the whole x of its image and its head's weights from L2."""
     l2 = s.heads * s.row + s.batch * 6 * s.weight
-    work = _all_heads(s, loops.one_pass_fwd(arch, s.width // s.heads, s.tokens, s.heads, DELTAS, rank))
+    work = loops.one_pass_fwd(arch, s.width // s.heads, s.tokens, s.heads, DELTAS, rank) * (s.batch * s.heads)
     bytes_ = 2 * s.row + s.lse + 6 * s.weight
     kernel = Pass("projection, attention, gate", bytes_, attention=work.products, exp=work.exps, l2=l2)
-    forward = [_norm(s), Pass("W, A in 16 bits", 18 * s.weight), kernel, _out(s), _residual(s)]
-    backward = [_fold(s, rank, 4), _project(s, rank), *delta(s, rank, arch).backward]
-    return Run(forward, backward, 2 * s.row + s.lse)
+    run = _module(s, [Pass("W, A in 16 bits", 18 * s.weight), kernel], [], 2 * s.row + s.lse)
+    again = [_fold(s, rank, 4), _project(s, rank)]
+    return run._replace(backward=[*again, *delta(s, rank, arch).backward])
 
 
-PATHS: dict[str, Callable[..., Run]] = {
-    "floor": floor,
-    "stock": stock,
-    "plain": plain,
-    "factored": factored,
-    "merged": merged,
-    "peft": peft,
-    "stacked": stacked,
-    "stacked, recompute": stacked_recompute,
-    "delta": delta,
-    "one_pass": one_pass,
-}
+EVERY = (floor, stock, plain, factored, merged, peft, stacked, stacked_recompute, delta, one_pass)
+PATHS = {path.__name__.replace("_recompute", ", recompute"): path for path in EVERY}
 WORDS = {
     "floor": "frozen, no copies",
     "stock": "frozen, as OpenCLIP runs it",

@@ -281,11 +281,5 @@ class ClipLora(LoraQV):
         return joined(self.attend(q, k, v))
 
 
-PLAIN: dict[str, type[Attention]] = {
-    "frozen": Attention,
-    "full": Attention,
-    "ha-lora": Plain,
-    "lora qkvo": LoraQKVO,
-    "lora qv": LoraQV,
-}
-EXACT: dict[str, type[Attention]] = {**PLAIN, "ha-lora": Reference}
+PLAIN = {kind.maths: kind for kind in (Attention, Plain, LoraQKVO, LoraQV)} | {"full": Attention}
+EXACT = {**PLAIN, "ha-lora": Reference}
