@@ -25,7 +25,7 @@ from torch import nn
 from fastheads.adapters import save_adapter
 from fastheads.files import whole, write_whole
 from fastheads.folding import merge, wise_ft
-from fastheads.patching import is_patched
+from fastheads.patched import is_patched
 from fastheads.train.data import DomainFolders
 from fastheads.train.evaluation import Problem, fit_probe, image_features, score
 from fastheads.train.loop import Recipe, Report, fit, run_key, trainable

@@ -22,7 +22,8 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastheads.patching import gate_parameters, gates, is_patched, lora_parameters, patch
+from fastheads.patched import gate_parameters, gates, is_patched, lora_parameters
+from fastheads.patching import patch
 from fastheads.train.evaluation import Problem, score
 from fastheads.train.objectives import ImageEncoder, Method, Objective
 

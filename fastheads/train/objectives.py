@@ -13,7 +13,8 @@ from fastheads.capture import CapturedHeads, capture_heads
 from fastheads.config import HeadConfig
 from fastheads.contexts import evaluating
 from fastheads.losses import context_kl, head_mmd
-from fastheads.patching import disabled, is_patched
+from fastheads.patched import is_patched
+from fastheads.patching import disabled
 
 
 @dataclass(frozen=True)
