@@ -98,7 +98,7 @@ def save_adapter(
     write_whole(path / CONFIG, text.encode())
     if beside:
         warnings.warn(
-            f"these tensors are trained beside the adapters, and not saved: {first_few(beside)}; "
+            f"these tensors of the base are trained or changed beside the adapters and not saved: {first_few(beside)}; "
             f"modules_to_save=[{beside[0]!r}, …] takes them along",
             stacklevel=2,
         )
@@ -171,6 +171,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     kinds = {"config": dict, "base_sha256": str, "base_model": str, "base": dict}
     missing = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
     missing += [key for key in ("modules_to_save", "trained_beside") if not _are_names(about[key])]
+    missing += [f"base.{tower}" for tower, of in dict(about["base"]).items() if not isinstance(of, dict)]
     if missing:
         raise ValueError(f"directory: {path / TENSORS} is corrupt (its description lacks {', '.join(missing)})")
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]

@@ -89,6 +89,15 @@ def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     return model.to(device()).eval(), open_clip.get_tokenizer(name)
 
 
+def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
+    from fastheads.adapters import AnotherBaseError, load_adapter
+
+    try:
+        load_adapter(model, args.adapter, check_base=not args.any_base)
+    except AnotherBaseError as e:
+        raise InputError(f"--adapter: {e.what}; --any-base takes it all the same") from e
+
+
 def _transforms(model: nn.Module) -> Any:
     import open_clip
 
@@ -219,7 +228,7 @@ def _by_name(folders: Any) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from fastheads.adapters import load_adapter, read_adapter
+    from fastheads.adapters import read_adapter
     from fastheads.contexts import class_text_weights
     from fastheads.train.data import evaluation_loader, read_domains
     from fastheads.train.evaluation import image_features, score_logits
@@ -233,7 +242,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     model, tokenizer = _load_model(args)
     if args.adapter is not None:
-        load_adapter(model, args.adapter)
+        _load_adapter(model, args)
     names = [name.replace("_", " ") for name in folders.classes]
     classifier = class_text_weights(model, tokenizer, names, prompts)
     transform = _transforms(model)[1]
@@ -253,7 +262,7 @@ def _merge(args: argparse.Namespace) -> None:
         raise InputError(f"--out: got {args.out}; takes a file name that ends in .safetensors")
     read_adapter(args.adapter)
     model, _ = _load_model(args)
-    fastheads.load_adapter(model, args.adapter)
+    _load_adapter(model, args)
     fastheads.merge(model)
     print(f"{save_stock(model, args.out)}: open_clip.create_model({args.model!r}, pretrained={str(args.out)!r})")
 
@@ -261,6 +270,7 @@ def _merge(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     import fastheads
     from fastheads.adapters import read_adapter
+    from fastheads.patched import first_few
     from fastheads.reference import GATES
 
     if args.adapter is None:
@@ -274,6 +284,9 @@ def _inspect(args: argparse.Namespace) -> None:
         f"size     {about['lora_parameters']:,} LoRA and {about['gate_parameters']:,} gate parameters, {size:,} bytes"
     )
     print("config   " + ", ".join(f"{k}={v}" for k, v in about["config"].items()))
+    for word, names in (("with", about["modules_to_save"]), ("without", about["trained_beside"])):
+        if names:
+            print(f"{word:<8} {first_few(names)}, trained beside the adapter")
     gate = about["config"]["gate"]
     for name, theta in tensors.items():
         if name.endswith(".theta"):

@@ -238,11 +238,11 @@ BAD = {
     "foreign adapter": (f"{EVALUATE} --adapter W/foreign", ["W/foreign", "not written by fastheads"]),
     "adapter of another base": (
         f"evaluate --model fastheads-demo --pretrained W/other.safetensors {DATA} --adapter ADAPTER",
-        ["ADAPTER", "another base"],
+        ["--adapter", "ADAPTER", "another base", "weights", "--any-base"],
     ),
     "merge: adapter of another base": (
         "merge --model fastheads-demo --pretrained W/other.safetensors --adapter ADAPTER --out W/merged.safetensors",
-        ["ADAPTER", "another base"],
+        ["--adapter", "ADAPTER", "another base", "weights", "--any-base"],
     ),
     "merge: missing adapter": (f"{MERGE} --adapter W/gone", ["W/gone", "does not exist"]),
     "merge: corrupt adapter": (f"{MERGE} --adapter W/broken", ["W/broken", "corrupt"]),
@@ -282,6 +282,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(case, world, t
     for fragment in fragments:
         assert filled(fragment) in err
     assert out == ""
+    assert "check_base" not in err  # a function's argument, no option
     assert "Traceback" not in err and not caplog.records  # root's logger would print, outside of pytest
     assert listing(world.root) == before
     assert listing(tmp_path) == {}
@@ -453,6 +454,29 @@ def test_the_merged_checkpoint_is_a_stock_one(world, merged):
         wanted = tuned.encode_image(images)
         assert torch.allclose(loaded.encode_image(images), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
         assert (wanted - before).abs().max() > 1e-2 * wanted.abs().max()
+
+
+def test_an_adapter_is_taken_on_any_base_where_asked(world, tmp_path):
+    out = tmp_path / "merged.safetensors"
+    other = ("--adapter", world.adapter, "--any-base")
+    for command in (("evaluate", *data(world.root)), ("merge", "--out", out)):
+        code, _, err = run(*command, *base(world.root, "other.safetensors"), *other)
+        assert code == 0 and "note: the adapter" in err and "another base" in err
+    assert evaluated(world, *other, file="other.safetensors") == evaluated(world, file=str(out))
+    code, _, err = run("evaluate", *data(world.root), *base(world.root), *other)
+    assert (code, err) == (0, "")  # its own base: nothing to say
+
+
+def test_inspect_tells_what_was_trained_beside_the_adapter(world, tmp_path):
+    model = open_clip.create_model(MODEL, pretrained=str(world.root / "demo.safetensors"))
+    fastheads.load_adapter(model, world.adapter)
+    for p in (model.visual.ln_post.weight, model.logit_scale):
+        p.data.add_(1.0)
+    with pytest.warns(UserWarning, match="logit_scale"):
+        fastheads.save_adapter(model, tmp_path, modules_to_save=["ln_post.weight"])
+    lines = done("inspect", "--adapter", tmp_path).splitlines()
+    assert "with     visual.ln_post.weight, trained beside the adapter" in lines
+    assert "without  logit_scale, trained beside the adapter" in lines
 
 
 def test_weights_trained_with_quickgelu_get_the_model_that_has_it(world, tmp_path, monkeypatch):
