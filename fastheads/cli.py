@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import logging
 import os
 import shlex
@@ -146,6 +145,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from fastheads.patching import explain
     from fastheads.train.data import read_domains
     from fastheads.train.evaluation import make_problem
     from fastheads.train.experiment import is_main_process, run_experiment, table
@@ -157,11 +157,8 @@ def _train(args: argparse.Namespace) -> None:
     for name in args.method:
         if name not in METHODS:
             raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
-    folders = read_domains(args.data)
-    targets = list(folders.domains) if args.target == ["all"] else args.target
-    for name in targets:
-        if name not in folders.domains:
-            raise InputError(f"--target: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+    if not args.data.expanduser().is_dir():
+        read_domains(args.data)  # says so before a model is fetched
 
     def recipe_of(method: str) -> Recipe:
         encoder = METHODS[method].trains == "encoder"
@@ -187,17 +184,24 @@ def _train(args: argparse.Namespace) -> None:
         recipe_of(method)  # bad numbers are told before the model is loaded
     prompts = _prompts(args)
     model, tokenizer = _load_model(args)
-    problem_of = functools.lru_cache(maxsize=1)(
-        lambda target, seed: make_problem(
-            model,
-            tokenizer,
-            folders,
-            target,
-            _transforms(model),
-            prompts=prompts,
-            with_contexts=any(recipe_of(method).context_weight for method in args.method),
-            seed=seed,
-        )
+    for name in args.method:
+        config = METHODS[name].config_for(model)
+        if config is not None:
+            explain(model, config)  # raises where patch will
+    folders = read_domains(args.data)
+    targets = list(folders.domains) if args.target == ["all"] else args.target
+    for name in targets:
+        if name not in folders.domains:
+            raise InputError(f"--target: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+    problem_of = lambda target, seed: make_problem(  # noqa: E731
+        model,
+        tokenizer,
+        folders,
+        target,
+        _transforms(model),
+        prompts=prompts,
+        with_contexts=any(recipe_of(method).context_weight for method in args.method),
+        seed=seed,
     )
     with Bars() as bars:
         experiment = run_experiment(

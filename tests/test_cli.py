@@ -372,27 +372,59 @@ def test_the_same_command_again_reuses_the_results(world, monkeypatch):
     assert out == world.trained
 
 
-@pytest.mark.parametrize("changed", ["prompt", "data", "weights"])
-def test_other_prompts_images_or_weights_are_not_answered_from_old_results(world, tmp_path, changed):
-    """Zero-shot only, so that it is fast; under the same --out."""
-    images, weights = tmp_path / "shapes", tmp_path / "base.safetensors"
-    shutil.copytree(world.root / "shapes", images)
-    shutil.copy(world.root / "demo.safetensors", weights)
-    command = ["train", "--model", MODEL, "--pretrained", weights, "--data", images, "--target", "sepia"]
-    command += ["--method", "zero-shot", "--workers", "0", "--out", tmp_path / "run"]
-    done(*command)
-    result = tmp_path / "run/sepia/seed0/zero-shot/result.json"
-    first = result.stat().st_mtime_ns
-    done(*command)
-    assert result.stat().st_mtime_ns == first
-    if changed == "prompt":
-        command += ["--prompt", "a drawing of a {}."]
-    elif changed == "data":
-        (images / "sepia/white_square/0.png").unlink()
-    else:
-        shutil.copy(world.root / "other.safetensors", weights)
-    done(*command)
-    assert result.stat().st_mtime_ns != first
+OTHERWISE = {
+    # what is changed, and what is said of it
+    "lr": (["--lr", "0.5"], "--lr: was 0.01, now 0.5"),
+    "two numbers": (["--steps", "4", "--gate-lr", "0.1"], "--steps: was 3, now 4; --gate-lr: was 0.3, now 0.1"),
+    "precision": (["--precision", "bf16"], "--precision: was 'no', now 'bf16'"),
+    "prompt": (["--prompt", "a drawing of a {}."], "--prompt: was ['a photo of a {}.'], now ['a drawing of a {}.']"),
+    "data": (["--data", "FEWER"], "the images differ (sepia: was 12, now 11)"),
+    "weights": (["--pretrained", "OTHER"], "the base's weights differ"),
+}
+
+
+@pytest.mark.parametrize(("options", "told"), OTHERWISE.values(), ids=OTHERWISE)
+def test_a_result_of_other_settings_is_kept_and_refused(world, tmp_path, monkeypatch, options, told):
+    for name in ("fit", "score"):
+        monkeypatch.setattr(f"fastheads.train.experiment.{name}", lambda *_, **__: pytest.fail("begun"))
+    fewer, other = tmp_path / "shapes", tmp_path / "demo.safetensors"
+    shutil.copytree(world.root / "shapes", fewer)
+    (fewer / "sepia/white_square/0.png").unlink()
+    shutil.copy(world.root / "other.safetensors", other)
+    places = {"FEWER": fewer, "OTHER": other}
+    before = listing(world.root / "run")
+    code, out, err = run(*world.train, "--out", world.root / "run", *(places.get(o, o) for o in options))
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert told in err and f"{world.root / 'run'}" in err and "name another --out" in err
+    assert listing(world.root / "run") == before
+
+
+def test_a_damaged_result_is_one_line_with_the_name_of_the_file(world, tmp_path):
+    shutil.copytree(world.root / "run", tmp_path / "run")
+    path = tmp_path / "run/sepia/seed0/hap/result.json"
+    path.write_text(path.read_text()[:50])
+    code, out, err = run(*world.train, "--out", tmp_path / "run")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert f"{path} is corrupt" in err and "--out" in err
+
+
+TOWERS = {
+    "ResNet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+    "timm": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_that_patch_refuses_is_told_before_images_are_listed(world, tmp_path, monkeypatch, tower):
+    config = json.loads(CONFIG.read_text()) | {"vision_cfg": TOWERS[tower]}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "odd", config)
+    monkeypatch.setattr("fastheads.train.data.read_domains", lambda *_: pytest.fail("listed"))
+    monkeypatch.chdir(tmp_path)
+    for methods in (["hap"], ["ha-lora"], ["dig"], ["lora"], ["zero-shot", "fine-tune", "lora"]):
+        code, out, err = run("train", "--model", "odd", "--pretrained", "", *data(world.root), "--method", *methods)
+        assert (code, out) == (2, "") and len(err.splitlines()) == 1
+        assert "its visual tower is a" in err and tower in err
+    assert listing(tmp_path) == {}
 
 
 def test_a_method_named_twice_runs_once(world):
