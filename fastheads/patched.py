@@ -138,8 +138,8 @@ def written(model: nn.Module) -> list[str]:
 def trained_beside(model: nn.Module) -> list[str]:
     """Tensors of the base that were written since `patch`, or can be trained: what an adapter alone doesn't hold."""
     free = {name for name, p in plain_names(unwrap(model), unwrap(model).named_parameters()).items() if p.requires_grad}
-    changed = set(written(model))
-    return [name for name in base_state_dict(model) if name in free or name in changed]
+    beside = free.union(written(model), original_of(model).tensors)
+    return [name for name in base_state_dict(model) if name in beside]
 
 
 def replace_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -157,6 +157,7 @@ def restore(model: nn.Module) -> None:
     original, base = original_of(model), base_state_dict(model)
     for name, tensor in original.tensors.items():
         base[name].copy_(tensor)
+        original.prints[name] = fingerprint(base[name])  # load_state_dict may have taken the copy for the original
     original.tensors = {}
 
 

@@ -68,7 +68,7 @@ def plain_state(state: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_peft(module: nn.Module) -> bool:
     """Whether PEFT made or marked this module."""
-    return type(module).__module__.split(".")[0] == "peft" or "peft_config" in module.__dict__
+    return type(module).__module__.startswith("peft.") or "peft_config" in module.__dict__
 
 
 def refuse_peft(model: nn.Module) -> None:

@@ -147,6 +147,15 @@ def test_what_a_loaded_adapter_brought_stays_when_disabled_and_merged(tmp_path):
     assert all(torch.equal(model.get_parameter(name), stock.get_parameter(name)) for name in TRAINED)
 
 
+def test_a_run_that_goes_on_from_its_own_checkpoint_still_knows_the_base(tmp_path):
+    fastheads.save_adapter(trained(), tmp_path / "a", modules_to_save=ALL)
+    model = fastheads.load_adapter(clip(), tmp_path / "a")
+    model.load_state_dict(state(model))
+    _, (message,) = said(lambda: fastheads.save_adapter(model, tmp_path / "b"))
+    assert "logit_scale" in message and "(7 tensors)" in message  # weight and bias of three norms
+    assert same(state(quiet(lambda: fastheads.unpatch(model))), state(clip()))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_can_be_unpatched_too(copied, tmp_path):
     fastheads.save_adapter(trained(), tmp_path, modules_to_save=ALL)
