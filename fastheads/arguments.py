@@ -75,6 +75,15 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=_whole(1), default=256, metavar="N", help="of evaluation (default: 256)")
 
 
+def _adapter_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--adapter", type=Path, required=required, default=None, metavar="DIR", help="written by train (…/adapter)"
+    )
+    parser.add_argument(
+        "--any-base", action="store_true", help="take the adapter on another base than the one it was trained on"
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     main = Parser(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
@@ -162,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _model_options(evaluate, pretrained="openai")
     _data_options(evaluate)
-    evaluate.add_argument("--adapter", type=Path, default=None, metavar="DIR", help="written by train (…/adapter)")
+    _adapter_options(evaluate, required=False)
     evaluate.add_argument("--domain", nargs="+", default=None, metavar="DOMAIN", help="default: all")
 
     merge = commands.add_parser(
@@ -172,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
         "for open_clip.create_model(NAME, pretrained=FILE).",
     )
     _model_options(merge, pretrained="openai")
-    merge.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="written by train (…/adapter)")
+    _adapter_options(merge, required=True)
     merge.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint, .safetensors")
 
     inspect = commands.add_parser(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastheads.hosts import Tower, find_tower
 from fastheads.nn import HeadLoRA
-from fastheads.patching import head_modules, unwrap
+from fastheads.patched import head_modules
 from fastheads.reference import GATES
+from fastheads.wrappers import unwrap
 
 
 class CapturedHeads:

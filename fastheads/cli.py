@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import functools
 import logging
 import os
 import shlex
@@ -89,6 +88,15 @@ def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     return model.to(device()).eval(), open_clip.get_tokenizer(name)
 
 
+def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
+    from fastheads.adapters import AnotherBaseError, load_adapter
+
+    try:
+        load_adapter(model, args.adapter, check_base=not args.any_base)
+    except AnotherBaseError as e:
+        raise InputError(f"--adapter: {e.what}; --any-base takes it all the same") from e
+
+
 def _transforms(model: nn.Module) -> Any:
     import open_clip
 
@@ -137,6 +145,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from fastheads.patching import explain
     from fastheads.train.data import read_domains
     from fastheads.train.evaluation import make_problem
     from fastheads.train.experiment import is_main_process, run_experiment, table
@@ -148,11 +157,8 @@ def _train(args: argparse.Namespace) -> None:
     for name in args.method:
         if name not in METHODS:
             raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
-    folders = read_domains(args.data)
-    targets = list(folders.domains) if args.target == ["all"] else args.target
-    for name in targets:
-        if name not in folders.domains:
-            raise InputError(f"--target: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+    if not args.data.expanduser().is_dir():
+        read_domains(args.data)  # says so before a model is fetched
 
     def recipe_of(method: str) -> Recipe:
         encoder = METHODS[method].trains == "encoder"
@@ -178,17 +184,24 @@ def _train(args: argparse.Namespace) -> None:
         recipe_of(method)  # bad numbers are told before the model is loaded
     prompts = _prompts(args)
     model, tokenizer = _load_model(args)
-    problem_of = functools.lru_cache(maxsize=1)(
-        lambda target, seed: make_problem(
-            model,
-            tokenizer,
-            folders,
-            target,
-            _transforms(model),
-            prompts=prompts,
-            with_contexts=any(recipe_of(method).context_weight for method in args.method),
-            seed=seed,
-        )
+    for name in args.method:
+        config = METHODS[name].config_for(model)
+        if config is not None:
+            explain(model, config)  # raises where patch will
+    folders = read_domains(args.data)
+    targets = list(folders.domains) if args.target == ["all"] else args.target
+    for name in targets:
+        if name not in folders.domains:
+            raise InputError(f"--target: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+    problem_of = lambda target, seed: make_problem(  # noqa: E731
+        model,
+        tokenizer,
+        folders,
+        target,
+        _transforms(model),
+        prompts=prompts,
+        with_contexts=any(recipe_of(method).context_weight for method in args.method),
+        seed=seed,
     )
     with Bars() as bars:
         experiment = run_experiment(
@@ -219,7 +232,7 @@ def _by_name(folders: Any) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from fastheads.adapters import load_adapter, read_adapter
+    from fastheads.adapters import read_adapter
     from fastheads.contexts import class_text_weights
     from fastheads.train.data import evaluation_loader, read_domains
     from fastheads.train.evaluation import image_features, score_logits
@@ -233,7 +246,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     model, tokenizer = _load_model(args)
     if args.adapter is not None:
-        load_adapter(model, args.adapter)
+        _load_adapter(model, args)
     names = [name.replace("_", " ") for name in folders.classes]
     classifier = class_text_weights(model, tokenizer, names, prompts)
     transform = _transforms(model)[1]
@@ -253,7 +266,7 @@ def _merge(args: argparse.Namespace) -> None:
         raise InputError(f"--out: got {args.out}; takes a file name that ends in .safetensors")
     read_adapter(args.adapter)
     model, _ = _load_model(args)
-    fastheads.load_adapter(model, args.adapter)
+    _load_adapter(model, args)
     fastheads.merge(model)
     print(f"{save_stock(model, args.out)}: open_clip.create_model({args.model!r}, pretrained={str(args.out)!r})")
 
@@ -261,6 +274,7 @@ def _merge(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     import fastheads
     from fastheads.adapters import read_adapter
+    from fastheads.patched import first_few
     from fastheads.reference import GATES
 
     if args.adapter is None:
@@ -274,6 +288,9 @@ def _inspect(args: argparse.Namespace) -> None:
         f"size     {about['lora_parameters']:,} LoRA and {about['gate_parameters']:,} gate parameters, {size:,} bytes"
     )
     print("config   " + ", ".join(f"{k}={v}" for k, v in about["config"].items()))
+    for word, names in (("with", about["modules_to_save"]), ("without", about["trained_beside"])):
+        if names:
+            print(f"{word:<8} {first_few(names)}, trained beside the adapter")
     gate = about["config"]["gate"]
     for name, theta in tensors.items():
         if name.endswith(".theta"):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastheads.wrappers import unwrap
+
 Template = str | Callable[[str], str]
 
 
@@ -60,7 +62,7 @@ def prompt_embeddings(
             f"templates: got {templates!r}; takes a sequence of at least one template, as 'a photo of a {{}}.'"
         )
     prompts = [fill(template, name) for template in templates for name in classnames]
-    encode: Any = getattr(model, "encode_text", None)
+    encode: Any = getattr(unwrap(model), "encode_text", None)
     if encode is None:
         raise TypeError(f"model: {type(model).__name__} has no encode_text; takes an OpenCLIP model")
     device = next(model.parameters()).device

@@ -243,6 +243,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
+MERGED = "_fastheads_adapted"  # what merge leaves on a model, for wise_ft
+
+
 def snapshot(model: Any) -> dict[str, Any]:
     """All that "the model is as it was" means."""
     inner = model if isinstance(model, nn.Module) else nn.Module()
@@ -251,7 +254,7 @@ def snapshot(model: Any) -> dict[str, Any]:
         "dtypes": {k: v.dtype for k, v in inner.state_dict().items() if isinstance(v, Tensor)},
         "keys": list(inner.state_dict()),
         "classes": {name: type(m) for name, m in inner.named_modules()},
-        "attributes": {name: sorted(m.__dict__) for name, m in inner.named_modules()},
+        "attributes": {name: sorted(set(m.__dict__) - {MERGED}) for name, m in inner.named_modules()},
         "flags": {name: p.requires_grad for name, p in inner.named_parameters()},
         "objects": {name: id(p) for name, p in inner.named_parameters()},
         "modes": {name: m.training for name, m in inner.named_modules()},

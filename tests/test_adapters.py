@@ -153,6 +153,64 @@ def test_one_changed_weight_is_another_base(saved):
         fastheads.load_adapter(clip().half(), saved, check_base=False)
 
 
+def quick(model):
+    """The same weights with the activation that OpenCLIP gives "…-quickgelu"."""
+    for block in model.visual.transformer.resblocks:
+        block.mlp.gelu = open_clip.transformer.QuickGELU()
+    return model
+
+
+def resized(model):
+    other = clip(vision={"image_size": 48})
+    weights = {k: v for k, v in model.state_dict().items() if k != "visual.positional_embedding"}
+    other.load_state_dict(weights, strict=False)
+    return other
+
+
+DIFFERENT = {
+    # a base that differs: what is named, and what is not
+    "dtype": (lambda m: m.bfloat16(), ["visual dtype float32, here bfloat16"], ["activation", "size", "weights"]),
+    "activation": (quick, ["visual activation GELU, here QuickGELU"], ["dtype", "size", "weights"]),
+    "image size": (
+        resized,
+        ["visual image size 32 × 32, here 48 × 48", "position embedding 17 × 64, here 37 × 64"],
+        ["dtype", "activation", "weights"],
+    ),
+    "two": (lambda m: quick(m.half()), ["here float16", "here QuickGELU"], ["size", "weights"]),
+    "depth": (lambda m: clip(layers=2), ["visual layers 3, here 2"], ["dtype", "weights"]),
+    "weights": (lambda m: clip(seed=1), ["this model's weights are not"], ["dtype", "activation", "size"]),
+}
+
+
+@pytest.mark.parametrize(("change", "named", "others"), DIFFERENT.values(), ids=DIFFERENT)
+def test_what_differs_of_the_base_is_named(saved, change, named, others):
+    model = change(clip())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="another base") as caught:
+        fastheads.load_adapter(model, saved)
+    assert_unchanged(model, before)
+    message = str(caught.value).split("(tiny clip): ")[1]  # after the folder's name
+    assert all(words in message for words in named) and not any(word in message for word in others), message
+
+
+def test_both_adapted_towers_are_described(tmp_path):
+    fastheads.save_adapter(patched("clip", HeadConfig(towers=BOTH)), tmp_path)
+    about = json.loads((tmp_path / CONFIG).read_text())["base"]
+    assert about["text"] == {"dtype": "float32", "activation": "GELU", "position embedding": "12 × 32", "layers": "2"}
+    assert about["visual"]["image size"] == "32 × 32" and about["visual"]["layers"] == "3"
+
+
+def test_an_adapter_of_an_older_fastheads_loads(saved):
+    """It described no base and no tensors beside the adapters."""
+    new = ("base", "modules_to_save", "trained_beside")
+    rewrite(saved, about=lambda a: {k: v for k, v in a.items() if k not in new})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(values(fastheads.load_adapter(clip(), saved)), values(patched("clip", HeadConfig())))
+    with pytest.raises(ValueError, match="another base.*weights"):
+        fastheads.load_adapter(clip().half(), saved)
+
+
 def test_a_tower_that_is_not_adapted_may_differ(saved):
     model = clip()
     with torch.no_grad():
@@ -246,6 +304,12 @@ UNDESCRIBED = [
     ("no config", lambda f: rewrite(f, about=lambda a: {"format_version": 1, "base_sha256": "0"})),
     ("no hash", lambda f: rewrite(f, about=lambda a: {"format_version": 1, "config": a["config"]})),
     ("a list", lambda f: rewrite(f, about=lambda a: [])),
+    ("names no list", lambda f: rewrite(f, about=lambda a: a | {"modules_to_save": "ln_1"})),
+    ("names no texts", lambda f: rewrite(f, about=lambda a: a | {"trained_beside": [1]})),
+    ("base no object", lambda f: rewrite(f, about=lambda a: a | {"base": []})),
+    ("base of numbers", lambda f: rewrite(f, about=lambda a: a | {"base": {"visual": 3}})),
+    ("a module not there", lambda f: rewrite(f, about=lambda a: a | {"modules_to_save": ["visual.proj"]})),
+    ("a module of another model", lambda f: rewrite(f, tensors=lambda t: t | {"a.b": torch.ones(1)})),
     ("JSON a number", lambda f: (f / CONFIG).write_text("5")),
     ("not finite", lambda f: rewrite(f, tensors=lambda t: {k: v * float("nan") for k, v in t.items()})),
 ]

@@ -56,14 +56,19 @@ def named(cls_name, module="somewhere", base=nn.Module):
     return cls()
 
 
-def wrapped(cls_name, module="somewhere"):
+def wrapped(cls_name, module="somewhere", child="module"):
     def change(model):
         outer = named(cls_name, module)
-        outer.module = model
-        outer.visual, outer.transformer = model.visual, model.transformer
+        setattr(outer, child, model)
         return outer
 
     return change
+
+
+def image_tower_alone(model):
+    outer = nn.Module()
+    outer.visual = model.visual
+    return outer
 
 
 def block(model, i=1):
@@ -193,7 +198,7 @@ both("layers twice", clip, ValueError, "layers", "once", config=HeadConfig(layer
 both("ranks for 3 layers", clip, ValueError, "rank", "2 ranks", "3", config=HeadConfig(rank=(2, 8)))
 both("ranks for text", clip, ValueError, "rank", "text", config=HeadConfig(rank=(2, 2, 2), towers=BOTH))
 both("no visual", lambda: nn.Linear(2, 2), TypeError, "model", "Linear", "visual", "OpenCLIP")
-both("no text", lambda: wrapped("Images")(clip()), TypeError, "model", "text", config=inner())
+both("no text", with_(image_tower_alone), TypeError, "model", "text", config=inner())
 both("timm tower", with_(replace_visual("TimmModel")), TypeError, "visual", "timm")
 both("ResNet tower", with_(replace_visual("ModifiedResNet")), TypeError, "visual", "ResNet")
 both("Hugging Face tower", with_(replace_text), TypeError, "text", "Hugging Face", config=inner())
@@ -208,15 +213,11 @@ both(
 )
 for api in ("attention", "development"):
     both(f"ln_inner, {api}", MODELS[f"{api}_inner_norm"], TypeError, "visual.0", "ln_inner", "gate=None")
-row("patch FSDP", with_(wrapped("FullyShardedDataParallel")), lambda m, t: fastheads.patch(m), TypeError, "patch first")
-for wrapper in ("DistributedDataParallel", "DataParallel", "OptimizedModule"):
-    row(f"patch {wrapper}", with_(wrapped(wrapper)), lambda m, t: fastheads.patch(m), TypeError, wrapper, "patch first")
-row("patch DataParallel itself", with_(nn.DataParallel), lambda m, t: fastheads.patch(m), TypeError, "patch first")
 fsdp = with_(set_part(block, "mlp", lambda: named("FullyShardedDataParallel")))
 both("FSDP inside", fsdp, TypeError, "FSDP", "patch first")
 fsdp2 = with_(set_part(block, "mlp", lambda: type("FSDPLinear", (type("FSDPModule", (), {}), nn.Linear), {})(2, 2)))
 both("FSDP2 inside", fsdp2, TypeError, "FSDP", "patch first")
-both("PEFT around", with_(wrapped("PeftModel", "peft.peft_model")), TypeError, "PEFT", "merge_and_unload")
+both("PEFT around", with_(wrapped("PeftModel", "peft.peft_model", "base_model")), TypeError, "PEFT", "merge_and_unload")
 both("PEFT inside", with_(set_part(block, "mlp", lambda: named("Linear", "peft.tuners.lora.layer"))), TypeError, "PEFT")
 both("peft_config", with_(set_part(lambda m: m, "peft_config", dict)), TypeError, "PEFT")
 both("scripted", lambda: torch.jit.script(nn.Linear(2, 2)), TypeError, "model", "scripted", "eager")

@@ -238,11 +238,11 @@ BAD = {
     "foreign adapter": (f"{EVALUATE} --adapter W/foreign", ["W/foreign", "not written by fastheads"]),
     "adapter of another base": (
         f"evaluate --model fastheads-demo --pretrained W/other.safetensors {DATA} --adapter ADAPTER",
-        ["ADAPTER", "another base"],
+        ["--adapter", "ADAPTER", "another base", "weights", "--any-base"],
     ),
     "merge: adapter of another base": (
         "merge --model fastheads-demo --pretrained W/other.safetensors --adapter ADAPTER --out W/merged.safetensors",
-        ["ADAPTER", "another base"],
+        ["--adapter", "ADAPTER", "another base", "weights", "--any-base"],
     ),
     "merge: missing adapter": (f"{MERGE} --adapter W/gone", ["W/gone", "does not exist"]),
     "merge: corrupt adapter": (f"{MERGE} --adapter W/broken", ["W/broken", "corrupt"]),
@@ -282,6 +282,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(case, world, t
     for fragment in fragments:
         assert filled(fragment) in err
     assert out == ""
+    assert "check_base" not in err  # a function's argument, no option
     assert "Traceback" not in err and not caplog.records  # root's logger would print, outside of pytest
     assert listing(world.root) == before
     assert listing(tmp_path) == {}
@@ -371,27 +372,59 @@ def test_the_same_command_again_reuses_the_results(world, monkeypatch):
     assert out == world.trained
 
 
-@pytest.mark.parametrize("changed", ["prompt", "data", "weights"])
-def test_other_prompts_images_or_weights_are_not_answered_from_old_results(world, tmp_path, changed):
-    """Zero-shot only, so that it is fast; under the same --out."""
-    images, weights = tmp_path / "shapes", tmp_path / "base.safetensors"
-    shutil.copytree(world.root / "shapes", images)
-    shutil.copy(world.root / "demo.safetensors", weights)
-    command = ["train", "--model", MODEL, "--pretrained", weights, "--data", images, "--target", "sepia"]
-    command += ["--method", "zero-shot", "--workers", "0", "--out", tmp_path / "run"]
-    done(*command)
-    result = tmp_path / "run/sepia/seed0/zero-shot/result.json"
-    first = result.stat().st_mtime_ns
-    done(*command)
-    assert result.stat().st_mtime_ns == first
-    if changed == "prompt":
-        command += ["--prompt", "a drawing of a {}."]
-    elif changed == "data":
-        (images / "sepia/white_square/0.png").unlink()
-    else:
-        shutil.copy(world.root / "other.safetensors", weights)
-    done(*command)
-    assert result.stat().st_mtime_ns != first
+OTHERWISE = {
+    # what is changed, and what is said of it
+    "lr": (["--lr", "0.5"], "--lr: was 0.01, now 0.5"),
+    "two numbers": (["--steps", "4", "--gate-lr", "0.1"], "--steps: was 3, now 4; --gate-lr: was 0.3, now 0.1"),
+    "precision": (["--precision", "bf16"], "--precision: was 'no', now 'bf16'"),
+    "prompt": (["--prompt", "a drawing of a {}."], "--prompt: was ['a photo of a {}.'], now ['a drawing of a {}.']"),
+    "data": (["--data", "FEWER"], "the images differ (sepia: was 12, now 11)"),
+    "weights": (["--pretrained", "OTHER"], "the base's weights differ"),
+}
+
+
+@pytest.mark.parametrize(("options", "told"), OTHERWISE.values(), ids=OTHERWISE)
+def test_a_result_of_other_settings_is_kept_and_refused(world, tmp_path, monkeypatch, options, told):
+    for name in ("fit", "score"):
+        monkeypatch.setattr(f"fastheads.train.experiment.{name}", lambda *_, **__: pytest.fail("begun"))
+    fewer, other = tmp_path / "shapes", tmp_path / "demo.safetensors"
+    shutil.copytree(world.root / "shapes", fewer)
+    (fewer / "sepia/white_square/0.png").unlink()
+    shutil.copy(world.root / "other.safetensors", other)
+    places = {"FEWER": fewer, "OTHER": other}
+    before = listing(world.root / "run")
+    code, out, err = run(*world.train, "--out", world.root / "run", *(places.get(o, o) for o in options))
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert told in err and f"{world.root / 'run'}" in err and "name another --out" in err
+    assert listing(world.root / "run") == before
+
+
+def test_a_damaged_result_is_one_line_with_the_name_of_the_file(world, tmp_path):
+    shutil.copytree(world.root / "run", tmp_path / "run")
+    path = tmp_path / "run/sepia/seed0/hap/result.json"
+    path.write_text(path.read_text()[:50])
+    code, out, err = run(*world.train, "--out", tmp_path / "run")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert f"{path} is corrupt" in err and "--out" in err
+
+
+TOWERS = {
+    "ResNet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+    "timm": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_that_patch_refuses_is_told_before_images_are_listed(world, tmp_path, monkeypatch, tower):
+    config = json.loads(CONFIG.read_text()) | {"vision_cfg": TOWERS[tower]}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "odd", config)
+    monkeypatch.setattr("fastheads.train.data.read_domains", lambda *_: pytest.fail("listed"))
+    monkeypatch.chdir(tmp_path)
+    for methods in (["hap"], ["ha-lora"], ["dig"], ["lora"], ["zero-shot", "fine-tune", "lora"]):
+        code, out, err = run("train", "--model", "odd", "--pretrained", "", *data(world.root), "--method", *methods)
+        assert (code, out) == (2, "") and len(err.splitlines()) == 1
+        assert "its visual tower is a" in err and tower in err
+    assert listing(tmp_path) == {}
 
 
 def test_a_method_named_twice_runs_once(world):
@@ -453,6 +486,29 @@ def test_the_merged_checkpoint_is_a_stock_one(world, merged):
         wanted = tuned.encode_image(images)
         assert torch.allclose(loaded.encode_image(images), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
         assert (wanted - before).abs().max() > 1e-2 * wanted.abs().max()
+
+
+def test_an_adapter_is_taken_on_any_base_where_asked(world, tmp_path):
+    out = tmp_path / "merged.safetensors"
+    other = ("--adapter", world.adapter, "--any-base")
+    for command in (("evaluate", *data(world.root)), ("merge", "--out", out)):
+        code, _, err = run(*command, *base(world.root, "other.safetensors"), *other)
+        assert code == 0 and "note: the adapter" in err and "another base" in err
+    assert evaluated(world, *other, file="other.safetensors") == evaluated(world, file=str(out))
+    code, _, err = run("evaluate", *data(world.root), *base(world.root), *other)
+    assert (code, err) == (0, "")  # its own base: nothing to say
+
+
+def test_inspect_tells_what_was_trained_beside_the_adapter(world, tmp_path):
+    model = open_clip.create_model(MODEL, pretrained=str(world.root / "demo.safetensors"))
+    fastheads.load_adapter(model, world.adapter)
+    for p in (model.visual.ln_post.weight, model.logit_scale):
+        p.data.add_(1.0)
+    with pytest.warns(UserWarning, match="logit_scale"):
+        fastheads.save_adapter(model, tmp_path, modules_to_save=["ln_post.weight"])
+    lines = done("inspect", "--adapter", tmp_path).splitlines()
+    assert "with     visual.ln_post.weight, trained beside the adapter" in lines
+    assert "without  logit_scale, trained beside the adapter" in lines
 
 
 def test_weights_trained_with_quickgelu_get_the_model_that_has_it(world, tmp_path, monkeypatch):

@@ -185,8 +185,6 @@ def test_modules_and_parameters_are_the_same_objects(name):
 def test_openclips_own_methods_go_on_working():
     model = clip()
     fastheads.patch(model)
-    model.lock_image_tower(unlocked_groups=1)
-    model.lock_text_tower()
     assert model.no_weight_decay() and model.visual.transformer.get_cast_dtype() == torch.float32
     out = model.visual.forward_intermediates(images(2), indices=[0])
     assert relative(out["image_features"], features(model, batch=2)) < 1e-6
