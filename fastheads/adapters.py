@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base: s
         "gate_parameters": report.gate_parameters,
     }
     text = json.dumps(about, indent=2)
-    path = Path(directory)
+    path = Path(directory).expanduser()
     write_whole(path / TENSORS, save(tensors, metadata={"fastheads": text}))
     write_whole(path / CONFIG, text.encode())
     return path
@@ -92,7 +92,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(directory)
+    path = Path(directory).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"directory: {path} does not exist; takes a folder written by save_adapter")
     if (path / CONFIG).is_file():
