@@ -1,4 +1,4 @@
-"""The command line: `fastheads demo | train | evaluate | merge | inspect`."""
+"""The command line: `fastheads demo | check | train | evaluate | merge | inspect`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastheads.arguments import parser
+from fastheads import cli_data
+from fastheads.arguments import InputError, parser
 
 if TYPE_CHECKING:
     from torch import nn
 
-
-class InputError(ValueError):
-    """Bad input: one line, exit code 2."""
+    from fastheads.train.domains import DomainFolders
+    from fastheads.train.progress import Bars
 
 
 @contextmanager
@@ -137,22 +137,33 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastheads.train.data import read_domains
-    from fastheads.train.evaluation import make_problem
-    from fastheads.train.experiment import is_main_process, run_experiment, table
-    from fastheads.train.loop import Recipe
-    from fastheads.train.objectives import METHODS
-    from fastheads.train.progress import Bars
+    from fastheads.train.experiment import is_main_process, table
+    from fastheads.train.progress import Bars, phase
     from fastheads.train.report import write_report
 
+    with Bars(quiet=not is_main_process()) as bars:
+        experiment, folders = _experiment(args, bars)
+        if not is_main_process():
+            return
+        with phase("writing the report"):
+            page = write_report(experiment, args.out, samples=folders.samples())
+    print("accuracy on the domain held out, %\n" + table(experiment))
+    print(f"\nreport: {page}")
+
+
+def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], DomainFolders]:
+    """All of `train` but its output."""
+    from fastheads.train.evaluation import make_problem
+    from fastheads.train.experiment import is_main_process, run_experiment
+    from fastheads.train.images import UnreadableImageError
+    from fastheads.train.loop import Recipe, check_run
+    from fastheads.train.objectives import METHODS
+    from fastheads.train.progress import phase
+
+    targets, domains = cli_data.targets_of(args)
     for name in args.method:
         if name not in METHODS:
             raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
-    folders = read_domains(args.data)
-    targets = list(folders.domains) if args.target == ["all"] else args.target
-    for name in targets:
-        if name not in folders.domains:
-            raise InputError(f"--target: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
 
     def recipe_of(method: str) -> Recipe:
         encoder = METHODS[method].trains == "encoder"
@@ -174,10 +185,16 @@ def _train(args: argparse.Namespace) -> None:
             cache=args.cache_images,
         )
 
-    for method in args.method:
-        recipe_of(method)  # bad numbers are told before the model is loaded
+    for method in args.method:  # bad numbers are told before the model is loaded
+        try:
+            check_run(METHODS[method], recipe_of(method), args.precision)
+        except ValueError as e:
+            raise cli_data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision") from e
     prompts = _prompts(args)
-    model, tokenizer = _load_model(args)
+    folders = cli_data.images_of(args, domains)
+    cli_data.check_sources(args, folders, targets)
+    with phase(f"loading {args.model}"):
+        model, tokenizer = _load_model(args)
     problem_of = functools.lru_cache(maxsize=1)(
         lambda target, seed: make_problem(
             model,
@@ -188,9 +205,11 @@ def _train(args: argparse.Namespace) -> None:
             prompts=prompts,
             with_contexts=any(recipe_of(method).context_weight for method in args.method),
             seed=seed,
+            sources=args.sources,
         )
     )
-    with Bars() as bars:
+    name = args.data.absolute().name
+    try:
         experiment = run_experiment(
             model,
             problem_of,
@@ -200,48 +219,49 @@ def _train(args: argparse.Namespace) -> None:
             seeds=args.seed,
             recipes=recipe_of,
             out=args.out,
-            title=f"{args.model} on {args.data.name}",
+            title=f"{args.model} on {name}",
             command=args.typed,
             base_name=f"{args.model} {args.pretrained}",
-            dataset_name=args.data.name,
+            dataset_name=name,
             precision=args.precision,
             watch=bars.watch if is_main_process() else None,
         )
-    if not is_main_process():
-        return
-    print("accuracy on the domain held out, %\n" + table(experiment))
-    shown = {name: [path for path, _ in files[:: max(1, len(files) // 8)]][:8] for name, files in _by_name(folders)}
-    print(f"\nreport: {write_report(experiment, args.out, samples=shown)}")
-
-
-def _by_name(folders: Any) -> Any:
-    return zip(folders.domains, folders.files, strict=True)
+    except UnreadableImageError as e:
+        raise InputError(f"{e}; once it can be read, the same command goes on from the last saved state") from e
+    return experiment, folders
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from fastheads.train.progress import Bars
+
+    with Bars() as bars:
+        _scores(args, bars)
+
+
+def _scores(args: argparse.Namespace, bars: Bars) -> None:
     from fastheads.adapters import load_adapter, read_adapter
     from fastheads.contexts import class_text_weights
-    from fastheads.train.data import evaluation_loader, read_domains
+    from fastheads.train.data import evaluation_loader
     from fastheads.train.evaluation import image_features, score_logits
+    from fastheads.train.progress import phase
 
-    folders = read_domains(args.data)
-    for name in args.domain or ():
-        if name not in folders.domains:
-            raise InputError(f"--domain: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+    cli_data.check_domains(args, "--domain", args.domain or (), cli_data.domains_of(args))
     if args.adapter is not None:
         read_adapter(args.adapter)
     prompts = _prompts(args)
-    model, tokenizer = _load_model(args)
-    if args.adapter is not None:
-        load_adapter(model, args.adapter)
-    names = [name.replace("_", " ") for name in folders.classes]
-    classifier = class_text_weights(model, tokenizer, names, prompts)
+    folders = cli_data.images_of(args, used=args.domain)
+    with phase(f"loading {args.model}"):
+        model, tokenizer = _load_model(args)
+        if args.adapter is not None:
+            load_adapter(model, args.adapter)
+    with phase("encoding prompts"):
+        classifier = class_text_weights(model, tokenizer, folders.class_names, prompts)
     transform = _transforms(model)[1]
     for name in args.domain or folders.domains:
         loader = evaluation_loader(folders, name, None, transform, args.batch_size, workers=args.workers)
-        features, labels = image_features(model, loader)
+        features, labels = image_features(model, loader, f"evaluating {name}")
         result = score_logits(features @ classifier.T, labels)
-        print(f"{name:<16} {100 * result.accuracy:5.1f} %  of {result.images} images")
+        bars.say(f"{name:<16} {100 * result.accuracy:5.1f} %  of {result.images} images")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -282,20 +302,27 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 EXTRA = ("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
-COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "merge": _merge, "inspect": _inspect}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "demo": _demo,
+    "check": cli_data.check,
+    "train": _train,
+    "evaluate": _evaluate,
+    "merge": _merge,
+    "inspect": _inspect,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 2: bad input, told in one line; 130: interrupted."""
+    """Runs one command. 0: done; 1: images can't be read; 2: bad input, told in one line; 130: interrupted."""
     args = parser().parse_args(argv)
     args.typed = shlex.join(["fastheads", *(sys.argv[1:] if argv is None else argv)])
-    for name in ("target", "method", "seed", "domain"):
+    for name in ("target", "sources", "method", "seed", "domain"):
         if isinstance(getattr(args, name, None), list):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # named twice, done once
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)
-            COMMANDS[args.command](args)
+            return COMMANDS[args.command](args) or 0
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("FASTHEADS_TRACEBACK"):
             raise
@@ -307,7 +334,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastheads: interrupted; the same command goes on from the last saved state", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

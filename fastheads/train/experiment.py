@@ -26,7 +26,7 @@ from fastheads.adapters import save_adapter
 from fastheads.files import whole, write_whole
 from fastheads.folding import merge, wise_ft
 from fastheads.patching import is_patched
-from fastheads.train.data import DomainFolders
+from fastheads.train.domains import DomainFolders
 from fastheads.train.evaluation import Problem, fit_probe, image_features, score
 from fastheads.train.loop import Recipe, Report, fit, run_key, trainable
 from fastheads.train.objectives import METHODS, Method
@@ -181,7 +181,7 @@ def run_experiment(
     problem_of: (target, seed) → Problem. recipes: method id → Recipe (its seed is set here). watch: called with the
     name of each run, gives the callback for its steps.
     """
-    began, runs = time.perf_counter(), []
+    began, runs, out = time.perf_counter(), [], out.expanduser()
     for target in targets:
         for seed in seeds:
             problem = problem_of(target, seed)
@@ -210,8 +210,11 @@ def run_experiment(
             "root": folders.root.name,
             "domains": list(folders.domains),
             "classes": list(folders.classes),
+            "class_names": list(folders.class_names),
             "images": {name: len(files) for name, files in zip(folders.domains, folders.files, strict=True)},
             "evaluation": "all",
+            "skipped": folders.skipped or None,
+            "unreadable": folders.left_out(),
         },
         "model": _about(base, base_name),
         "methods": [_method_entry(METHODS[name], recipes(name)) for name in methods],

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastheads.losses import ESTIMATORS
 from fastheads.patching import gate_parameters, gates, is_patched, lora_parameters, patch
 from fastheads.train.evaluation import Problem, score
 from fastheads.train.objectives import ImageEncoder, Method, Objective
@@ -121,6 +122,26 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def check_run(method: Method, recipe: Recipe, precision: str = "no") -> None:
+    """That `fit` can run a recipe: its MMD, if it has one, has a gradient in this precision, and enough images.
+
+    Raises ValueError.
+    """
+    if not (method.mmd and recipe.mmd_weight):
+        return
+    if precision == "fp16" and recipe.mmd_features == "embedding":
+        raise ValueError(
+            'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
+            'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
+        )
+    if recipe.per_domain < 2 and ESTIMATORS.get(recipe.mmd_kernel) == "unbiased":
+        others = " or ".join(f'"{kernel}"' for kernel, estimator in ESTIMATORS.items() if estimator == "biased")
+        raise ValueError(
+            f'per_domain: got {recipe.per_domain}, but {method.id}\'s MMD with mmd_kernel="{recipe.mmd_kernel}" is of '
+            f"two images of a domain or more; takes 2 or more there, or mmd_kernel={others}"
+        )
+
+
 def fit(
     model: nn.Module,
     method: Method,
@@ -145,11 +166,7 @@ def fit(
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second.
     """
-    if precision == "fp16" and recipe.mmd_features == "embedding" and method.mmd and recipe.mmd_weight:
-        raise ValueError(
-            'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
-            'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
-        )
+    check_run(method, recipe, precision)
     set_seed(recipe.seed)  # before the adapters draw their start
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs may differ in it
@@ -255,16 +272,15 @@ def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Rec
 def run_key(model: nn.Module, method: Method, problem: Problem, recipe: Recipe, precision: str) -> dict[str, Any]:
     """What must be the same for a saved state to go on from, and for a result to be taken over.
 
-    The base's weights (`model`, not adapted yet), the images there are, the prompts, and every number of the recipe but
-    those of the loaders.
+    The base's weights (`model`, not adapted yet), the images there are, prompts and class names, and every number of
+    the recipe but those of the loaders.
     """
     weights, images = hashlib.sha256(), hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    for files in problem.folders.files:
-        for path, _ in files:
-            images.update("/".join(path.parts[-3:]).encode() + b"\n")
+    for identity in problem.folders.identities():
+        images.update(identity.encode(errors="surrogateescape") + b"\n")
     return {
         "method": method.id,
         "target": problem.target,
@@ -272,6 +288,7 @@ def run_key(model: nn.Module, method: Method, problem: Problem, recipe: Recipe, 
         "weights": weights.hexdigest(),
         "images": images.hexdigest(),
         "prompts": list(problem.prompts),
+        "class_names": list(problem.folders.class_names),
         "precision": precision,
         "recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("workers", "batch_size", "cache")},
     }
@@ -290,7 +307,7 @@ class _State:
         key: dict[str, Any],
     ) -> None:
         self.accelerator, self.model, self.progress, self.key = accelerator, model, progress, key
-        self.folder = None if out is None else Path(out) / "state"
+        self.folder = None if out is None else Path(out).expanduser() / "state"
         accelerator.register_for_checkpointing(progress, schedule)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)

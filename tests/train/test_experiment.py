@@ -15,7 +15,8 @@ from fastheads.demo import digits
 from fastheads.demo import run as demo
 from fastheads.demo.pretrain import CONFIG, MODEL
 from fastheads.train import experiment
-from fastheads.train.data import clip_transforms, read_domains
+from fastheads.train.data import clip_transforms
+from fastheads.train.domains import read_domains
 from fastheads.train.evaluation import make_problem
 from fastheads.train.loop import Recipe
 from fastheads.train.objectives import METHODS

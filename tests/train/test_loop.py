@@ -1,5 +1,6 @@
 """Training: it learns, it is repeatable, and a killed run ends where one that was never killed ends."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -12,7 +13,7 @@ from ranks import train_until_killed
 
 import fastheads
 from fastheads.train.evaluation import Score, fit_probe, score
-from fastheads.train.loop import Recipe, fit, trainable
+from fastheads.train.loop import Recipe, check_run, fit, trainable
 from fastheads.train.objectives import METHODS
 
 RECIPE = Recipe(
@@ -68,8 +69,8 @@ def test_the_target_is_never_loaded_in_training(base, problem, monkeypatch):
     from fastheads.train import data
 
     opened = []
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", lambda path: opened.append(path) or decode(path))
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda path: opened.append(path) or decode(path))
     fit(base, METHODS["hap"], problem, RECIPE)
     assert {path.parts[-3] for path in opened} == {"blue", "green"}
 
@@ -190,6 +191,30 @@ def test_fp16_with_the_inner_gradient_of_the_embedding_mmd_is_refused(base, prob
     recipe = dataclasses.replace(RECIPE, mmd_features="embedding")
     with pytest.raises(ValueError, match="precision"):
         fit(base, METHODS["hap"], problem, recipe, precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "fits"),
+    [
+        ("hap", {}, False),
+        ("dig", {}, False),
+        ("ha-lora", {}, True),
+        ("hap", {"mmd_kernel": "domainbed"}, True),
+        ("hap", {"mmd_kernel": "dan"}, True),
+        ("hap", {"mmd_weight": 0.0}, True),
+        ("hap", {"per_domain": 2}, True),
+    ],
+)
+def test_an_mmd_of_one_image_a_domain_is_refused_before_anything_is_changed(base, problem, method, changes, fits):
+    recipe = dataclasses.replace(RECIPE, **{"per_domain": 1, "steps": 1, **changes})
+    check = contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"per_domain: got 1.*mmd_kernel")
+    with check:
+        check_run(METHODS[method], recipe)
+    if not fits:
+        before = list(base.state_dict())
+        with pytest.raises(ValueError, match="per_domain"):
+            fit(base, METHODS[method], problem, recipe)
+        assert list(base.state_dict()) == before
 
 
 @pytest.mark.parametrize("change", ["weights", "prompts", "lr"])
