@@ -118,13 +118,11 @@ class Bars:
         if self._thread is not None:
             self._thread.join()
         self._finish()
-        if self.console.is_terminal:
-            self._progress.stop()
+        self._stop_bars()
 
     def say(self, text: str) -> None:
         """A line on standard output, above the bars."""
-        if self.console.is_terminal:
-            self._progress.stop()
+        self._stop_bars()
         with self._lock:
             print(text, flush=True)
             self._printed = time.monotonic()
@@ -169,6 +167,12 @@ class Bars:
             with self._lock:
                 self._phases.pop()
             self._progress.remove_task(task.id)
+
+    def _stop_bars(self) -> None:
+        """The bars of runs stay to be read; where there are none no empty line does."""
+        if self.console.is_terminal:
+            self._progress.live.transient = not self._progress.tasks
+            self._progress.stop()
 
     def _task(self, name: str, total: int | None, unit: str = "") -> _Task:
         return _Task(self._progress.add_task(name, total=total, text=""), name, total, unit)
