@@ -47,7 +47,7 @@ def decode(path: Path) -> Image.Image:
 def look(path: Path) -> None:
     """Whether a file can be an image: not empty, its header opens, it ends as its format does where that is known.
 
-    Some 50 µs; one without the usual end is decoded to be sure. An error in the middle stays unseen.
+    One without the usual end is decoded, to be sure. An error in the middle stays unseen.
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:

@@ -12,7 +12,7 @@ from processes import start
 from ranks import train_until_killed
 
 import fastheads
-from fastheads.train.evaluation import Score, fit_probe, score
+from fastheads.train.evaluation import Score, fit_probe, score, source_splits
 from fastheads.train.loop import Recipe, check_run, fit, trainable
 from fastheads.train.objectives import METHODS
 
@@ -168,6 +168,29 @@ def test_linear_probe_learns_the_sources(base, problem):
     assert score(base, problem, "red", "all", RECIPE).images == 20
 
 
+def test_a_probe_refuses_sources_without_a_class(base, folders, problem):
+    dark = {name: [i for i in indices if folders.files[folders.index(name)][i][1] == 0]
+            for name, indices in problem.training.items()}  # fmt: skip
+    with pytest.raises(ValueError, match=r"no image of class 'light'.*\(blue: 8, green: 7\)"):
+        fit_probe(base, dataclasses.replace(problem, training=dark), RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [([], "sources"), ("blue", "sources"), (["red"], "the target 'red'"), (["blue", "mauve"], "no domain 'mauve'")],
+)
+def test_sources_must_be_other_domains(folders, sources, message):
+    with pytest.raises(ValueError, match=message):
+        source_splits(folders, "red", sources)
+
+
+def test_sources_are_all_but_the_target_or_those_named_split_alike(folders):
+    whole = source_splits(folders, "red", seed=3)
+    assert list(whole) == ["blue", "green"]
+    assert source_splits(folders, "red", ["green"], seed=3) == {"green": whole["green"]}
+    assert list(source_splits(folders, "red", ["green", "blue"])) == ["blue", "green"]
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("steps", 0), ("per_domain", 1.5), ("lr", 0.0), ("gate_lr", float("nan")), ("mmd_weight", -1)]
 )
@@ -217,7 +240,7 @@ def test_an_mmd_of_one_image_a_domain_is_refused_before_anything_is_changed(base
         assert list(base.state_dict()) == before
 
 
-@pytest.mark.parametrize("change", ["weights", "prompts", "lr"])
+@pytest.mark.parametrize("change", ["weights", "prompts", "class names", "lr"])
 def test_a_state_is_not_resumed_on_another_base_or_other_prompts(base, problem, tmp_path, change):
     fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
     recipe = RECIPE
@@ -225,6 +248,8 @@ def test_a_state_is_not_resumed_on_another_base_or_other_prompts(base, problem, 
         base.visual.conv1.weight.data.mul_(2)
     elif change == "prompts":
         problem = dataclasses.replace(problem, prompts=("{}",))
+    elif change == "class names":
+        problem = dataclasses.replace(problem, folders=dataclasses.replace(problem.folders, class_names=("a", "b")))
     else:
         recipe = dataclasses.replace(RECIPE, lr=1.0)
     with pytest.raises(ValueError, match="state of another run"):
