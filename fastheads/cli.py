@@ -137,11 +137,12 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastheads.train.experiment import is_main_process, table
     from fastheads.train.progress import Bars, phase
-    from fastheads.train.report import write_report
 
-    with Bars(quiet=not is_main_process()) as bars:
+    with Bars() as bars:  # before the imports, which can take half a minute
+        from fastheads.train.experiment import is_main_process, table
+        from fastheads.train.report import write_report
+
         experiment, folders = _experiment(args, bars)
         if not is_main_process():
             return

@@ -13,7 +13,7 @@ from ranks import look_on_rank
 
 from fastheads import cli, contexts
 from fastheads.demo.pretrain import MODEL, register
-from fastheads.train import data, evaluation, progress
+from fastheads.train import data, evaluation, figures, progress
 from fastheads.train import images as images_module
 
 SHORT = ("--steps", "3", "--per-domain", "2", "--save-every", "1", "--workers", "0")
@@ -23,6 +23,13 @@ SHORT = ("--steps", "3", "--per-domain", "2", "--save-every", "1", "--workers", 
 def weights(tmp_path_factory):
     register()
     return checkpoint(tmp_path_factory.mktemp("weights") / "demo.safetensors", 0)
+
+
+@pytest.fixture(autouse=True)
+def unpainted(monkeypatch):
+    """Reports without pictures, which take longer than all else here."""
+    for name in ("bars", "curves", "gate_map", "gate_history", "source_and_target"):
+        monkeypatch.setattr(figures, name, lambda *args, **options: b"png")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,11 +77,11 @@ class _Task:
 class Bars:
     """A bar for each run and each phase. Off a terminal a line per run, and one whenever `SILENCE` seconds had none.
 
-    quiet: prints nothing (of several processes all but one).
+    Of several processes the first alone prints.
     """
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),  # what the rest of the line leaves: the rest fits 80 columns

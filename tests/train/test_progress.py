@@ -105,11 +105,13 @@ def test_a_terminal_gets_bars_and_nothing_else(log, impatient, capsys):
     assert capsys.readouterr().out == "a result\n"
 
 
-def test_all_but_one_process_say_nothing(log, impatient):
-    with Bars(Console(file=log, quiet=True)) as bars:
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_the_first_alone_prints(impatient, monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    with Bars() as bars:
+        assert len(running()) == (rank == "0")
         bars.watch("HAP")({"step": 4, "steps": 9, "loss": 0.25})
-        assert not running()
-    assert log.getvalue() == "" and Bars(quiet=True).console.quiet
+    assert ("4/9  loss 0.25" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_time_left_is_measured_from_where_a_resumed_run_started(monkeypatch):
