@@ -93,7 +93,7 @@ def save_adapter(
         "trained_beside": beside,
     }
     text = json.dumps(about, indent=2)
-    path = Path(directory)
+    path = Path(directory).expanduser()
     write_whole(path / TENSORS, save(tensors, metadata={"fastheads": text}))
     write_whole(path / CONFIG, text.encode())
     if beside:
@@ -141,7 +141,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(directory)
+    path = Path(directory).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"directory: {path} does not exist; takes a folder written by save_adapter")
     if (path / CONFIG).is_file():

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+DATA = "images as DIR/<domain>/<class>/<image> (PACS, VLCS …), or a .csv or .json list of path, domain, class"
+
+
+class InputError(ValueError):
+    """Bad input: one line, exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,11 +56,17 @@ def _rate(text: str) -> float:
     return value
 
 
+def _path(text: str) -> Path:
+    """A path whose `~` is the user's home, also where the shell has left it (in quotes, after "=")."""
+    return Path(os.path.expanduser(text))
+
+
 def _model_options(parser: argparse.ArgumentParser, *, pretrained: str | None) -> None:
     group = parser.add_argument_group("the base model")
     group.add_argument("--model", default="ViT-B-16", metavar="NAME", help="OpenCLIP's name (default: ViT-B-16)")
     group.add_argument(
         "--pretrained",
+        type=os.path.expanduser,
         default=pretrained,
         metavar="TAG|FILE",
         help=f"OpenCLIP's tag for its weights, or a local checkpoint (default: {pretrained or 'random weights'})",
@@ -62,8 +75,20 @@ def _model_options(parser: argparse.ArgumentParser, *, pretrained: str | None) -
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the data")
+    group.add_argument("--data", required=True, type=_path, metavar="DIR|FILE", help=DATA)
     group.add_argument(
-        "--data", required=True, type=Path, metavar="DIR", help="images as DIR/<domain>/<class>/<image> (PACS, VLCS …)"
+        "--class-names",
+        type=_path,
+        default=None,
+        metavar="FILE",
+        help="what prompts call the classes: JSON {class: name}, or a line each in the order of their names (default: "
+        'their names, "_" as space)',
+    )
+    group.add_argument(
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop before anything is loaded (the default), or decode every image first and leave out what can't be",
     )
     group.add_argument(
         "--prompt",
@@ -77,7 +102,7 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
 
 def _adapter_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
-        "--adapter", type=Path, required=required, default=None, metavar="DIR", help="written by train (…/adapter)"
+        "--adapter", type=_path, required=required, default=None, metavar="DIR", help="written by train (…/adapter)"
     )
     parser.add_argument(
         "--any-base", action="store_true", help="take the adapter on another base than the one it was trained on"
@@ -87,7 +112,9 @@ def _adapter_options(parser: argparse.ArgumentParser, *, required: bool) -> None
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     main = Parser(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
-    commands = main.add_subparsers(dest="command", required=True, metavar="demo | train | evaluate | merge | inspect")
+    commands = main.add_subparsers(
+        dest="command", required=True, metavar="demo | check | train | evaluate | merge | inspect"
+    )
 
     demo = commands.add_parser(
         "demo",
@@ -105,10 +132,18 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--steps", type=_whole(1), default=None, metavar="N", help="training steps per method (default: 200)"
     )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    demo.add_argument("--out", type=_path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
     demo.add_argument(
-        "--cache", type=Path, default=None, metavar="DIR", help="of the pretrained model (default: model/ in --out)"
+        "--cache", type=_path, default=None, metavar="DIR", help="of the pretrained model (default: model/ in --out)"
     )
+
+    check = commands.add_parser(
+        "check",
+        help="what images there are, and which can't be read",
+        description="Lists the images by domain and class, says what is skipped, and decodes every one. Exit code 1 "
+        "where some can't be read.",
+    )
+    check.add_argument("data", type=_path, metavar="DATA", help=DATA)
 
     train = commands.add_parser(
         "train",
@@ -121,7 +156,14 @@ def parser() -> argparse.ArgumentParser:
     _data_options(train)
     group = train.add_argument_group("the experiment")
     group.add_argument(
-        "--target", nargs="+", default=["all"], metavar="DOMAIN", help='held out in turn, or "all" (the default)'
+        "--target",
+        nargs="+",
+        default=["all"],
+        metavar="DOMAIN",
+        help='held out in turn, or "all": each that is no source (the default)',
+    )
+    group.add_argument(
+        "--sources", nargs="+", default=None, metavar="DOMAIN", help="learned from (default: all but the target)"
     )
     group.add_argument(
         "--method",
@@ -131,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
         help="zero-shot, linear-probe, fine-tune, car-ft, lora, ha-lora, dig, hap (default: hap)",
     )
     group.add_argument("--seed", nargs="+", type=_whole(0), default=[0], metavar="N", help="one run each (default: 0)")
-    group.add_argument("--out", type=Path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
+    group.add_argument("--out", type=_path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     group = train.add_argument_group("the training")
     count = _whole(1)
     group.add_argument(
@@ -182,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _model_options(merge, pretrained="openai")
     _adapter_options(merge, required=True)
-    merge.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint, .safetensors")
+    merge.add_argument("--out", type=_path, required=True, metavar="FILE", help="the checkpoint, .safetensors")
 
     inspect = commands.add_parser(
         "inspect",
@@ -190,6 +232,6 @@ def parser() -> argparse.ArgumentParser:
         description="With --adapter: its base, sizes and gates. Without: the path each layer of --model would take, "
         "and why.",
     )
-    inspect.add_argument("--adapter", type=Path, default=None, metavar="DIR", help="written by train (…/adapter)")
+    inspect.add_argument("--adapter", type=_path, default=None, metavar="DIR", help="written by train (…/adapter)")
     _model_options(inspect, pretrained=None)
     return main

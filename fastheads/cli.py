@@ -1,4 +1,4 @@
-"""The command line: `fastheads demo | train | evaluate | merge | inspect`."""
+"""The command line: `fastheads demo | check | train | evaluate | merge | inspect`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastheads.arguments import parser
+from fastheads import cli_data
+from fastheads.arguments import InputError, parser
 
 if TYPE_CHECKING:
     from torch import nn
 
-
-class InputError(ValueError):
-    """Bad input: one line, exit code 2."""
+    from fastheads.train.domains import DomainFolders
+    from fastheads.train.progress import Bars
 
 
 @contextmanager
@@ -42,6 +42,32 @@ def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     Where the weights were trained with QuickGELU and the model named has none (OpenCLIP only warns), `args.model`
     becomes the name of the one that has.
     """
+    import open_clip
+
+    name, pretrained = _model_name(args), args.pretrained
+    try:
+        with _no_logging():
+            model = open_clip.create_model(name, pretrained=pretrained)
+    except Exception as e:
+        reason = textwrap.shorten(str(e) or type(e).__name__, 300, placeholder=" …")
+        if pretrained and Path(pretrained).is_file():
+            raise InputError(f"--pretrained: {pretrained} does not fit {name}: {reason}") from e
+        raise InputError(
+            f"--pretrained: could not get the weights {pretrained!r} of {name} ({reason}); without a network, give "
+            "--pretrained the path of a checkpoint you have"
+        ) from e
+    if name != args.model:
+        warnings.warn(
+            f"the weights {pretrained!r} of {args.model} were trained with QuickGELU, so this is {name}", stacklevel=2
+        )
+        args.model = name
+    from fastheads.train.experiment import device
+
+    return model.to(device()).eval(), open_clip.get_tokenizer(name)
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    """OpenCLIP's name of the model with the activation its weights want. What it cannot be is told in words."""
     import open_clip
 
     name, pretrained = args.model, args.pretrained
@@ -67,25 +93,26 @@ def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
         quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
         if quick and not open_clip.get_model_config(name).get("quick_gelu", False):
             name = f"{name}-quickgelu"
+    return name
+
+
+def _check_towers(args: argparse.Namespace) -> None:
+    """Raises what `patch` will, for each method with an adapter, before a weight or a picture is loaded."""
+    import open_clip
+
+    from fastheads.patching import explain
+    from fastheads.train.objectives import METHODS
+
+    name = _model_name(args)
     try:
         with _no_logging():
-            model = open_clip.create_model(name, pretrained=pretrained)
-    except Exception as e:
-        reason = textwrap.shorten(str(e) or type(e).__name__, 300, placeholder=" …")
-        if local:
-            raise InputError(f"--pretrained: {pretrained} does not fit {name}: {reason}") from e
-        raise InputError(
-            f"--pretrained: could not get the weights {pretrained!r} of {name} ({reason}); without a network, give "
-            "--pretrained the path of a checkpoint you have"
-        ) from e
-    if name != args.model:
-        warnings.warn(
-            f"the weights {pretrained!r} of {args.model} were trained with QuickGELU, so this is {name}", stacklevel=2
-        )
-        args.model = name
-    from fastheads.train.experiment import device
-
-    return model.to(device()).eval(), open_clip.get_tokenizer(name)
+            model = open_clip.create_model(name, device="meta")
+    except Exception:  # what cannot be built without a network is told when its weights are loaded
+        return
+    for method in args.method:
+        config = METHODS[method].config_for(model)
+        if config is not None:
+            explain(model, config)
 
 
 def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
@@ -145,20 +172,34 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from fastheads.patching import explain
-    from fastheads.train.data import read_domains
-    from fastheads.train.evaluation import make_problem
-    from fastheads.train.experiment import is_main_process, run_experiment, table
-    from fastheads.train.loop import Recipe
-    from fastheads.train.objectives import METHODS
-    from fastheads.train.progress import Bars
-    from fastheads.train.report import write_report
+    from fastheads.train.progress import Bars, phase
 
+    with Bars() as bars:  # before the imports, which can take half a minute
+        from fastheads.train.experiment import is_main_process, table
+        from fastheads.train.report import write_report
+
+        experiment, folders = _experiment(args, bars)
+        if not is_main_process():
+            return
+        with phase("writing the report"):
+            page = write_report(experiment, args.out, samples=folders.samples())
+    print("accuracy on the domain held out, %\n" + table(experiment))
+    print(f"\nreport: {page}")
+
+
+def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], DomainFolders]:
+    """All of `train` but its output."""
+    from fastheads.train.evaluation import make_problem
+    from fastheads.train.experiment import is_main_process, run_experiment
+    from fastheads.train.images import UnreadableImageError
+    from fastheads.train.loop import Recipe, check_run
+    from fastheads.train.objectives import METHODS
+    from fastheads.train.progress import phase
+
+    targets, domains = cli_data.targets_of(args)
     for name in args.method:
         if name not in METHODS:
             raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
-    if not args.data.expanduser().is_dir():
-        read_domains(args.data)  # says so before a model is fetched
 
     def recipe_of(method: str) -> Recipe:
         encoder = METHODS[method].trains == "encoder"
@@ -180,19 +221,17 @@ def _train(args: argparse.Namespace) -> None:
             cache=args.cache_images,
         )
 
-    for method in args.method:
-        recipe_of(method)  # bad numbers are told before the model is loaded
+    for method in args.method:  # bad numbers are told before the model is loaded
+        try:
+            check_run(METHODS[method], recipe_of(method), args.precision)
+        except ValueError as e:
+            raise cli_data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision") from e
     prompts = _prompts(args)
-    model, tokenizer = _load_model(args)
-    for name in args.method:
-        config = METHODS[name].config_for(model)
-        if config is not None:
-            explain(model, config)  # raises where patch will
-    folders = read_domains(args.data)
-    targets = list(folders.domains) if args.target == ["all"] else args.target
-    for name in targets:
-        if name not in folders.domains:
-            raise InputError(f"--target: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+    _check_towers(args)
+    folders = cli_data.images_of(args, domains)
+    cli_data.check_sources(args, folders, targets)
+    with phase(f"loading {args.model}"):
+        model, tokenizer = _load_model(args)
     problem_of = lambda target, seed: make_problem(  # noqa: E731
         model,
         tokenizer,
@@ -202,8 +241,10 @@ def _train(args: argparse.Namespace) -> None:
         prompts=prompts,
         with_contexts=any(recipe_of(method).context_weight for method in args.method),
         seed=seed,
+        sources=args.sources,
     )
-    with Bars() as bars:
+    name = args.data.absolute().name
+    try:
         experiment = run_experiment(
             model,
             problem_of,
@@ -213,48 +254,49 @@ def _train(args: argparse.Namespace) -> None:
             seeds=args.seed,
             recipes=recipe_of,
             out=args.out,
-            title=f"{args.model} on {args.data.name}",
+            title=f"{args.model} on {name}",
             command=args.typed,
             base_name=f"{args.model} {args.pretrained}",
-            dataset_name=args.data.name,
+            dataset_name=name,
             precision=args.precision,
             watch=bars.watch if is_main_process() else None,
         )
-    if not is_main_process():
-        return
-    print("accuracy on the domain held out, %\n" + table(experiment))
-    shown = {name: [path for path, _ in files[:: max(1, len(files) // 8)]][:8] for name, files in _by_name(folders)}
-    print(f"\nreport: {write_report(experiment, args.out, samples=shown)}")
-
-
-def _by_name(folders: Any) -> Any:
-    return zip(folders.domains, folders.files, strict=True)
+    except UnreadableImageError as e:
+        raise InputError(f"{e}; once it can be read, the same command goes on from the last saved state") from e
+    return experiment, folders
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from fastheads.train.progress import Bars
+
+    with Bars() as bars:
+        _scores(args, bars)
+
+
+def _scores(args: argparse.Namespace, bars: Bars) -> None:
     from fastheads.adapters import read_adapter
     from fastheads.contexts import class_text_weights
-    from fastheads.train.data import evaluation_loader, read_domains
+    from fastheads.train.data import evaluation_loader
     from fastheads.train.evaluation import image_features, score_logits
+    from fastheads.train.progress import phase
 
-    folders = read_domains(args.data)
-    for name in args.domain or ():
-        if name not in folders.domains:
-            raise InputError(f"--domain: {args.data} has no domain {name!r}; it has {', '.join(folders.domains)}")
+    cli_data.check_domains(args, "--domain", args.domain or (), cli_data.domains_of(args))
     if args.adapter is not None:
         read_adapter(args.adapter)
     prompts = _prompts(args)
-    model, tokenizer = _load_model(args)
-    if args.adapter is not None:
-        _load_adapter(model, args)
-    names = [name.replace("_", " ") for name in folders.classes]
-    classifier = class_text_weights(model, tokenizer, names, prompts)
+    folders = cli_data.images_of(args, used=args.domain)
+    with phase(f"loading {args.model}"):
+        model, tokenizer = _load_model(args)
+        if args.adapter is not None:
+            _load_adapter(model, args)
+    with phase("encoding prompts"):
+        classifier = class_text_weights(model, tokenizer, folders.class_names, prompts)
     transform = _transforms(model)[1]
     for name in args.domain or folders.domains:
         loader = evaluation_loader(folders, name, None, transform, args.batch_size, workers=args.workers)
-        features, labels = image_features(model, loader)
+        features, labels = image_features(model, loader, f"evaluating {name}")
         result = score_logits(features @ classifier.T, labels)
-        print(f"{name:<16} {100 * result.accuracy:5.1f} %  of {result.images} images")
+        bars.say(f"{name:<16} {100 * result.accuracy:5.1f} %  of {result.images} images")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -299,20 +341,27 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 EXTRA = ("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
-COMMANDS = {"demo": _demo, "train": _train, "evaluate": _evaluate, "merge": _merge, "inspect": _inspect}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "demo": _demo,
+    "check": cli_data.check,
+    "train": _train,
+    "evaluate": _evaluate,
+    "merge": _merge,
+    "inspect": _inspect,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 2: bad input, told in one line; 130: interrupted."""
+    """Runs one command. 0: done; 1: images can't be read; 2: bad input, told in one line; 130: interrupted."""
     args = parser().parse_args(argv)
     args.typed = shlex.join(["fastheads", *(sys.argv[1:] if argv is None else argv)])
-    for name in ("target", "method", "seed", "domain"):
+    for name in ("target", "sources", "method", "seed", "domain"):
         if isinstance(getattr(args, name, None), list):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # named twice, done once
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)
-            COMMANDS[args.command](args)
+            return COMMANDS[args.command](args) or 0
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("FASTHEADS_TRACEBACK"):
             raise
@@ -324,7 +373,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastheads: interrupted; the same command goes on from the last saved state", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ class Case:
     pool: Any = 0
     size: float = 0.3  # of lora_B
     seed: int = 0
+    neighbour: int = 0  # x is so many thousandths larger: as well conditioned, and rounded otherwise
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -99,7 +100,7 @@ class Case:
             return (torch.randn(*shape, generator=g, dtype=torch.float64) * size).to(dtype).to(device)
 
         out: dict[str, Any] = dict.fromkeys(INPUTS)
-        out["x"] = rand(B, N, D)
+        out["x"] = rand(B, N, D, size=1 + self.neighbour / 1000)
         out["w_in"] = rand(3 * D, D, size=D**-0.5, dtype=stored)
         if self.bias:
             out["b_in"] = rand(3 * D, size=0.3, dtype=stored)
@@ -270,13 +271,15 @@ def assert_numerics(
     """`impl` on `case` against the rule: x in `dtype`, the base stored in `stored`, under autocast to `cast`.
 
     The rule compares errors, and the error of a handful of numbers (the gradient of three gates) says little: plain
-    PyTorch may be right by luck. So where a result breaks the rule, `draws` draws of the same problem's numbers are
-    judged as one, by plain PyTorch's errors in four times as many.
+    PyTorch may be right by luck. So where a result breaks the rule, `draws` neighbours of the problem are judged as
+    one, by plain PyTorch's errors in four times as many. Other draws of its numbers would be other problems: how far a
+    softmax carries a rounding depends on them.
     """
     got, plain, exact = all_results(case, impl, dtype, stored, cast, **own)
     if dtype == torch.float64:
         for name, t in got.items():
-            error = float((t - exact[name]).abs().max() / exact[name].abs().max().clamp_min(1e-30))
+            # Of a gradient that is 0 (of q and k, of one token) the numbers that cancel are of size one.
+            error = float((t - exact[name]).abs().max() / (exact[name].abs().max() or 1.0))
             assert error < 1e-10, f"{case}: {name} is off by {error:.1e}"
         return
     broken, own_rule = [], IMPLEMENTATIONS[impl]
@@ -288,7 +291,7 @@ def assert_numerics(
             broken.append((name, factor))
     if not broken:
         return
-    again = [replace(case, seed=case.seed + 1000 * i) for i in range(4 * draws)]
+    again = [replace(case, neighbour=i) for i in range(4 * draws)]
     kinds = (impl, dtype, stored, cast)
     ours = [[got, exact], *(all_results(c, *kinds, **own)[::2] for c in again[1:draws])]
     plains = [[plain, exact], *(all_results(c, "plain", *kinds[1:])[1:] for c in again[1:])]

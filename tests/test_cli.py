@@ -1,8 +1,6 @@
 """The command line: what it prints, what it writes, and the one line it says of bad input."""
 
 import argparse
-import contextlib
-import io
 import json
 import os
 import re
@@ -15,6 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from commands import checkpoint, done, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,26 +22,8 @@ from fastheads import cli
 from fastheads.demo.pretrain import CONFIG, MODEL, register
 
 DOMAINS, CLASSES = ("day", "night", "sepia"), ("black_square", "white_square")
-COMMANDS = ("demo", "train", "evaluate", "merge", "inspect")
+COMMANDS = ("demo", "check", "train", "evaluate", "merge", "inspect")
 SHORT = ("--steps", "3", "--per-domain", "3", "--lr", "0.01", "--gate-lr", "0.3", "--workers", "0")
-
-
-def run(*argv):
-    """Exit code, stdout and stderr of one command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main([str(a) for a in argv])
-        except SystemExit as e:
-            code = e.code
-    return code, out.getvalue(), err.getvalue()
-
-
-def done(*argv):
-    """Standard output of a command that must succeed."""
-    code, out, err = run(*argv)
-    assert code == 0, err
-    return out
 
 
 def paint(root, domains=DOMAINS, classes=CLASSES, count=6):
@@ -58,16 +39,6 @@ def paint(root, domains=DOMAINS, classes=CLASSES, count=6):
                 image[10:30, 8:28] = (20 if name.startswith("black") else 230) + rng.integers(-20, 20, (20, 20, 3))
                 Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
     return root
-
-
-def checkpoint(path, seed, **changes):
-    """Random weights of the demo's model (or of one with other words) as a checkpoint file."""
-    config = json.loads(CONFIG.read_text())
-    config["text_cfg"] |= changes
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        save_file(open_clip.CLIP(**config).state_dict(), path)
-    return path
 
 
 def base(world, file="demo.safetensors"):
@@ -142,12 +113,12 @@ def test_help_tells_of_every_option(command, monkeypatch):
     assert all(len(line) <= 100 for line in out.splitlines())
     (commands,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
     options = commands.choices[command]._actions
-    assert len(options) > 2
+    assert len(options) > 1
     flat = " ".join(out.split())
     for option in options:
         assert option.help and len(option.help.split()) > 1 or option.dest == "help", option.dest
         shown = option.help % vars(option) if "%" in option.help else option.help
-        assert option.option_strings[0] in out
+        assert (option.option_strings or [option.metavar])[0] in out
         assert " ".join(shown.split()) in flat, option.dest
 
 
@@ -199,7 +170,10 @@ BAD = {
     "a file as data": (f"evaluate {BASE} --data W/note.pt", ["W/note.pt", "not a directory"]),
     "no domain": (f"evaluate {BASE} --data W/empty", ["W/empty", "no domain"]),
     "one domain only": (f"train {BASE} --data W/one", ["W/one", "one domain only"]),
-    "an empty class": (f"train {BASE} --data W/hollow", ["W/hollow/night/white_square", "no image"]),
+    "an empty class": (
+        f"train {BASE} --data W/hollow",
+        ["--data", "W/hollow", "no image of class 'white_square' in domain 'night'"],
+    ),
     "a corrupt image": (
         f"evaluate {BASE} --data W/corrupt --workers 0 --domain night day",
         ["W/corrupt/night/white_square/1.png", "not readable"],
@@ -328,7 +302,7 @@ def test_an_interruption_says_how_to_go_on(monkeypatch):
 
 def test_a_traceback_comes_where_it_is_asked_for(world, monkeypatch):
     monkeypatch.setenv("FASTHEADS_TRACEBACK", "1")
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(ValueError, match="gone"):
         cli.main(["evaluate", *map(str, base(world.root)), "--data", str(world.root / "gone")])
 
 
@@ -418,7 +392,7 @@ TOWERS = {
 def test_a_tower_that_patch_refuses_is_told_before_images_are_listed(world, tmp_path, monkeypatch, tower):
     config = json.loads(CONFIG.read_text()) | {"vision_cfg": TOWERS[tower]}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "odd", config)
-    monkeypatch.setattr("fastheads.train.data.read_domains", lambda *_: pytest.fail("listed"))
+    monkeypatch.setattr("fastheads.train.domains.read_domains", lambda *_, **__: pytest.fail("listed"))
     monkeypatch.chdir(tmp_path)
     for methods in (["hap"], ["ha-lora"], ["dig"], ["lora"], ["zero-shot", "fine-tune", "lora"]):
         code, out, err = run("train", "--model", "odd", "--pretrained", "", *data(world.root), "--method", *methods)

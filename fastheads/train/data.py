@@ -1,6 +1,6 @@
-"""Images of several domains: reading DomainBed's layout, splitting, balanced batches, transforms.
+"""Images of several domains: splitting, balanced batches, transforms.
 
-    folders = read_domains("data/PACS")                     # root/<domain>/<class>/<image>
+    folders = read_domains("data/PACS")                     # fastheads.train.domains
     indices = {name: split(folders, name)[0] for name in sources}
     loader = training_loader(folders, sources, indices, transform, per_domain=12, steps=5000)
 
@@ -10,10 +10,7 @@ sees what an uninterrupted run sees from step t on. No loader draws from torch's
 
 import hashlib
 import operator
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,78 +25,14 @@ except ImportError as error:
         f"fastheads.train.data needs torchvision and Pillow ({error}): pip install fastheads[train]"
     ) from error
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif")
-LAYOUT = "root/<domain>/<class>/<image>"
+from fastheads.train.domains import DomainFolders
+from fastheads.train.images import decode
 
 Split = tuple[list[int], list[int]]  # training, validation: file indices of one domain
 Transform = Callable[[Image.Image], torch.Tensor]
 Item = tuple[torch.Tensor, int, int]  # image [3, H, W], class index, domain index
 Pair = tuple[int, int]  # domain index, file index
 Key = tuple[int, int, int]  # domain index, file index, augmentation seed
-
-
-class UnreadableImageError(ValueError):
-    """A file that cannot be decoded as an image. The message is one line, also from a worker."""
-
-    def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's exception again as type("Caught … <traceback>"): the
-        # traceback's last line is "fastheads.train.data.UnreadableImageError: <message>".
-        super().__init__(message.rstrip().splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
-
-
-@dataclass(frozen=True)
-class DomainFolders:
-    """What lies under `root/<domain>/<class>/<image>`; domains, classes and files sorted by name.
-
-    `files[d]` holds domain d's `(file, class index)`, class by class. Everywhere in this module a
-    domain index is a position in `domains` and a file index a position in `files[d]`.
-    """
-
-    root: Path
-    domains: tuple[str, ...]
-    classes: tuple[str, ...]
-    files: tuple[tuple[tuple[Path, int], ...], ...]
-
-    def counts(self) -> list[list[int]]:
-        """Number of images, `[domain][class]`."""
-        labels = [[label for _, label in files] for files in self.files]
-        return [np.bincount(row, minlength=len(self.classes)).tolist() for row in labels]
-
-    def index(self, domain: str) -> int:
-        if domain not in self.domains:
-            raise ValueError(f"{self.root}: no domain {domain!r}, expected one of {self.domains}")
-        return self.domains.index(domain)
-
-
-def read_domains(root: str | Path, *, domains: Sequence[str] | None = None) -> DomainFolders:
-    """Reads `root/<domain>/<class>/<image>`, all domains or those named, in the order of names.
-
-    Hidden entries and files that are no images by extension are ignored. FileNotFoundError or
-    NotADirectoryError for `root`; ValueError for fewer than two domains, an unknown name, a class
-    that only some domains have, a class folder without images.
-    """
-    root = Path(root).expanduser()
-    if not root.exists():
-        raise FileNotFoundError(f"{root}: not found, expected a folder laid out as {LAYOUT}")
-    if not root.is_dir():
-        raise NotADirectoryError(f"{root}: not a directory, expected a folder laid out as {LAYOUT}")
-    found = _names(root, os.DirEntry.is_dir)
-    unknown = [name for name in domains or () if name not in found]
-    if unknown:
-        raise ValueError(f"domains: got {unknown}, not in {root}, expected some of {found}")
-    names = found if domains is None else sorted(set(domains))
-    if len(names) < 2:
-        got = f"one domain only ({names[0]!r})" if names else "no domain folder"
-        raise ValueError(f"{root}: {got}, expected two or more, laid out as {LAYOUT}")
-
-    classes = sorted({label for name in names for label in _names(root / name, os.DirEntry.is_dir)})
-    if not classes:
-        raise ValueError(f"{root / names[0]}: no class folder in it, expected {LAYOUT}")
-    files = []
-    for name in names:
-        by_class = [_images(root / name / label) for label in classes]
-        files.append(tuple((file, i) for i, found in enumerate(by_class) for file in found))
-    return DomainFolders(root, tuple(names), tuple(classes), tuple(files))
 
 
 def split(folders: DomainFolders, domain: str, *, holdout: float = 0.2, seed: int = 0) -> Split:
@@ -113,7 +46,7 @@ def split(folders: DomainFolders, domain: str, *, holdout: float = 0.2, seed: in
     if not 0 < holdout < 1:
         raise ValueError(f"holdout: got {holdout}, expected a fraction between 0 and 1, exclusive")
     if count < 2:
-        raise ValueError(f"{folders.root / domain}: {count} image(s), expected at least 2 to split")
+        raise ValueError(f"{folders.root}: {count} image(s) in domain {domain!r}, expected at least 2 to split")
     order = _shuffled(count, "split", operator.index(seed), domain)
     held_out = min(max(int(count * holdout), 1), count - 1)
     return sorted(order[held_out:]), sorted(order[:held_out])
@@ -161,9 +94,9 @@ class Images(Dataset[Item]):
     def _image(self, domain: int, file: int) -> Image.Image:
         path = self.folders.files[domain][file][0]
         if self._cache is None:
-            return _decode(path)
+            return decode(path)
         if (domain, file) not in self._cache:
-            self._cache[domain, file] = np.asarray(_decode(path))
+            self._cache[domain, file] = np.asarray(decode(path))
         return Image.fromarray(self._cache[domain, file])
 
 
@@ -294,40 +227,6 @@ def _loader(images: Images, workers: int, **options: Any) -> DataLoader[Item]:
     # A generator of its own: a loader otherwise draws from the global one at each iteration.
     options |= {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
     return DataLoader(images, num_workers=_at_least("workers", workers, 0), **options)
-
-
-def _decode(path: Path) -> Image.Image:
-    """The file as RGB: `convert("RGB")` as in DomainBed, so alpha is dropped, not blended.
-
-    Unlike there, 16 bit grey keeps its high byte: Pillow clips it at 255, which is nearly white.
-    """
-    try:
-        with Image.open(path) as file:
-            image: Image.Image = file
-            if image.mode == "F":
-                raise ValueError("float pixels, whose range is not known")
-            if image.mode == "I" or image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            # By way of RGBA: the same pixels, without Pillow's warning on transparent palettes.
-            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, and more
-        reason = " ".join(str(error).split()) or type(error).__name__
-        what = f"not readable as an image ({reason}), expected an 8 or 16 bit image file"
-        raise UnreadableImageError(f"{path}: {what}") from error
-
-
-def _images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: not found, expected each domain to have the others' classes")
-    names = _names(folder, lambda e: e.name.lower().endswith(EXTENSIONS) and e.is_file())
-    if not names:
-        raise ValueError(f"{folder}: no image in it, expected files with one of {EXTENSIONS}")
-    return [folder / name for name in names]
-
-
-def _names(folder: Path, kind: Callable[[os.DirEntry[str]], bool]) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if kind(e) and not e.name.startswith("."))
 
 
 def _mixed(*parts: int | str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ _NAMES = {
     "base": "--model, --pretrained",
     "method": "--method",
     "target": "--target",
-    "sources": "the source domains",
+    "sources": "--sources",
     "prompts": "--prompt",
+    "class_names": "--class-names",
     "precision": "--precision",
     "processes": "the number of processes",
 }
@@ -39,8 +41,8 @@ def hashes(model: nn.Module, problem: Problem) -> dict[str, Any]:
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     for domain, files in zip(problem.folders.domains, problem.folders.files, strict=True):
         counts[domain] = len(files)
-        for path, _ in files:
-            images.update("/".join(path.parts[-3:]).encode() + b"\n")
+    for identity in problem.folders.identities():
+        images.update(identity.encode(errors="surrogateescape") + b"\n")
     return {"weights": weights.hexdigest(), "images": images.hexdigest(), "image_counts": counts}
 
 
@@ -59,6 +61,7 @@ def run_key(
         "target": problem.target,
         "sources": list(problem.sources),
         "prompts": list(problem.prompts),
+        "class_names": list(problem.folders.class_names),
         "precision": precision,
         "recipe": numbers if method.trains in ("encoder", "adapter") else {"seed": recipe.seed},
     }
@@ -79,13 +82,17 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe)
         elif name == "images":
             found.append("the images differ" + _recounted(then.get("image_counts", {}), now["image_counts"]))
         else:
-            found.append(f"{_NAMES[name]}: was {before!r}, now {value!r}")
+            found.append(f"{_NAMES[name]}: was {_short(before)}, now {_short(value)}")
     defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
     for name, value in now["recipe"].items():
         before = then.get("recipe", {}).get(name, defaults[name])
         if before != value:
             found.append(f"--{name.replace('_', '-')}: was {before!r}, now {value!r}")
     return found
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 200, placeholder=" …")
 
 
 def _recounted(then: Mapping[str, int], now: Mapping[str, int]) -> str:

@@ -29,7 +29,7 @@ from fastheads.files import whole, write_whole
 from fastheads.folding import merge, wise_ft
 from fastheads.hosts import find_tower
 from fastheads.patched import is_patched
-from fastheads.train.data import DomainFolders
+from fastheads.train.domains import DomainFolders
 from fastheads.train.earlier import earlier_run, hashes, run_key
 from fastheads.train.evaluation import Problem, fit_probe, image_features, score
 from fastheads.train.loop import Recipe, Report, fit, trainable
@@ -177,7 +177,10 @@ def _refuse_others(
     """Raises ValueError where a planned run's folder holds another run. `problem` is that of any of them."""
     hashed, domains = hashes(base, problem), problem.folders.domains
     for plan in planned:
-        sources = tuple(name for name in domains if name != plan.target)
+        # Domains that are sources wherever they are not held out, or (`--sources`) the same for every target.
+        sources = problem.sources
+        if plan.target in sources:
+            sources = tuple(name for name in domains if name != plan.target)
         own = dataclasses.replace(problem, target=plan.target, sources=sources)
         key = run_key(hashed, plan.method, own, plan.recipe, precision) | {"base": base_name}
         earlier_run(plan.folder, key, plan.recipe)
@@ -206,7 +209,7 @@ def run_experiment(
     name of each run, gives the callback for its steps. Raises ValueError where a run's folder holds another one, before
     any run is begun.
     """
-    began, runs = time.perf_counter(), []
+    began, runs, out = time.perf_counter(), [], out.expanduser()
     problem_of = functools.lru_cache(maxsize=1)(problem_of)
     planned = [
         _Planned(
@@ -242,8 +245,11 @@ def run_experiment(
             "root": folders.root.name,
             "domains": list(folders.domains),
             "classes": list(folders.classes),
+            "class_names": list(folders.class_names),
             "images": {name: len(files) for name, files in zip(folders.domains, folders.files, strict=True)},
             "evaluation": "all",
+            "skipped": folders.skipped or None,
+            "unreadable": folders.left_out(),
         },
         "model": _about(base, base_name),
         "methods": [_method_entry(METHODS[name], recipes(name)) for name in methods],

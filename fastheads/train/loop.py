@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastheads.losses import ESTIMATORS
 from fastheads.patched import gate_parameters, gates, is_patched, lora_parameters
 from fastheads.patching import patch
 from fastheads.train.earlier import check_state, corrupt, hashes, run_key, saved_state
@@ -127,6 +128,26 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
     return trainable(model) | buffers
 
 
+def check_run(method: Method, recipe: Recipe, precision: str = "no") -> None:
+    """That `fit` can run a recipe: its MMD, if it has one, has a gradient in this precision, and enough images.
+
+    Raises ValueError.
+    """
+    if not (method.mmd and recipe.mmd_weight):
+        return
+    if precision == "fp16" and recipe.mmd_features == "embedding":
+        raise ValueError(
+            'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
+            'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
+        )
+    if recipe.per_domain < 2 and ESTIMATORS.get(recipe.mmd_kernel) == "unbiased":
+        others = " or ".join(f'"{kernel}"' for kernel, estimator in ESTIMATORS.items() if estimator == "biased")
+        raise ValueError(
+            f'per_domain: got {recipe.per_domain}, but {method.id}\'s MMD with mmd_kernel="{recipe.mmd_kernel}" is of '
+            f"two images of a domain or more; takes 2 or more there, or mmd_kernel={others}"
+        )
+
+
 def fit(
     model: nn.Module,
     method: Method,
@@ -151,11 +172,7 @@ def fit(
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second.
     """
-    if precision == "fp16" and recipe.mmd_features == "embedding" and method.mmd and recipe.mmd_weight:
-        raise ValueError(
-            'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
-            'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
-        )
+    check_run(method, recipe, precision)
     set_seed(recipe.seed)  # before the adapters draw their start
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs may differ in it
@@ -272,7 +289,7 @@ class _State:
         key: dict[str, Any],
     ) -> None:
         self.accelerator, self.model, self.progress, self.key = accelerator, model, progress, key
-        self.folder = None if out is None else Path(out) / "state"
+        self.folder = None if out is None else Path(out).expanduser() / "state"
         accelerator.register_for_checkpointing(progress, schedule)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)

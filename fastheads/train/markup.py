@@ -7,8 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from fastheads.train.images import UnreadableImageError, decode
 from fastheads.train.record import Score
 
 NONE = "–"
@@ -63,17 +62,16 @@ def power(value: float) -> str:
     return f"{digits} · 10<sup>{int(exponent)}</sup>".replace("-", "−") if value else "0"
 
 
-def sample(path: Path, domain: str, at: int) -> str:
-    """One image with its class, the name of its folder; small ones are shown pixel by pixel."""
+def sample(path: Path, label: str, domain: str, at: int) -> str:
+    """One image with its class; small ones are shown pixel by pixel."""
     try:
-        image = Image.open(path).convert("RGB")
-    except OSError:
+        image = decode(path)
+    except UnreadableImageError:
         return ""
     tiny = max(image.size) <= 64
     image.thumbnail((240, 240))
     buffer, kind = io.BytesIO(), "png" if tiny else "jpeg"
     image.save(buffer, kind)
-    alt = escape(f"{domain}, sample {at}: {path.parent.name}")
+    alt = escape(f"{domain}, sample {at}: {label}")
     style = ' class="tiny"' if tiny else ""
-    label = escape(path.parent.name)
-    return f'<div><img src="{source(buffer.getvalue(), kind)}" alt="{alt}"{style}><span>{label}</span></div>'
+    return f'<div><img src="{source(buffer.getvalue(), kind)}" alt="{alt}"{style}><span>{escape(label)}</span></div>'

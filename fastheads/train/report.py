@@ -19,7 +19,7 @@ def write_report(
     experiment: dict[str, Any],
     out: str | Path,
     *,
-    samples: Mapping[str, Sequence[Path]] | None = None,
+    samples: Mapping[str, Sequence[tuple[Path, str]]] | None = None,
 ) -> Path:
     """Writes `out/report.html`, one self-contained file, and `out/figures/*.png`.
 
@@ -27,7 +27,8 @@ def write_report(
         experiment: the record of an experiment: its runs, methods, data set, model and versions.
         out: the folder to write to, created where it is missing. Each file is replaced whole, the
             page last, so that a kill leaves the old report.
-        samples: a few image files per domain to show; those that can't be read are left out.
+        samples: a few images per domain to show, each with its class (`DomainFolders.samples`); those that can't be
+            read are left out.
 
     Returns:
         The path of the page.
@@ -37,7 +38,7 @@ def write_report(
     """
     if not experiment.get("runs"):
         raise ValueError("experiment: 'runs' is empty, there is nothing to report")
-    page = Page(experiment)
+    out, page = Path(out).expanduser(), Page(experiment)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     html = template.substitute(
         title=escape(str(experiment.get("title") or "Experiment")),

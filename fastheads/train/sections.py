@@ -138,22 +138,32 @@ class Page(Record):
             for a, b, c in shown
         )
 
-    def data(self, samples: Mapping[str, Sequence[Path]]) -> str:
+    def data(self, samples: Mapping[str, Sequence[tuple[Path, str]]]) -> str:
         counts = {d: f"{n:,} images" for d, n in self.images.items()}
-        classes = self.dataset.get("classes") or []
+        classes = self.dataset.get("class_names") or self.dataset.get("classes") or []
         facts = {
             "Data set": self.dataset.get("name"),
             "Folder": self.dataset.get("root"),
             "Classes": f"{len(classes)}: {', '.join(map(str, classes[:20]))}" if classes else None,
+            "Files": self.dataset.get("skipped"),
         }
         strips = ""
         for domain, paths in samples.items():
-            cells = "".join(markup.sample(Path(path), domain, at + 1) for at, path in enumerate(paths))
+            cells = "".join(markup.sample(path, label, domain, at) for at, (path, label) in enumerate(paths, 1))
             held = ", held out" if [domain] == self.targets else ""
             note = (counts.get(domain, "") + held).removeprefix(", ")
             caption = f"{escape(domain)} <small>{escape(note)}</small>"
             strips += f"<figure><figcaption>{caption}</figcaption><div>{cells}</div></figure>"
-        return markup.facts(facts if samples else {**facts, **counts}) + f'<div class="samples">{strips}</div>'
+        html = markup.facts(facts if samples else {**facts, **counts}) + self.unreadable()
+        return html + f'<div class="samples">{strips}</div>'
+
+    def unreadable(self) -> str:
+        """The images that were left out, if any were."""
+        rows = [(escape(each["file"]), escape(each["reason"])) for each in self.dataset.get("unreadable") or []]
+        if not rows:
+            return ""
+        summary = f"{len(rows):,} images could not be read and were left out"
+        return f"<details><summary>{summary}</summary>{markup.table(['File', 'Reason'], rows)}</details>"
 
     def accuracy(self) -> str:
         several = len(self.targets) > 1
@@ -355,6 +365,10 @@ class Page(Record):
             limits.append("One seed: another seed may order the methods differently.")
         if len(self.targets) == 1:
             limits.append("One held-out domain: the result may differ on another.")
+        alone = [m for m in self.ids if any(len(run.get("sources") or ()) == 1 for run in self.of(m))]
+        gated = [m for m in alone if number(self.entries.get(m, {}).get("mmd_weight"))]
+        if gated:
+            limits.append(f"One source domain has no MMD: {self.names(gated)} learned from the cross-entropy alone.")
         limits.append("The settings are those listed above; other settings may order them differently.")
         return "".join(f"<li>{escape(limit)}</li>" for limit in limits)
 

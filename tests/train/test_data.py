@@ -1,8 +1,7 @@
-"""fastheads.train.data: the layout, the split, balanced batches that resume, what is refused."""
+"""fastheads.train.data: the split, balanced batches that resume, transforms, what is refused."""
 
 import importlib.util
 import sys
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -10,34 +9,23 @@ import pytest
 import torch
 
 pytest.importorskip("torchvision")
+from pictures import BROKEN, CLASSES, DOMAINS, write_image, write_set
 from PIL import Image
 
 from fastheads.train import data
+from fastheads.train.domains import read_domains
 
-DOMAINS, CLASSES = ("art", "photo", "sketch"), ("cat", "dog")
-PER_CLASS = {"art": 3, "photo": 5, "sketch": 2}  # images per class
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-
-
-def write_image(path, seed=0, size=(20, 16)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture
 def root(tmp_path):
-    for d, domain in enumerate(DOMAINS):
-        for c, label in enumerate(CLASSES):
-            for i in range(PER_CLASS[domain]):
-                path = tmp_path / "set" / domain / label / f"{i}.png"
-                write_image(path, seed=100 * d + 10 * c + i)
-    return tmp_path / "set"
+    return write_set(tmp_path / "set")
 
 
 @pytest.fixture
 def folders(root):
-    return data.read_domains(root)
+    return read_domains(root)
 
 
 def to_tensor(image):
@@ -62,48 +50,6 @@ def assert_same_batches(got, expected):
     for batch, other in zip(got, expected, strict=True):
         for value, reference in zip(batch, other, strict=True):
             assert torch.equal(value, reference)
-
-
-# --- the layout ---------------------------------------------------------------------------------
-
-
-def test_domains_classes_and_files_are_sorted_by_name_and_counted(root):
-    write_image(root / "art" / "cat" / "10.png")
-    folders = data.read_domains(str(root))
-    assert folders.domains == DOMAINS and folders.classes == CLASSES
-    assert [(f.name, c) for f, c in folders.files[0]] == [
-        *(("0.png", 0), ("1.png", 0), ("10.png", 0), ("2.png", 0)),
-        *(("0.png", 1), ("1.png", 1), ("2.png", 1)),
-    ]
-    assert all(f == root / "photo" / CLASSES[c] / f.name for f, c in folders.files[1])
-    assert folders.counts() == [[4, 3], [5, 5], [2, 2]]
-
-
-def test_hidden_entries_and_files_of_other_kinds_are_ignored(root):
-    expected = data.read_domains(root)
-    write_image(root / ".cache" / "cat" / "0.png")
-    write_image(root / "art" / ".thumbnails" / "0.png")
-    write_image(root / "art" / "cat" / ".0.png")
-    (root / "art" / "cat" / "notes.txt").write_text("no image")
-    (root / "art" / "cat" / "folder.png").mkdir()
-    (root / "README.md").write_text("no domain")
-    assert data.read_domains(root) == expected
-
-
-@pytest.mark.parametrize("kind", ["JPG", "jpeg", "png", "bmp", "webp", "tif", "TIFF", "ppm", "gif"])
-def test_every_known_extension_is_read_in_either_case(root, kind):
-    write_image(root / "art" / "cat" / f"x.{kind}")
-    folders = data.read_domains(root)
-    assert folders.counts()[0][0] == PER_CLASS["art"] + 1
-    position = [file.name for file, _ in folders.files[0]].index(f"x.{kind}")
-    image, label, domain = data.Images(folders, [(0, position)], to_tensor)[0]
-    assert image.shape == (3, 16, 20) and (label, domain) == (0, 0)
-
-
-def test_named_domains_are_read_alone_and_in_the_order_of_names(root):
-    (root / "art" / "horse").mkdir()  # a class of a domain that isn't read is no fault
-    folders = data.read_domains(root, domains=["sketch", "photo"])
-    assert folders.domains == ("photo", "sketch") and folders.classes == CLASSES
 
 
 # --- the split ----------------------------------------------------------------------------------
@@ -135,7 +81,7 @@ def test_batches_of_a_seed_never_change():
 
 
 def test_split_does_not_depend_on_the_other_domains(root, folders):
-    alone = data.read_domains(root, domains=["photo", "sketch"])
+    alone = read_domains(root, domains=["photo", "sketch"])
     for seed in range(5):
         assert data.split(alone, "photo", seed=seed) == data.split(folders, "photo", seed=seed)
 
@@ -146,7 +92,7 @@ def test_two_domains_of_a_size_are_split_differently(root):
         write_image(root / "photo" / "dog" / f"more{i}.png", size=(1, 1))
     for i in range(4):
         write_image(root / "art" / "cat" / f"more{i}.png", size=(1, 1))
-    folders = data.read_domains(root)
+    folders = read_domains(root)
     assert len(folders.files[0]) == len(folders.files[1])
     assert data.split(folders, "art") != data.split(folders, "photo")
 
@@ -284,8 +230,8 @@ def test_evaluation_goes_through_all_images_in_order_or_those_asked_for(folders)
 def test_the_cache_gives_the_same_batches_without_reading_a_file_twice(folders, monkeypatch):
     expected = list(loader(folders))
     read = Counter()
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", lambda path: read.update([path]) or decode(path))
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda path: read.update([path]) or decode(path))
     assert_same_batches(loader(folders, cache=True), expected)
     assert set(read.values()) == {1} and len(read) == 10
 
@@ -308,61 +254,7 @@ def test_workers_keep_their_cache_from_one_evaluation_to_the_next(folders):
     assert_same_batches(batches, first)
 
 
-# --- decoding -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
-def test_every_pixel_format_becomes_rgb(root, mode):
-    grey = (np.arange(320, dtype=np.uint8).reshape(16, 20) % 2) * 255
-    path = root / "art" / "cat" / ("0.tif" if mode == "CMYK" else "0.png")
-    if mode == "I;16":  # 16 bit PNG
-        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
-    elif mode == "I":  # 16 bit PPM
-        path = path.with_suffix(".ppm")
-        path.write_bytes(b"P5 20 16 65535\n" + (grey.astype(">u2") * 257).tobytes())
-    else:
-        Image.fromarray(np.stack([grey] * 3, -1)).convert(mode).save(path)
-    with Image.open(path) as image:
-        assert image.mode == mode
-    image = data._decode(path)
-    assert image.mode == "RGB"
-    assert np.array_equal(np.asarray(image), np.stack([grey] * 3, -1))
-
-
-def test_16_bit_grey_keeps_its_shades(tmp_path):
-    shades = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    Image.fromarray(shades).save(tmp_path / "x.png")
-    (tmp_path / "x.ppm").write_bytes(b"P5 16 16 65535\n" + shades.astype(">u2").tobytes())
-    for name in ("x.png", "x.ppm"):
-        assert np.array_equal(np.asarray(data._decode(tmp_path / name))[..., 0], shades >> 8)
-
-
-def test_transparent_pixels_keep_their_colour_and_palettes_warn_of_nothing(tmp_path):
-    rgba = np.zeros((4, 4, 4), np.uint8)
-    rgba[..., 0] = 200
-    Image.fromarray(rgba).save(tmp_path / "rgba.png")
-    assert np.asarray(data._decode(tmp_path / "rgba.png"))[0, 0].tolist() == [200, 0, 0]
-    rgba[2:, :, 1] = 100  # a palette of two colours, each partly transparent
-    palette = Image.fromarray(rgba[..., :3]).quantize(4)
-    palette.save(tmp_path / "p.png", transparency=bytes([10, 128]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        decoded = np.asarray(data._decode(tmp_path / "p.png"))
-    assert np.array_equal(decoded, rgba[..., :3])
-
-
-def cut_short(path):
-    write_image(path, size=(64, 64))
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-BROKEN = {
-    "text": lambda path: path.write_text("this is no image"),
-    "empty": lambda path: path.write_bytes(b""),
-    "cut short": cut_short,
-    "gone": lambda path: path.unlink(),
-    "float": lambda path: Image.fromarray(np.ones((4, 4), np.float32)).save(path, "TIFF"),
-}
+# --- what can't be read ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -437,11 +329,6 @@ def test_training_views_are_normalised():
 # --- bad input ----------------------------------------------------------------------------------
 
 
-def empty(folder):
-    folder.mkdir()
-    return folder
-
-
 def without(root, *parts):
     folder = root.joinpath(*parts)
     for file in folder.iterdir():
@@ -450,11 +337,11 @@ def without(root, *parts):
 
 
 def training(root, **options):
-    return loader(data.read_domains(root), **options)
+    return loader(read_domains(root), **options)
 
 
 def evaluation(root, indices, batch_size=4):
-    return data.evaluation_loader(data.read_domains(root), "art", indices, to_tensor, batch_size)
+    return data.evaluation_loader(read_domains(root), "art", indices, to_tensor, batch_size)
 
 
 def one_image_each(root):
@@ -467,49 +354,17 @@ def one_image_each(root):
 
 
 BAD = {
-    "root missing": (
-        *(lambda r: data.read_domains(r / "none"), FileNotFoundError),
-        "/set/none: not found, expected a folder",
-    ),
-    "root a file": (
-        *(lambda r: data.read_domains(r / "art" / "cat" / "0.png"), NotADirectoryError),
-        "/0.png: not a directory, expected a folder",
-    ),
-    "no domain": (
-        *(lambda r: data.read_domains(empty(r / "empty")), ValueError),
-        "/empty: no domain folder, expected two or more",
-    ),
-    "one domain": (
-        *(lambda r: data.read_domains(r, domains=["art"]), ValueError),
-        "/set: one domain only ('art'), expected two or more",
-    ),
-    "unknown domain": (
-        *(lambda r: data.read_domains(r, domains=["art", "photos"]), ValueError),
-        "domains: got ['photos'], not in",
-    ),
-    "no class": (
-        *(lambda r: data.read_domains(r, domains=[empty(r / n).name for n in "ab"]), ValueError),
-        "/a: no class folder in it, expected root/<domain>/<class>/<image>",
-    ),
-    "class missing": (
-        *(lambda r: without(r, "photo", "dog").rmdir() or data.read_domains(r), ValueError),
-        "/photo/dog: not found, expected each domain to have",
-    ),
-    "class empty": (
-        *(lambda r: without(r, "photo", "dog") and data.read_domains(r), ValueError),
-        "/photo/dog: no image in it, expected",
-    ),
     "split of an unknown domain": (
-        *(lambda r: data.split(data.read_domains(r), "arts"), ValueError),
+        *(lambda r: data.split(read_domains(r), "arts"), ValueError),
         "/set: no domain 'arts', expected one of ('art', 'photo', 'sketch')",
     ),
     "split of one image": (
-        *(lambda r: data.split(data.read_domains(one_image_each(r)), "art"), ValueError),
-        "/art: 1 image(s), expected at least 2",
+        *(lambda r: data.split(read_domains(one_image_each(r)), "art"), ValueError),
+        "/set: 1 image(s) in domain 'art', expected at least 2",
     ),
     **{
         f"holdout {value}": (
-            *(lambda r, v=value: data.split(data.read_domains(r), "art", holdout=v), ValueError),
+            *(lambda r, v=value: data.split(read_domains(r), "art", holdout=v), ValueError),
             f"holdout: got {value}, expected",
         )
         for value in (0, 1, -0.1, 1.5, float("nan"))

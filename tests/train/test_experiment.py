@@ -19,7 +19,7 @@ from fastheads.demo import digits
 from fastheads.demo import run as demo
 from fastheads.demo.pretrain import MODEL
 from fastheads.train import experiment
-from fastheads.train.data import read_domains
+from fastheads.train.domains import read_domains
 from fastheads.train.loop import Recipe
 from fastheads.train.objectives import METHODS
 from fastheads.train.report import write_report

@@ -1,6 +1,7 @@
 """Training: it learns, it is repeatable, and a killed run ends where one that was never killed ends."""
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -17,8 +18,8 @@ from ranks import train_until_killed
 import fastheads
 from fastheads.arguments import parser
 from fastheads.train.earlier import run_key
-from fastheads.train.evaluation import Score, fit_probe, score
-from fastheads.train.loop import Recipe, fit, prepare, trainable
+from fastheads.train.evaluation import Score, fit_probe, score, source_splits
+from fastheads.train.loop import Recipe, check_run, fit, prepare, trainable
 from fastheads.train.objectives import METHODS
 
 RECIPE = Recipe(
@@ -77,8 +78,8 @@ def test_the_target_is_never_loaded_in_training(base, problem, monkeypatch):
     from fastheads.train import data
 
     opened = []
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", lambda path: opened.append(path) or decode(path))
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda path: opened.append(path) or decode(path))
     fit(base, METHODS["hap"], problem, RECIPE)
     assert {path.parts[-3] for path in opened} == {"blue", "green"}
 
@@ -169,6 +170,29 @@ def test_linear_probe_learns_the_sources(base, problem):
     assert score(base, problem, "red", "all", RECIPE).images == 20
 
 
+def test_a_probe_refuses_sources_without_a_class(base, folders, problem):
+    dark = {name: [i for i in indices if folders.files[folders.index(name)][i][1] == 0]
+            for name, indices in problem.training.items()}  # fmt: skip
+    with pytest.raises(ValueError, match=r"no image of class 'light'.*\(blue: 8, green: 7\)"):
+        fit_probe(base, dataclasses.replace(problem, training=dark), RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [([], "sources"), ("blue", "sources"), (["red"], "the target 'red'"), (["blue", "mauve"], "no domain 'mauve'")],
+)
+def test_sources_must_be_other_domains(folders, sources, message):
+    with pytest.raises(ValueError, match=message):
+        source_splits(folders, "red", sources)
+
+
+def test_sources_are_all_but_the_target_or_those_named_split_alike(folders):
+    whole = source_splits(folders, "red", seed=3)
+    assert list(whole) == ["blue", "green"]
+    assert source_splits(folders, "red", ["green"], seed=3) == {"green": whole["green"]}
+    assert list(source_splits(folders, "red", ["green", "blue"])) == ["blue", "green"]
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("steps", 0), ("per_domain", 1.5), ("lr", 0.0), ("gate_lr", float("nan")), ("mmd_weight", -1)]
 )
@@ -194,7 +218,31 @@ def test_fp16_with_the_inner_gradient_of_the_embedding_mmd_is_refused(base, prob
         fit(base, METHODS["hap"], problem, recipe, precision="fp16")
 
 
-@pytest.mark.parametrize("change", ["weights", "prompts", "lr", "processes", "images"])
+@pytest.mark.parametrize(
+    ("method", "changes", "fits"),
+    [
+        ("hap", {}, False),
+        ("dig", {}, False),
+        ("ha-lora", {}, True),
+        ("hap", {"mmd_kernel": "domainbed"}, True),
+        ("hap", {"mmd_kernel": "dan"}, True),
+        ("hap", {"mmd_weight": 0.0}, True),
+        ("hap", {"per_domain": 2}, True),
+    ],
+)
+def test_an_mmd_of_one_image_a_domain_is_refused_before_anything_is_changed(base, problem, method, changes, fits):
+    recipe = dataclasses.replace(RECIPE, **{"per_domain": 1, "steps": 1, **changes})
+    check = contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"per_domain: got 1.*mmd_kernel")
+    with check:
+        check_run(METHODS[method], recipe)
+    if not fits:
+        before = list(base.state_dict())
+        with pytest.raises(ValueError, match="per_domain"):
+            fit(base, METHODS[method], problem, recipe)
+        assert list(base.state_dict()) == before
+
+
+@pytest.mark.parametrize("change", ["weights", "prompts", "class names", "lr", "processes", "images"])
 def test_a_state_of_another_run_is_refused_and_says_what_differs(base, problem, tmp_path, monkeypatch, change):
     fit(copy.deepcopy(base), METHODS["dig"], problem, ONE_STEP, out=tmp_path)
     recipe, told = ONE_STEP, "the base's weights differ"
@@ -203,6 +251,9 @@ def test_a_state_of_another_run_is_refused_and_says_what_differs(base, problem, 
     elif change == "prompts":
         told = "--prompt: was ['a {} square.'], now ['{}']"
         problem = dataclasses.replace(problem, prompts=("{}",))
+    elif change == "class names":
+        told = f"--class-names: was {list(problem.folders.class_names)}, now ['a', 'b']"
+        problem = dataclasses.replace(problem, folders=dataclasses.replace(problem.folders, class_names=("a", "b")))
     elif change == "lr":
         told = "--lr: was 0.005, now 1.0; --gate-lr: was 0.05, now 0.5"
         recipe = dataclasses.replace(ONE_STEP, lr=1.0, gate_lr=0.5)

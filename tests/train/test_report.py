@@ -120,12 +120,12 @@ def fake_experiment(targets: list[str] | None = None, seeds: int = 1) -> dict[st
     }  # fmt: skip
 
 
-def fake_samples(root: Path, size: int = 8) -> dict[str, list[Path]]:
-    """Six images per domain, `size` pixels wide, in folders named by class."""
+def fake_samples(root: Path, size: int = 8) -> dict[str, list[tuple[Path, str]]]:
+    """Six images per domain, `size` pixels wide, each with its class."""
     rng, samples = np.random.default_rng(0), {}
     for domain in DOMAINS:
-        samples[domain] = [root / domain / str(digit) / "0.png" for digit in range(6)]
-        for path in samples[domain]:
+        samples[domain] = [(root / domain / str(digit) / "0.png", str(digit)) for digit in range(6)]
+        for path, _ in samples[domain]:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (size, size), dtype=np.uint8)).save(path)
     return samples
@@ -200,7 +200,7 @@ def test_figures_are_written_and_shown(one: Path) -> None:
 def test_small_samples_keep_their_pixels(one: Path, quick: None, tmp_path: Path) -> None:
     assert one.read_text(encoding="utf-8").count('class="tiny"') == 4 * 6
     large = fake_samples(tmp_path / "images", size=300)
-    large["noisy"].append(tmp_path / "missing.png")
+    large["noisy"].append((tmp_path / "missing.png", "6"))
     page = _Page(write_report(fake_experiment(), tmp_path / "out", samples=large))
     assert 'class="tiny"' not in page.html
     assert page.html.count("data:image/jpeg") == 4 * 6

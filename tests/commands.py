@@ -1,0 +1,40 @@
+"""The command line in this process, and checkpoints for it. Not a test file."""
+
+import contextlib
+import io
+import json
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from fastheads import cli
+from fastheads.demo.pretrain import CONFIG
+
+
+def run(*argv):
+    """Exit code, stdout and stderr of one command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = cli.main([str(a) for a in argv])
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def done(*argv):
+    """Standard output of a command that must succeed."""
+    code, out, err = run(*argv)
+    assert code == 0, err
+    return out
+
+
+def checkpoint(path, seed, **changes):
+    """Random weights of the demo's model (or of one with other words) as a checkpoint file."""
+    config = json.loads(CONFIG.read_text())
+    config["text_cfg"] |= changes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        save_file(open_clip.CLIP(**config).state_dict(), path)
+    return path
