@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.base import base_hash, describe, differences, gathered
 from fastheads.config import HeadConfig
 from fastheads.files import write_whole
+from fastheads.hosts.wrappers import refuse_peft, unwrap
 from fastheads.nn import HeadLoRA
 from fastheads.patched import (
     adapter_state_dict,
@@ -27,8 +27,8 @@ from fastheads.patched import (
     replace_tensors,
     trained_beside,
 )
+from fastheads.patched.base import base_hash, describe, differences, gathered
 from fastheads.patching import explain, patch, take_out
-from fastheads.wrappers import refuse_peft, unwrap
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.hosts import Tower, find_tower
+from fastheads.hosts.wrappers import unwrap
 from fastheads.nn import HeadLoRA
 from fastheads.patched import head_modules
 from fastheads.reference import GATES
-from fastheads.wrappers import unwrap
 
 
 class CapturedHeads:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastheads import ops
 from fastheads.config import HeadConfig
 from fastheads.hosts import Host, find_tower, host_of
+from fastheads.hosts.wrappers import plain_names, refuse_foreign, refuse_wrapped, unwrap
 from fastheads.nn import FrozenWatch, HeadAttention, HeadLoRA, head_class
 from fastheads.ops import native
 from fastheads.patched import (
@@ -27,7 +28,6 @@ from fastheads.patched import (
     restore,
     written,
 )
-from fastheads.wrappers import plain_names, refuse_foreign, refuse_wrapped, unwrap
 
 
 @dataclass(frozen=True)

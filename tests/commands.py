@@ -8,7 +8,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from fastheads import cli
+from fastheads.cli import commands as cli
 from fastheads.demo.pretrain import CONFIG
 
 

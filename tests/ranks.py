@@ -24,10 +24,10 @@ def train_until_killed(root, out, kill):
     import open_clip
 
     from fastheads.demo.pretrain import CONFIG, MODEL, register
-    from fastheads.train.data import clip_transforms
-    from fastheads.train.domains import read_domains
+    from fastheads.train.data.batches import clip_transforms
+    from fastheads.train.data.domains import read_domains
     from fastheads.train.evaluation import make_problem
-    from fastheads.train.loop import Recipe
+    from fastheads.train.recipe import Recipe
 
     def report(values):
         if values["step"] == kill:
@@ -85,13 +85,13 @@ def look_on_rank(rank, world, port, paths, out):
     """This process's share of a look at `paths`; what it then knows is written to `out`."""
     import json
 
-    from fastheads import cli_data
-    from fastheads.train.images import look
+    from fastheads.cli import data
+    from fastheads.train.data.images import look
 
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in own.items()} | {"ACCELERATE_USE_CPU": "true"})
     looked = []
-    found = cli_data._unreadable(paths, lambda path: looked.append(path) or look(path), "looking")
+    found = data._unreadable(paths, lambda path: looked.append(path) or look(path), "looking")
     (out / f"rank{rank}.json").write_text(
         json.dumps({"found": [[str(path), reason] for path, reason in found], "looked": len(looked)})
     )

@@ -11,11 +11,11 @@ from PIL import Image
 from standins import clip, images
 
 import fastheads
-from fastheads.train.data import clip_transforms
-from fastheads.train.domains import read_domains
+from fastheads.train.data.batches import clip_transforms
+from fastheads.train.data.domains import read_domains
 from fastheads.train.evaluation import make_problem
 from fastheads.train.experiment import run_experiment
-from fastheads.train.loop import Recipe
+from fastheads.train.recipe import Recipe
 
 BEFORE = Path(__file__).with_name("before")
 RECIPE = {"steps": 2, "per_domain": 4, "lr": 0.01, "mmd_weight": 0.1, "evaluate_every": 1, "save_every": 1}

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fastheads
-from fastheads import cli
+from fastheads.cli import arguments
+from fastheads.cli import commands as cli
 from fastheads.demo.pretrain import CONFIG, MODEL, register
 
 DOMAINS, CLASSES = ("day", "night", "sepia"), ("black_square", "white_square")
@@ -111,7 +112,7 @@ def test_help_tells_of_every_option(command, monkeypatch):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
     assert all(len(line) <= 100 for line in out.splitlines())
-    (commands,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in arguments.parser()._actions if isinstance(a, argparse._SubParsersAction))
     options = commands.choices[command]._actions
     assert len(options) > 1
     flat = " ".join(out.split())
@@ -392,7 +393,7 @@ TOWERS = {
 def test_a_tower_that_patch_refuses_is_told_before_images_are_listed(world, tmp_path, monkeypatch, tower):
     config = json.loads(CONFIG.read_text()) | {"vision_cfg": TOWERS[tower]}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "odd", config)
-    monkeypatch.setattr("fastheads.train.domains.read_domains", lambda *_, **__: pytest.fail("listed"))
+    monkeypatch.setattr("fastheads.train.data.domains.read_domains", lambda *_, **__: pytest.fail("listed"))
     monkeypatch.chdir(tmp_path)
     for methods in (["hap"], ["ha-lora"], ["dig"], ["lora"], ["zero-shot", "fine-tune", "lora"]):
         code, out, err = run("train", "--model", "odd", "--pretrained", "", *data(world.root), "--method", *methods)

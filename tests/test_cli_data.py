@@ -11,10 +11,13 @@ from pictures import CLASSES, DOMAINS, write_image, write_set
 from processes import free_port, on_ranks
 from ranks import look_on_rank
 
-from fastheads import cli, contexts
+from fastheads.cli import commands as cli
 from fastheads.demo.pretrain import MODEL, register
-from fastheads.train import data, evaluation, figures, progress
-from fastheads.train import images as images_module
+from fastheads.losses import context as contexts
+from fastheads.train import evaluation, progress
+from fastheads.train.data import batches as data
+from fastheads.train.data import images as images_module
+from fastheads.train.report import figures
 
 SHORT = ("--steps", "3", "--per-domain", "2", "--save-every", "1", "--workers", "0")
 

@@ -5,7 +5,7 @@ import standins
 import torch
 
 import fastheads
-from fastheads import contexts
+from fastheads.losses import context as contexts
 
 NAMES = ("red fox", "owl", "a cat")
 TEMPLATES = ("a photo of a {}.", "a {} in snow", "one more {}")

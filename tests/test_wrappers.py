@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 import fastheads
 from fastheads import HeadConfig
 from fastheads.adapters import read_adapter
-from fastheads.wrappers import unwrap
+from fastheads.hosts.wrappers import unwrap
 
 
 class FullyShardedDataParallel(nn.Module):

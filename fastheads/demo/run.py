@@ -16,14 +16,14 @@ from torch import nn
 
 from fastheads.demo import digits
 from fastheads.demo.pretrain import MODEL, PROMPT, TEMPLATES, pretrain, register
-from fastheads.train.data import clip_transforms
-from fastheads.train.domains import DomainFolders, read_domains
+from fastheads.train.data.batches import clip_transforms
+from fastheads.train.data.domains import DomainFolders, read_domains
 from fastheads.train.evaluation import Problem, make_problem
 from fastheads.train.experiment import device, run_experiment, run_method, versions, write_json
-from fastheads.train.loop import Recipe
 from fastheads.train.objectives import METHODS
 from fastheads.train.progress import Bars
-from fastheads.train.report import write_report
+from fastheads.train.recipe import Recipe
+from fastheads.train.report.page import write_report
 
 RECIPES = Path(__file__).with_name("recipes.json")
 TARGET = "sketch"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.wrappers import unwrap
+from fastheads.hosts.wrappers import unwrap
 
 REFUSED = {
     "TimmModel": "a timm tower",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from fastheads.config import HeadConfig
 from fastheads.reference import GATES
 
-if TYPE_CHECKING:
-    from fastheads.capture import CapturedHeads
+
+class Recorder(Protocol):
+    """Who is told of the pooled token's heads (`capture.CapturedHeads`). pool: which token, as in `head_attention`."""
+
+    pool: int | str | Tensor
+
+    def add(self, layer: int, heads: Tensor) -> None:
+        """Keeps the heads `[B, H, dh]` of one layer."""
 
 
 class HeadLoRA(nn.Module):
@@ -43,7 +49,7 @@ class HeadLoRA(nn.Module):
         self.targets, self.scale, self.dropout = config.targets, config.scale(rank), config.dropout
         self.gate_kind, self.impl, self.recompute = config.gate, impl, recompute
         self.enabled = True
-        self.recorder: CapturedHeads | None = None
+        self.recorder: Recorder | None = None
         self.watch: FrozenWatch | None = None
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         T = len(config.targets)

@@ -8,16 +8,14 @@ import json
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastheads.train.evaluation import Problem
 from fastheads.train.objectives import Method
-
-if TYPE_CHECKING:
-    from fastheads.train.loop import Recipe
+from fastheads.train.recipe import Recipe
 
 # How a user names what a run depends on; a number of the recipe is named by its option.
 _NAMES = {

@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastheads.contexts import class_text_weights, context_text_weights, evaluating, fill
-from fastheads.train.data import Images, Split, Transform, evaluation_loader, split, training_loader
-from fastheads.train.domains import DomainFolders
+from fastheads.losses.context import class_text_weights, context_text_weights, evaluating, fill
+from fastheads.train.data.batches import Images, Split, Transform, evaluation_loader, split, training_loader
+from fastheads.train.data.domains import DomainFolders
 from fastheads.train.objectives import class_logits
 from fastheads.train.progress import phase
-
-if TYPE_CHECKING:
-    from fastheads.train.loop import Recipe
+from fastheads.train.recipe import Recipe
 
 
 @dataclass(frozen=True)

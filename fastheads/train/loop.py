@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +19,14 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastheads.losses import ESTIMATORS
 from fastheads.patched import gate_parameters, gates, is_patched, lora_parameters
 from fastheads.patching import patch
 from fastheads.train.earlier import check_state, corrupt, hashes, run_key, saved_state
 from fastheads.train.evaluation import Problem, score
 from fastheads.train.objectives import ImageEncoder, Method, Objective
+from fastheads.train.recipe import Recipe, check_run
 
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers of a training run. Weights of 0 switch a loss off.
-
-    lr: of LoRA, or of the encoder under full fine-tuning. gate_lr: of the gates, which have no weight decay.
-    per_domain: images of each source domain in a step, on each process.
-    """
-
-    steps: int = 20_000
-    per_domain: int = 12
-    lr: float = 2e-4
-    gate_lr: float = 2e-3
-    weight_decay: float = 0.1
-    mmd_weight: float = 0.0
-    context_weight: float = 0.0
-    mmd_kernel: str = "adaptive"
-    mmd_features: str = "heads"
-    evaluate_every: int = 500
-    save_every: int = 500
-    batch_size: int = 256
-    workers: int = 0
-    cache: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "per_domain", "evaluate_every", "save_every", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes an integer ≥ 1")
-        for name in ("lr", "gate_lr"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number > 0")
-        for name in ("weight_decay", "mmd_weight", "context_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number ≥ 0")
 
 
 class _Progress:
@@ -126,26 +89,6 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
     visual: Any = model.visual
     buffers = {} if is_patched(model) else {f"visual.{name}": b for name, b in visual.named_buffers()}
     return trainable(model) | buffers
-
-
-def check_run(method: Method, recipe: Recipe, precision: str = "no") -> None:
-    """That `fit` can run a recipe: its MMD, if it has one, has a gradient in this precision, and enough images.
-
-    Raises ValueError.
-    """
-    if not (method.mmd and recipe.mmd_weight):
-        return
-    if precision == "fp16" and recipe.mmd_features == "embedding":
-        raise ValueError(
-            'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
-            'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
-        )
-    if recipe.per_domain < 2 and ESTIMATORS.get(recipe.mmd_kernel) == "unbiased":
-        others = " or ".join(f'"{kernel}"' for kernel, estimator in ESTIMATORS.items() if estimator == "biased")
-        raise ValueError(
-            f'per_domain: got {recipe.per_domain}, but {method.id}\'s MMD with mmd_kernel="{recipe.mmd_kernel}" is of '
-            f"two images of a domain or more; takes 2 or more there, or mmd_kernel={others}"
-        )
 
 
 def fit(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastheads.capture import CapturedHeads, capture_heads
 from fastheads.config import HeadConfig
-from fastheads.contexts import evaluating
 from fastheads.hosts import find_tower
 from fastheads.losses import context_kl, head_mmd
+from fastheads.losses.context import evaluating
 from fastheads.patched import is_patched
 from fastheads.patching import disabled
 

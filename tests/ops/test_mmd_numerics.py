@@ -8,9 +8,9 @@ from test_mmd import labels, randn
 
 from fastheads import reference
 from fastheads.losses import mmd
+from fastheads.losses.samples import bandwidths
 from fastheads.ops import kernel_sums, native
 from fastheads.ops import mmd as module
-from fastheads.samples import bandwidths
 
 # ---- lower precision ----------------------------------------------------------------------------
 

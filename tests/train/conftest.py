@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from fastheads.demo.pretrain import CONFIG, MODEL, register
-from fastheads.train.data import clip_transforms
-from fastheads.train.domains import read_domains
+from fastheads.train.data.batches import clip_transforms
+from fastheads.train.data.domains import read_domains
 from fastheads.train.evaluation import make_problem
 
 

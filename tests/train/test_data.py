@@ -12,8 +12,8 @@ pytest.importorskip("torchvision")
 from pictures import BROKEN, CLASSES, DOMAINS, write_image, write_set
 from PIL import Image
 
-from fastheads.train import data
-from fastheads.train.domains import read_domains
+from fastheads.train.data import batches as data
+from fastheads.train.data.domains import read_domains
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

@@ -1,4 +1,4 @@
-"""fastheads.train.domains: what is read of folders, in which order, and what is said of the rest."""
+"""fastheads.train.data.domains: what is read of folders, in which order, and what is said of the rest."""
 
 import os
 import shutil
@@ -8,9 +8,9 @@ from pictures import BROKEN, CLASSES, DOMAINS, PER_CLASS, write_image, write_set
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fastheads.train import domains
-from fastheads.train.data import split
-from fastheads.train.domains import domain_names, read_domains
+from fastheads.train.data import domains
+from fastheads.train.data.batches import split
+from fastheads.train.data.domains import domain_names, read_domains
 
 
 @pytest.fixture

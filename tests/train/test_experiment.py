@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastheads
-from fastheads import cli
+from fastheads.cli import commands as cli
 from fastheads.demo import digits
 from fastheads.demo import run as demo
 from fastheads.demo.pretrain import MODEL
 from fastheads.train import experiment
-from fastheads.train.domains import read_domains
-from fastheads.train.loop import Recipe
+from fastheads.train.data.domains import read_domains
 from fastheads.train.objectives import METHODS
-from fastheads.train.report import write_report
+from fastheads.train.recipe import Recipe
+from fastheads.train.report.page import write_report
 
 RECIPE = Recipe(steps=2, per_domain=2, lr=5e-3, gate_lr=5e-2, evaluate_every=2, save_every=1, cache=True)
 TIMES = {"seconds", "images_per_second", "peak_memory_mb"}

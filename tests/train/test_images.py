@@ -1,4 +1,4 @@
-"""fastheads.train.images: every pixel format as RGB, and which files are none."""
+"""fastheads.train.data.images: every pixel format as RGB, and which files are none."""
 
 import struct
 import time
@@ -9,8 +9,8 @@ import pytest
 from pictures import BROKEN, write_image
 from PIL import Image
 
-from fastheads.train import images
-from fastheads.train.images import UnreadableImageError, decode, look, unreadable
+from fastheads.train.data import images
+from fastheads.train.data.images import UnreadableImageError, decode, look, unreadable
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])

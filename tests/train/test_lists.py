@@ -1,4 +1,4 @@
-"""fastheads.train.lists: images by a list are those by folders; every fault is named with its line."""
+"""fastheads.train.data.lists: images by a list are those by folders; every fault is named with its line."""
 
 import csv
 import json
@@ -9,8 +9,8 @@ import pytest
 import torch
 from pictures import CLASSES, DOMAINS, write_image, write_set
 
-from fastheads.train.data import split, training_loader
-from fastheads.train.domains import domain_names, read_domains
+from fastheads.train.data.batches import split, training_loader
+from fastheads.train.data.domains import domain_names, read_domains
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from processes import start
 from ranks import train_until_killed
 
 import fastheads
-from fastheads.arguments import parser
+from fastheads.cli.arguments import parser
 from fastheads.train.earlier import run_key
 from fastheads.train.evaluation import Score, fit_probe, score, source_splits
-from fastheads.train.loop import Recipe, check_run, fit, prepare, trainable
+from fastheads.train.loop import fit, prepare, trainable
 from fastheads.train.objectives import METHODS
+from fastheads.train.recipe import Recipe, check_run
 
 RECIPE = Recipe(
     steps=8, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=4, save_every=3, cache=True
@@ -75,7 +76,7 @@ def test_the_best_weights_on_source_validation_are_kept(base, problem, monkeypat
 
 
 def test_the_target_is_never_loaded_in_training(base, problem, monkeypatch):
-    from fastheads.train import data
+    from fastheads.train.data import batches as data
 
     opened = []
     decode = data.decode

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from fastheads.train import progress
 from fastheads.train.evaluation import fit_probe, score
-from fastheads.train.loop import Recipe
 from fastheads.train.progress import Bars, clock, phase
+from fastheads.train.recipe import Recipe
 
 
 @pytest.fixture

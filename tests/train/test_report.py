@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastheads.train import figures
 from fastheads.train.experiment import table
-from fastheads.train.record import curve
-from fastheads.train.report import write_report
+from fastheads.train.report import figures
+from fastheads.train.report.page import write_report
+from fastheads.train.report.record import curve
 
 METHODS = {
     "zero-shot": ("Zero-shot CLIP", 0.523),

@@ -1,7 +1,8 @@
-"""Class and context weights from the text tower: the classifier, and CAR-FT's contexts."""
+"""CAR-FT: the classifier and the contexts as the text tower says them, and the KL that keeps contexts in mind."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from string import Formatter
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastheads.wrappers import unwrap
+from fastheads import reference
+from fastheads.hosts.wrappers import unwrap
 
 Template = str | Callable[[str], str]
 
@@ -105,3 +107,38 @@ def context_text_weights(
 
         templates = OPENAI_IMAGENET_TEMPLATES
     return F.normalize(prompt_embeddings(model, tokenizer, classnames, templates).mean(1), dim=-1)
+
+
+def context_kl(
+    features: Tensor, teacher_features: Tensor, context_weights: Tensor, logit_scale: float | Tensor
+) -> Tensor:
+    """CAR-FT's KL between the contexts the original encoder sees and the tuned one's: `reference.context_kl`, checked.
+
+    Args:
+        features, teacher_features: `[B, E]` from the tuned and the original image encoder.
+        context_weights: `[C, E]` of `context_text_weights`.
+        logit_scale: the factor, `model.logit_scale.exp()` (100 for CLIP): without it the loss is near zero.
+
+    Returns a scalar. Raises TypeError or ValueError naming the argument.
+    """
+    named = {"features": features, "teacher_features": teacher_features, "context_weights": context_weights}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}; takes a tensor")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: got dtype {value.dtype}; takes floating point")
+        if value.device != features.device:
+            raise ValueError(f"{name}: is on {value.device}, features on {features.device}; put both on one device")
+    if not isinstance(logit_scale, (int, float, Tensor)):
+        raise TypeError(f"logit_scale: got {logit_scale!r}; takes a number, model.logit_scale.exp()")
+    if not isinstance(logit_scale, Tensor) and not (math.isfinite(logit_scale) and logit_scale > 0):
+        raise ValueError(f"logit_scale: got {logit_scale}; takes a finite number > 0")
+    if features.dim() != 2:
+        raise ValueError(f"features: got shape {tuple(features.shape)}; takes [B, E]")
+    if teacher_features.shape != features.shape:
+        raise ValueError(
+            f"teacher_features: got shape {tuple(teacher_features.shape)}; takes {tuple(features.shape)} as features"
+        )
+    if context_weights.dim() != 2 or context_weights.shape[1] != features.shape[1]:
+        raise ValueError(f"context_weights: got shape {tuple(context_weights.shape)}; takes [C, {features.shape[1]}]")
+    return reference.context_kl(features, teacher_features, context_weights, logit_scale)

@@ -1,6 +1,6 @@
 """Images of several domains: splitting, balanced batches, transforms.
 
-    folders = read_domains("data/PACS")                     # fastheads.train.domains
+    folders = read_domains("data/PACS")                     # fastheads.train.data.domains
     indices = {name: split(folders, name)[0] for name in sources}
     loader = training_loader(folders, sources, indices, transform, per_domain=12, steps=5000)
 
@@ -22,11 +22,11 @@ try:
     from torchvision import transforms
 except ImportError as error:
     raise ImportError(
-        f"fastheads.train.data needs torchvision and Pillow ({error}): pip install fastheads[train]"
+        f"fastheads.train.data.batches needs torchvision and Pillow ({error}): pip install fastheads[train]"
     ) from error
 
-from fastheads.train.domains import DomainFolders
-from fastheads.train.images import decode
+from fastheads.train.data.domains import DomainFolders
+from fastheads.train.data.images import decode
 
 Split = tuple[list[int], list[int]]  # training, validation: file indices of one domain
 Transform = Callable[[Image.Image], torch.Tensor]

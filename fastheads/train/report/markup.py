@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastheads.train.images import UnreadableImageError, decode
-from fastheads.train.record import Score
+from fastheads.train.data.images import UnreadableImageError, decode
+from fastheads.train.report.record import Score
 
 NONE = "–"
 

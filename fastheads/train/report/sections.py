@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from fastheads.train import figures, markup
-from fastheads.train.figures import Bar, Curve, Pair
-from fastheads.train.markup import NONE
-from fastheads.train.record import (
+from fastheads.train.report import figures, markup
+from fastheads.train.report.figures import Bar, Curve, Pair
+from fastheads.train.report.markup import NONE
+from fastheads.train.report.record import (
     Grid,
     Record,
     curve,

@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from fastheads.files import write_whole
-from fastheads.train.sections import Page
+from fastheads.train.report.sections import Page
 
 
 def write_report(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastheads.config import HeadConfig
+from fastheads.hosts.wrappers import is_peft, plain_names, plain_state, refuse_peft, unwrap
 from fastheads.nn import HeadAttention, HeadLoRA
-from fastheads.wrappers import is_peft, plain_names, plain_state, refuse_peft, unwrap
 
 ADAPTER = ".attn.heads."  # in the name of every adapter's tensor
 _STATE = "_fastheads"

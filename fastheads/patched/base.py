@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.hosts import find_tower
-from fastheads.patched import is_patched, original_of
-from fastheads.wrappers import plain_names
+from fastheads.hosts.wrappers import plain_names
+from fastheads.patched.state import is_patched, original_of
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastheads import cli_data
-from fastheads.arguments import InputError, parser
+from fastheads.cli import data
+from fastheads.cli.arguments import InputError, parser
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastheads.train.domains import DomainFolders
+    from fastheads.train.data.domains import DomainFolders
     from fastheads.train.progress import Bars
 
 
@@ -127,7 +127,7 @@ def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
 def _transforms(model: nn.Module) -> Any:
     import open_clip
 
-    from fastheads.train.data import clip_transforms
+    from fastheads.train.data.batches import clip_transforms
 
     visual: Any = model.visual
     cfg = getattr(visual, "preprocess_cfg", {}) or {}
@@ -138,7 +138,7 @@ def _transforms(model: nn.Module) -> Any:
 
 
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
-    from fastheads.contexts import fill
+    from fastheads.losses.context import fill
 
     for prompt in args.prompt or ():
         try:
@@ -176,7 +176,7 @@ def _train(args: argparse.Namespace) -> None:
 
     with Bars() as bars:  # before the imports, which can take half a minute
         from fastheads.train.experiment import is_main_process, table
-        from fastheads.train.report import write_report
+        from fastheads.train.report.page import write_report
 
         experiment, folders = _experiment(args, bars)
         if not is_main_process():
@@ -189,14 +189,14 @@ def _train(args: argparse.Namespace) -> None:
 
 def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], DomainFolders]:
     """All of `train` but its output."""
+    from fastheads.train.data.images import UnreadableImageError
     from fastheads.train.evaluation import make_problem
     from fastheads.train.experiment import is_main_process, run_experiment
-    from fastheads.train.images import UnreadableImageError
-    from fastheads.train.loop import Recipe, check_run
     from fastheads.train.objectives import METHODS
     from fastheads.train.progress import phase
+    from fastheads.train.recipe import Recipe, check_run
 
-    targets, domains = cli_data.targets_of(args)
+    targets, domains = data.targets_of(args)
     for name in args.method:
         if name not in METHODS:
             raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
@@ -225,11 +225,11 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
         try:
             check_run(METHODS[method], recipe_of(method), args.precision)
         except ValueError as e:
-            raise cli_data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision") from e
+            raise data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision") from e
     prompts = _prompts(args)
     _check_towers(args)
-    folders = cli_data.images_of(args, domains)
-    cli_data.check_sources(args, folders, targets)
+    folders = data.images_of(args, domains)
+    data.check_sources(args, folders, targets)
     with phase(f"loading {args.model}"):
         model, tokenizer = _load_model(args)
     problem_of = lambda target, seed: make_problem(  # noqa: E731
@@ -275,16 +275,16 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _scores(args: argparse.Namespace, bars: Bars) -> None:
     from fastheads.adapters import read_adapter
-    from fastheads.contexts import class_text_weights
-    from fastheads.train.data import evaluation_loader
+    from fastheads.losses.context import class_text_weights
+    from fastheads.train.data.batches import evaluation_loader
     from fastheads.train.evaluation import image_features, score_logits
     from fastheads.train.progress import phase
 
-    cli_data.check_domains(args, "--domain", args.domain or (), cli_data.domains_of(args))
+    data.check_domains(args, "--domain", args.domain or (), data.domains_of(args))
     if args.adapter is not None:
         read_adapter(args.adapter)
     prompts = _prompts(args)
-    folders = cli_data.images_of(args, used=args.domain)
+    folders = data.images_of(args, used=args.domain)
     with phase(f"loading {args.model}"):
         model, tokenizer = _load_model(args)
         if args.adapter is not None:
@@ -343,7 +343,7 @@ def _inspect(args: argparse.Namespace) -> None:
 EXTRA = ("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
-    "check": cli_data.check,
+    "check": data.check,
     "train": _train,
     "evaluate": _evaluate,
     "merge": _merge,
@@ -373,7 +373,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastheads: interrupted; the same command goes on from the last saved state", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

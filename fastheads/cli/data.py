@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fastheads.arguments import InputError
+from fastheads.cli.arguments import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastheads.train.data import Split
-    from fastheads.train.domains import DomainFolders, Unreadable
+    from fastheads.train.data.batches import Split
+    from fastheads.train.data.domains import DomainFolders, Unreadable
 
 
 def as_options(error: Exception, *names: str) -> InputError:
@@ -25,7 +25,7 @@ def as_options(error: Exception, *names: str) -> InputError:
 
 def domains_of(args: argparse.Namespace) -> list[str]:
     """The domains of `--data`, without a look at the images."""
-    from fastheads.train.domains import domain_names
+    from fastheads.train.data.domains import domain_names
 
     try:
         return domain_names(args.data)
@@ -62,8 +62,8 @@ def images_of(
 
     domains: those to read; used: those of them whose images matter. None: all.
     """
-    from fastheads.train.domains import read_domains
-    from fastheads.train.images import decode, look, unreadable_message
+    from fastheads.train.data.domains import read_domains
+    from fastheads.train.data.images import decode, look, unreadable_message
     from fastheads.train.progress import phase
 
     try:
@@ -125,7 +125,7 @@ def _note(text: str) -> None:
 
 def _unreadable(paths: Sequence[Path], test: Callable[[Path], object], doing: str) -> list[Unreadable]:
     """The images that fail; where `accelerate launch` started several processes, each tests its share."""
-    from fastheads.train.images import unreadable
+    from fastheads.train.data.images import unreadable
     from fastheads.train.progress import phase
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -144,8 +144,8 @@ def _unreadable(paths: Sequence[Path], test: Callable[[Path], object], doing: st
 
 def check(args: argparse.Namespace) -> int:
     """Prints how many images there are and which can't be read; 1 where there are such."""
-    from fastheads.train.domains import read_domains
-    from fastheads.train.images import decode
+    from fastheads.train.data.domains import read_domains
+    from fastheads.train.data.images import decode
     from fastheads.train.progress import Bars, phase
 
     with Bars() as bars:

@@ -11,7 +11,7 @@ import numpy as np
 try:
     from PIL import Image, UnidentifiedImageError
 except ImportError as error:
-    raise ImportError(f"fastheads.train.images needs Pillow ({error}): pip install fastheads[train]") from error
+    raise ImportError(f"fastheads.train.data.images needs Pillow ({error}): pip install fastheads[train]") from error
 
 # The last bytes of a whole file, by Pillow's name of its format.
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
@@ -23,7 +23,7 @@ class UnreadableImageError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A DataLoader raises a worker's exception again as type("Caught … <traceback>"): the
-        # traceback's last line is "fastheads.train.images.UnreadableImageError: <message>".
+        # traceback's last line is "fastheads.train.data.images.UnreadableImageError: <message>".
         super().__init__(message.rstrip().splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastheads.train.lists import SUFFIXES, Found, read_class_names, read_list
+from fastheads.train.data.lists import SUFFIXES, Found, read_class_names, read_list
 
 # torchvision's ImageFolder reads these, but for .gif.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
