@@ -360,3 +360,11 @@ def test_a_log_file_hears_of_every_phase_that_lasts(root, base, tmp_path, monkey
 
 def test_a_short_command_says_nothing_of_its_phases(root, base):
     assert run("evaluate", *base, "--data", root, "--workers", "0")[2] == ""
+
+
+def test_one_domain_is_enough_to_look_at_and_to_test_on_but_not_to_leave_one_out(root, base):
+    for domain in DOMAINS[1:]:
+        shutil.rmtree(root / domain)
+    assert "all" in done("check", root)
+    assert list(images(done("evaluate", *base, "--data", root, "--workers", "0"))) == [DOMAINS[0]]
+    assert "one domain only" in refused("train", *base, "--data", root)

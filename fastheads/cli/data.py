@@ -68,7 +68,8 @@ def images_of(
 
     try:
         with phase("listing the images"):
-            folders = read_domains(args.data, domains=domains, class_names=args.class_names)
+            least = 2 if args.command == "train" else 1
+            folders = read_domains(args.data, domains=domains, class_names=args.class_names, least=least)
     except (OSError, ValueError) as e:
         if str(e).startswith("class_names: "):
             raise as_options(e, "^class_names") from e
@@ -150,7 +151,7 @@ def check(args: argparse.Namespace) -> int:
 
     with Bars() as bars:
         with phase("listing the images"):
-            folders = read_domains(args.data)
+            folders = read_domains(args.data, least=1)
         paths = folders.paths()
         bars.say("\n".join(filter(None, [table(folders), folders.skipped])))
         bad = _unreadable(paths, decode, "decoding every image")

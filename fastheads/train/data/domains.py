@@ -107,6 +107,7 @@ def read_domains(
     *,
     domains: Sequence[str] | None = None,
     class_names: str | Path | None = None,
+    least: int = 2,
 ) -> DomainFolders:
     """Reads `root/<domain>/<class>/…/<image>`, or a list of images; all domains or those named, in the order of names.
 
@@ -118,10 +119,11 @@ def read_domains(
             Paths are relative to the list's folder; whatever is listed is an image.
         class_names: a file that says what prompts call the classes (see `read_class_names`); None: the classes' own
             names, "_" as space.
+        least: how many domains there must be: two to leave one out, one to be tested on.
 
     Raises:
         FileNotFoundError, NotADirectoryError: for `root`; FileNotFoundError for listed files that aren't there.
-        ValueError: for fewer than two domains, an unknown name, a class that some domain has no image of, a bad list.
+        ValueError: for fewer than `least` domains, an unknown name, a class that some domain has no image of, a bad list.
     """
     root = _existing(root)
     skipped = _Skipped(root)
@@ -132,9 +134,9 @@ def read_domains(
     if unknown:
         raise ValueError(f"domains: got {unknown}, not in {root}, expected some of {names}")
     names = names if domains is None else sorted(set(domains))
-    if len(names) < 2:
+    if len(names) < least:
         got = f"one domain only ({names[0]!r})" if names else "no domain"
-        raise ValueError(f"{root}: {got}, expected two or more, laid out as {LAYOUT}")
+        raise ValueError(f"{root}: {got}, expected {('one', 'two')[least - 1]} or more, laid out as {LAYOUT}")
     for name in names:
         found[name] = listed[name] if listed else _classes(root / name, skipped)
         if not found[name]:
