@@ -123,7 +123,8 @@ def read_domains(
 
     Raises:
         FileNotFoundError, NotADirectoryError: for `root`; FileNotFoundError for listed files that aren't there.
-        ValueError: for fewer than `least` domains, an unknown name, a class that some domain has no image of, a bad list.
+        ValueError: for fewer than `least` domains, an unknown name, a class that some domain has no image of, a bad
+            list.
     """
     root = _existing(root)
     skipped = _Skipped(root)
