@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from fastheads.losses import mmd
-from fastheads.reference import DOMAINBED_GAMMAS
+from fastheads.reference import PRESETS
+
+DOMAINBED_GAMMAS = PRESETS["domainbed"].numbers
 
 Features = Sequence[Tensor]
 

@@ -13,14 +13,13 @@ from fastheads import ops, reference
 from fastheads.capture import CapturedHeads
 from fastheads.losses.samples import Rows, bandwidths, gather_rows
 from fastheads.ops.dispatch import MAX_DOMAINS, MMD_NAMES, SMALL, check_impl, choose_mmd, looked_at
-
-ESTIMATORS = {"domainbed": "biased", "adaptive": "unbiased", "dan": "biased"}
+from fastheads.reference import PRESETS
 
 
 def _check_kernel(kernel: object, features: Tensor) -> None:
     if isinstance(kernel, str):
-        if kernel not in ESTIMATORS:
-            takes = ", ".join(map(repr, ESTIMATORS))
+        if kernel not in PRESETS:
+            takes = ", ".join(map(repr, PRESETS))
             raise ValueError(f"kernel: got {kernel!r}; takes {takes}, or a sequence of gammas")
         return
     if isinstance(kernel, Tensor):
@@ -36,7 +35,7 @@ def _check_kernel(kernel: object, features: Tensor) -> None:
         if not values:
             raise ValueError("kernel: got no gammas; takes at least one")
     else:
-        raise TypeError(f"kernel: got {kernel!r}; takes {', '.join(map(repr, ESTIMATORS))}, or a sequence of gammas")
+        raise TypeError(f"kernel: got {kernel!r}; takes {', '.join(map(repr, PRESETS))}, or a sequence of gammas")
     if not all(0 < g < math.inf for g in values):
         raise ValueError(f"kernel: got gammas {values}; takes finite bandwidths > 0")
 
@@ -164,7 +163,7 @@ def _mmd(
     _check_kernel(kernel, features)
     check_impl(impl, names=MMD_NAMES)
     if estimator is None:
-        estimator = ESTIMATORS[kernel] if isinstance(kernel, str) else "biased"
+        estimator = PRESETS[kernel].estimator if isinstance(kernel, str) else "biased"
     elif estimator not in ("biased", "unbiased"):
         raise ValueError(f'estimator: got {estimator!r}; takes "biased", "unbiased", or None for the preset\'s own')
     if reduction not in ("mean", "none"):
@@ -212,7 +211,7 @@ def _small(
     gate: Tensor | None = None,
 ) -> Tensor:
     """The MMD of every layer `[L]` in one Triton launch, which finds a preset's bandwidths itself."""
-    if isinstance(kernel, str) and kernel != "domainbed":
+    if isinstance(kernel, str) and PRESETS[kernel].of != "nothing":
         return ops.mmd_small(x, domains, num_domains=num_domains, preset=kernel, estimator=estimator, gate=gate)
     gammas, powers = bandwidths(x, kernel)  # constants: of no features
     return ops.mmd_small(

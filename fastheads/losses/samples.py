@@ -13,19 +13,13 @@ from torch import Tensor
 
 from fastheads import ops, reference
 
-# How each preset's kernels follow from each other, in order of growing gamma: 0 is an exponential of its own, 2 or 10
-# that power of the one before. Powers multiply the relative error of an exponential: no chain is longer than 10.
-_POWERS = {"adaptive": (0, 2, 2, 0, 2), "dan": (0, 2, 2, 0, 2), "domainbed": (0, 10, 0, 10, 0, 10, 0)}
-
 
 def bandwidths(
     features: Tensor, kernel: str | Sequence[float] | Tensor, counted: Tensor | None = None
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """gammas `[L, U]` of `reference.kernel_gammas` in the order of `powers` (as `ops.mmd_fused` takes both)."""
+    """gammas `[L, U]` of `reference.kernel_gammas`, and their `powers` (as `ops.mmd_fused` takes both)."""
     gammas = reference.kernel_gammas(features, kernel, counted)
-    if not isinstance(kernel, str):
-        return gammas, (0,) * gammas.shape[1]
-    return (gammas if kernel == "domainbed" else gammas.flip(-1)), _POWERS[kernel]
+    return gammas, reference.PRESETS[kernel].powers if isinstance(kernel, str) else (0,) * gammas.shape[1]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from fastheads.reference.attention import (
     up_matrix,
 )
 from fastheads.reference.losses import (
-    ADAPTIVE_ALPHAS,
-    DAN_FACTORS,
-    DOMAINBED_GAMMAS,
+    PRESETS,
+    Preset,
     centred,
     constants,
     context_kl,
@@ -35,9 +34,8 @@ from fastheads.reference.losses import (
 from fastheads.reference.precision import autocast_off, compute_dtype, transformed, widened
 
 __all__ = [
-    "ADAPTIVE_ALPHAS",
-    "DAN_FACTORS",
-    "DOMAINBED_GAMMAS",
+    "PRESETS",
+    "Preset",
     "GATES",
     "HeadAttentionOutput",
     "TARGETS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastheads.losses import ESTIMATORS
+from fastheads.reference import PRESETS
 from fastheads.train.objectives import Method
 
 
@@ -57,8 +57,9 @@ def check_run(method: Method, recipe: Recipe, precision: str = "no") -> None:
             'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
             'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
         )
-    if recipe.per_domain < 2 and ESTIMATORS.get(recipe.mmd_kernel) == "unbiased":
-        others = " or ".join(f'"{kernel}"' for kernel, estimator in ESTIMATORS.items() if estimator == "biased")
+    preset = PRESETS.get(recipe.mmd_kernel)
+    if recipe.per_domain < 2 and preset is not None and preset.estimator == "unbiased":
+        others = " or ".join(f'"{kernel}"' for kernel, other in PRESETS.items() if other.estimator == "biased")
         raise ValueError(
             f'per_domain: got {recipe.per_domain}, but {method.id}\'s MMD with mmd_kernel="{recipe.mmd_kernel}" is of '
             f"two images of a domain or more; takes 2 or more there, or mmd_kernel={others}"

@@ -38,7 +38,7 @@ def symmetric(L, S, seed=2):
 
 def doubling(x):
     """Adaptive bandwidths, ascending: each half the next."""
-    return kernel_gammas(x, "adaptive").flip(-1).contiguous()
+    return kernel_gammas(x, "adaptive").contiguous()
 
 
 def centred(x):
