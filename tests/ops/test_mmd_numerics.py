@@ -3,8 +3,8 @@
 import pytest
 import torch
 from mmd_cases import BF16, F16, F32, F64, GAMMAS, close, gammas_of, leaf, needs_library
+from mmd_formulas import labels, randn
 from numerics import BACKWARD, FORWARD, assert_right
-from test_mmd import labels, randn
 
 from fastheads import reference
 from fastheads.losses import mmd

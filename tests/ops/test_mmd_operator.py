@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from mmd_cases import BF16, F32, F64, close, gammas_of, leaf
-from test_mmd import labels, randn
+from mmd_formulas import labels, randn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmd_cases import close, leaf
+from mmd_formulas import labels, mmd_loops, randn
 from standins import MODELS, images
-from test_mmd import labels, mmd_loops, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

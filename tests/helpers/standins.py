@@ -243,6 +243,11 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """The same names, dtypes and bits."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
 MERGED = "_fastheads_adapted"  # what merge leaves on a model, for wise_ft
 
 

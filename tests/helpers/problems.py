@@ -36,6 +36,9 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 IMPLS = tuple(DTYPES)
 INPUTS = ("x", "w_in", "b_in", "lora_A", "lora_B", "gate")
+EVERY = pytest.mark.parametrize("impl", IMPLS)
+# float32 twice by the same implementation, from tensors laid out differently: only the order of sums may differ
+SAME = 2e-5
 
 CPU_HEAD_DIMS = (16, 24, 32, 64, 72, 80, 88, 104, 112, 128)
 LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 50, 63, 64, 65, 77, 96, 127, 128, 129, 130)
@@ -154,6 +157,15 @@ class Case:
             "pool": pool,
             **self.extra,
         }
+
+
+FULL = Case(N=18, H=2, targets=("q", "k", "v"), mask="additive", mask_shape=(2, 2, 18, 18), pool=0)
+
+
+def made(case: Case, impl: str, dtype: torch.dtype = F32) -> tuple[dict[str, Any], Tensor, dict[str, Any]]:
+    """Where `impl` runs: the inputs by name, the incoming gradient and the options."""
+    device = device_of(impl)
+    return case.tensors(dtype, device=device), case.gradient(dtype, device), case.options(device)
 
 
 def random_case(

@@ -4,18 +4,13 @@ import os
 import shutil
 
 import pytest
-from pictures import BROKEN, CLASSES, DOMAINS, PER_CLASS, write_image, write_set
+from pictures import BROKEN, CLASSES, DOMAINS, PER_CLASS, write_image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fastheads.train.data import domains
 from fastheads.train.data.batches import split
 from fastheads.train.data.domains import domain_names, read_domains
-
-
-@pytest.fixture
-def root(tmp_path):
-    return write_set(tmp_path / "set")
 
 
 def same_as_image_folder(folders):

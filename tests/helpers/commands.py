@@ -1,4 +1,4 @@
-"""The command line in this process, and checkpoints for it. Not a test file."""
+"""The command line in this process, its options for the `world` of cli/conftest.py, checkpoints. Not a test file."""
 
 import contextlib
 import io
@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from fastheads.cli import commands as cli
-from fastheads.demo.pretrain import CONFIG
+from fastheads.demo.pretrain import CONFIG, MODEL
+
+DOMAINS = ("day", "night", "sepia")  # of the images below `world.root / "shapes"`
+SHORT = ("--steps", "3", "--per-domain", "3", "--lr", "0.01", "--gate-lr", "0.3", "--workers", "0")
 
 
 def run(*argv):
@@ -38,3 +41,20 @@ def checkpoint(path, seed, **changes):
         torch.manual_seed(seed)
         save_file(open_clip.CLIP(**config).state_dict(), path)
     return path
+
+
+def base(root, file="demo.safetensors"):
+    return ("--model", MODEL, "--pretrained", root / file)
+
+
+def data(root):
+    return ("--data", root / "shapes", "--workers", "0")
+
+
+def listing(root):
+    """Every path below root with its size and time of change."""
+    entries = {}
+    for path in sorted(root.rglob("*")):
+        stat = path.stat()
+        entries[str(path.relative_to(root))] = None if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
+    return entries

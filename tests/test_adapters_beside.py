@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
-from standins import BOTH, assert_unchanged, clip, features, fill_adapters, patched, relative, snapshot
+from standins import BOTH, assert_unchanged, clip, features, fill_adapters, patched, relative, same, snapshot
 from timm.utils import ModelEmaV2
 from torch.optim.swa_utils import AveragedModel
 
@@ -47,10 +47,6 @@ def quiet(run):
 
 def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # -------------------------------------------------------------------------------------------- saved by choice
