@@ -6,6 +6,7 @@
 #   ARGS     passed on to fastheads or pytest
 #   RESULT   where `make bench` writes its rows
 #   GRID     problems of `make grid`
+#   LAYERS   where `make lint-layers` lays out the sources as they are installed
 #   CXX, SANITIZED   the C++ compiler of `make sanitize`, and the program it builds
 
 PYTHON ?= python3
@@ -16,6 +17,7 @@ ARGS ?=
 RESULT ?= bench/results/local.json
 SANITIZED ?= build/sanitize
 GRID ?= 2000
+LAYERS ?= build/layers
 
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
@@ -25,7 +27,7 @@ FOR_BENCH := -e '.[train,bench,test]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types format bench bench-check report sanitize grid compile-check compile-report install-dev clean
+.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid compile-check compile-report install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,7 +49,7 @@ test-latest: ## the tests, on the newest torch, torchvision and open_clip
 	$(call install,$(VENV_LATEST),--upgrade torch torchvision open_clip_torch $(FOR_TEST))
 	$(call pytest,$(VENV_LATEST))
 
-lint: lint-format lint-rules lint-types ## formatting, ruff's rules, types
+lint: lint-format lint-rules lint-types lint-layers ## formatting, ruff's rules, types, who may import whom
 
 lint-format: $(VENV)/.for-dev
 	$(BIN)/ruff format --check .
@@ -57,6 +59,11 @@ lint-rules: $(VENV)/.for-dev
 
 lint-types: $(VENV)/.for-dev
 	$(BIN)/mypy
+
+lint-layers: $(VENV)/.for-dev
+	@rm -rf $(LAYERS) && mkdir -p $(LAYERS)
+	@cp -r fastheads bench $(LAYERS) && cp -r kernels $(LAYERS)/fastheads/kernels
+	cd $(LAYERS) && PYTHONPATH=. $(abspath $(BIN))/lint-imports $(CURDIR)/pyproject.toml --no-cache --no-logo
 
 format: $(VENV)/.for-dev ## reformat, and correct what ruff can
 	$(BIN)/ruff format .

@@ -28,6 +28,7 @@ BENCH = ["pytest-benchmark", "peft", 'xformers; platform_system == "Linux"', "py
 # setuptools: a test builds the package.
 TEST = [
     "hypothesis",
+    "import-linter",
     "pytest",
     "pytest-xdist",
     "pytest-timeout",

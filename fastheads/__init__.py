@@ -10,22 +10,17 @@ fastheads.merge(model)                                           # a stock OpenC
 from fastheads.adapters import load_adapter, save_adapter
 from fastheads.capture import capture_heads
 from fastheads.config import HeadConfig
-from fastheads.contexts import class_text_weights, context_text_weights
 from fastheads.folding import merge, wise_ft
-from fastheads.losses import context_kl, head_mmd, mmd
-from fastheads.patching import (
-    PatchReport,
+from fastheads.losses import class_text_weights, context_kl, context_text_weights, head_mmd, mmd
+from fastheads.patched import (
     adapter_state_dict,
     base_state_dict,
-    disabled,
-    explain,
     gate_parameters,
     gates,
     is_patched,
     lora_parameters,
-    patch,
-    unpatch,
 )
+from fastheads.patching import PatchReport, disabled, explain, patch, unpatch
 
 __version__ = "0.1.0"
 

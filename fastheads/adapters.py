@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,75 +14,124 @@ from torch import Tensor, nn
 
 from fastheads.config import HeadConfig
 from fastheads.files import write_whole
-from fastheads.hosts import find_tower
-from fastheads.patching import (
+from fastheads.hosts.wrappers import refuse_peft, unwrap
+from fastheads.nn import HeadLoRA
+from fastheads.patched import (
     adapter_state_dict,
-    config_of,
-    explain,
+    base_state_dict,
+    first_few,
+    head_modules,
     is_patched,
-    patch,
+    original_of,
     patched_attentions,
-    unpatch,
-    unwrap,
+    replace_tensors,
+    trained_beside,
 )
+from fastheads.patched.base import base_hash, describe, differences, gathered
+from fastheads.patching import explain, patch, take_out
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def base_hash(model: nn.Module, towers: tuple[str, ...]) -> str:
-    """SHA-256 over the original weights of the adapted towers and their activation, whatever device they are on."""
-    digest = hashlib.sha256()
-    for tower in towers:
-        module = find_tower(model, tower).module
-        # OpenCLIP gives "ViT-B-16" plain GELU also with weights that were trained with QuickGELU
-        activations = {type(m).__name__ for m in module.modules() if "GELU" in type(m).__name__}
-        digest.update(f"{tower} {sorted(activations)}".encode())
-        for name, p in sorted(module.named_parameters()):
-            if ".heads." in name or (tower == "text" and name.startswith("visual.")):
-                continue
-            digest.update(f"{tower} {name} {tuple(p.shape)} {p.dtype}".encode())
-            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+class AnotherBaseError(ValueError):
+    """The model is not the adapter's base; `what` says how they differ."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"directory: {what}; check_base=False loads it all the same")
+        self.what = what
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str], *, base: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> Path:
     """Writes a patched model's adapter: `adapter_model.safetensors` and `adapter_config.json`.
 
     The tensor file carries the config too, and replaces an older one in a single step: killed at any moment, the
-    directory holds the old adapter or the new one.
+    directory holds the old adapter or the new one. Of base tensors that were trained beside the adapters and are not
+    in `modules_to_save` a UserWarning says which they are.
 
     Args:
-        model: patched (or its DDP wrapper).
+        model: patched, in any wrapper; under FSDP2 every process calls this.
         directory: made where missing.
         base: the base model's name, for readers ("ViT-B-16 openai").
+        modules_to_save: modules or parameters of the base that travel with the adapter, by their name or its last
+            components: "ln_post", "ln_1" (that of every block), "logit_scale". `load_adapter` puts them in.
 
-    Returns the directory. Raises ValueError for an unpatched model or one whose adapter is not finite.
+    Returns the directory. Raises ValueError for an unpatched model, a name that nothing has, or tensors that are not
+    finite; TypeError for a model with PEFT around or inside it.
     """
     from safetensors.torch import save
 
     inner = unwrap(model)
     attentions = patched_attentions(inner)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_state_dict(inner).items()}
+    config = original_of(inner).config
+    _refuse_shares(head_modules(inner))
+    base_tensors = base_state_dict(inner)
+    chosen = _chosen(list(base_tensors), modules_to_save)
+    beside = [name for name in trained_beside(inner) if name not in chosen]
+    tensors = adapter_state_dict(inner) | {name: base_tensors[name] for name in chosen}
+    tensors = {name: gathered(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise ValueError(f"model: its adapter is not finite, first at {bad[0]!r}; nothing was saved")
-    config = config_of(inner)
     report = explain(inner)
     about = {
         "format": "fastheads",
         "format_version": 1,
         "base_model": base or type(inner).__name__,
-        "base_sha256": base_hash(inner, config.towers),
+        "base_sha256": base_hash(inner, config.towers, without={*chosen, *beside}),
+        "base": describe(inner, config.towers),
         "host": type(attentions[0]).__bases__[0].name,  # type: ignore[attr-defined]
         "config": config.to_dict(),
         "lora_parameters": report.lora_parameters,
         "gate_parameters": report.gate_parameters,
+        "modules_to_save": chosen,
+        "trained_beside": beside,
     }
     text = json.dumps(about, indent=2)
-    path = Path(directory)
+    path = Path(directory).expanduser()
     write_whole(path / TENSORS, save(tensors, metadata={"fastheads": text}))
     write_whole(path / CONFIG, text.encode())
+    if beside:
+        warnings.warn(
+            f"these tensors of the base are trained or changed beside the adapters and not saved: {first_few(beside)}; "
+            f"modules_to_save=[{beside[0]!r}, …] takes them along",
+            stacklevel=2,
+        )
     return path
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _chosen(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The tensors, of those named, that lie in `wanted` modules or are `wanted` themselves."""
+    if not _are_names(wanted):
+        raise TypeError(f"modules_to_save: got {wanted!r}; takes a sequence of names of modules or parameters")
+    found: set[str] = set()
+    for want in wanted:
+        inside = {name for name in names if f".{want}." in f".{name}."}
+        if not want or not inside:
+            raise ValueError(f"modules_to_save: got {want!r}; the model's base has no module or parameter of that name")
+        found |= inside
+    return [name for name in names if name in found]
+
+
+def _refuse_shares(adapters: Sequence[HeadLoRA]) -> None:
+    """Raises TypeError where FSDP1 has left a process a share of the adapters only."""
+    for own in adapters:
+        for name, dim in (("lora_A", 4), ("lora_B", 4), ("theta", 1)):
+            tensor = getattr(own, name)
+            if tensor is not None and (tensor.dim() != dim or not tensor.numel()):
+                raise TypeError(
+                    "model: each process holds a share of its adapters only; "
+                    "save inside FullyShardedDataParallel.summon_full_params(model)"
+                )
 
 
 def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -92,7 +141,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(directory)
+    path = Path(directory).expanduser()
     if not path.is_dir():
         raise FileNotFoundError(f"directory: {path} does not exist; takes a folder written by save_adapter")
     if (path / CONFIG).is_file():
@@ -118,11 +167,13 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     version = about.get("format_version") if isinstance(about, dict) else None
     if version != 1:
         raise ValueError(f"directory: {path} has format {version}; this fastheads reads 1")
-    missing = [key for key in ("config", "base_sha256", "base_model") if key not in about]
-    if missing or not isinstance(about["config"], dict):
-        raise ValueError(
-            f"directory: {path / TENSORS} is corrupt (its description lacks {', '.join(missing) or 'config'})"
-        )
+    about = {"base": {}, "modules_to_save": [], "trained_beside": []} | about  # an older fastheads wrote none of these
+    kinds = {"config": dict, "base_sha256": str, "base_model": str, "base": dict}
+    missing = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
+    missing += [key for key in ("modules_to_save", "trained_beside") if not _are_names(about[key])]
+    missing += [f"base.{tower}" for tower, of in dict(about["base"]).items() if not isinstance(of, dict)]
+    if missing:
+        raise ValueError(f"directory: {path / TENSORS} is corrupt (its description lacks {', '.join(missing)})")
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise ValueError(f"directory: {path / TENSORS} is not finite, first at {bad[0]!r}")
@@ -133,6 +184,10 @@ def load_adapter(
     model: nn.Module, directory: str | os.PathLike[str], *, impl: str = "auto", check_base: bool = True
 ) -> nn.Module:
     """Loads an adapter into a model, in place; patches an unpatched one first.
+
+    Base tensors that were saved with the adapter (`modules_to_save`) take the place of the model's; `unpatch` brings
+    those back, and `disabled` does not. Of tensors that were trained beside the adapter and not saved a UserWarning
+    says which they are.
 
     Args:
         model: the adapter's base model, patched with the same config or not at all.
@@ -146,28 +201,49 @@ def load_adapter(
     about, tensors = read_adapter(directory)
     config = HeadConfig.from_dict(about["config"])
     inner = unwrap(model)
-    if base_hash(inner, config.towers) != about["base_sha256"]:
-        text = (
-            f"the adapter in {directory} was trained on another base ({about['base_model']}): "
-            "this model's weights are not the ones it was saved with"
+    refuse_peft(inner)
+    saved, beside = about["modules_to_save"], about["trained_beside"]
+    if base_hash(inner, config.towers, without={*saved, *beside}) != about["base_sha256"]:
+        differing = differences(about["base"], describe(inner, config.towers))
+        text = f"the adapter in {directory} was trained on another base ({about['base_model']}): " + (
+            "; ".join(differing) or "this model's weights are not the ones it was saved with"
         )
         if check_base:
-            raise ValueError(f"directory: {text}; check_base=False loads it all the same")
+            raise AnotherBaseError(text)
         warnings.warn(text, stacklevel=2)
     fresh = not is_patched(inner)
     if fresh and inner is not model:
         raise TypeError(f"model: is wrapped in {type(model).__name__}; patch first (load_adapter does), then wrap")
     if fresh:
         patch(inner, config, impl=impl)
-    elif config_of(inner) != config:
-        raise ValueError(f"directory: its config {config} is not the patched model's {config_of(inner)}; unpatch first")
-    own = adapter_state_dict(inner)
-    wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
-    if wrong:
+    elif original_of(inner).config != config:
+        raise ValueError(
+            f"directory: its config {config} is not the patched model's {original_of(inner).config}; unpatch first"
+        )
+    try:
+        _put(inner, tensors, saved)
+    except Exception:
         if fresh:
-            unpatch(inner)
+            take_out(inner)
+        raise
+    if beside:
+        warnings.warn(
+            f"the adapter in {directory} was saved without tensors that were trained beside it: {first_few(beside)}",
+            stacklevel=2,
+        )
+    return model
+
+
+def _put(model: nn.Module, tensors: dict[str, Tensor], saved: Sequence[str]) -> None:
+    """Writes an adapter's tensors into a model patched alike. Raises ValueError where they don't fit, writing none."""
+    own = adapter_state_dict(model)
+    expected = own | {name: tensor for name, tensor in base_state_dict(model).items() if name in saved}
+    wrong = sorted(set(expected) ^ set(tensors)) or [k for k in expected if expected[k].shape != tensors[k].shape]
+    if wrong:
         raise ValueError(f"directory: its tensors don't fit the model, first at {wrong[0]!r}")
+    if any(hasattr(tensor, "full_tensor") for tensor in expected.values()):
+        raise TypeError("model: is sharded by FSDP; load the adapter first, then shard")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-    return model
+        replace_tensors(model, {name: tensors[name] for name in saved})

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.hosts import Tower, find_tower
+from fastheads.hosts.wrappers import unwrap
 from fastheads.nn import HeadLoRA
-from fastheads.patching import head_modules, unwrap
+from fastheads.patched import head_modules
 from fastheads.reference import GATES
 
 

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastheads.hosts.wrappers import plain_names, plain_state, refuse_peft, refuse_wrapped, unwrap
 from fastheads.nn import HeadAttention
-from fastheads.patching import is_patched, patched_attentions, patched_models, unpatch, unwrap
+from fastheads.patched import is_patched, original_of, patched_attentions, patched_models, written
+from fastheads.patching import take_out
 from fastheads.reference import up_matrix
+
+_ADAPTED = "_fastheads_adapted"  # on a merged model: the names of the tensors that adapting it changed
 
 
 def folded_weights(attention: HeadAttention) -> dict[str, Tensor]:
@@ -38,16 +42,15 @@ def merge(model: nn.Module) -> nn.Module:
     """Folds deltas and gates into the weights of a patched model, in place: a stock model with stock keys.
 
     Formed in float32 and rounded once to the weights' dtype. For 16-bit weights a UserWarning says how much of the
-    change the rounding took.
+    change the rounding took. Base tensors that were trained beside the adapters, or came with a loaded one, stay.
 
     Returns the model. Raises ValueError for an unpatched model or adapters that are not finite, TypeError for a wrapped
     model; the model is then as it was.
     """
-    if unwrap(model) is not model:
-        raise TypeError(f"model: is wrapped in {type(model).__name__}; pass the model inside it")
+    refuse_wrapped(model)
     writes: list[tuple[Tensor, Tensor]] = []
     lost, change = 0.0, 0.0
-    patched_models(model)  # raises for a part of one, whose flags couldn't be put back
+    owners = patched_models(model)  # raises for a part of one, whose flags couldn't be put back
     for attention in patched_attentions(model):
         module, own = _module(attention), attention.heads
         where = f"model: the adapter of layer {own.tower}.{own.layer}"
@@ -66,7 +69,11 @@ def merge(model: nn.Module) -> nn.Module:
         for old, rounded in writes:
             old.copy_(rounded)
     dtype = writes[0][0].dtype if writes else torch.float32
-    unpatch(model)
+    folded = {id(old) for old, _ in writes}
+    for owner in owners:
+        names = {n for n, p in plain_names(owner, owner.named_parameters()).items() if id(p) in folded}
+        owner.__dict__[_ADAPTED] = frozenset(names.union(written(owner), original_of(owner).tensors))
+        take_out(owner)
     if change:
         warnings.warn(
             f"merge: rounding to {dtype} changed the weights by {math.sqrt(lost / change):.1%} of what was folded in; "
@@ -81,28 +88,54 @@ def wise_ft(model: nn.Module, original: nn.Module | Mapping[str, Tensor], alpha:
 
     Args:
         model: the tuned model, not patched (merge first).
-        original: the model before tuning, or its state dict.
+        original: the model before tuning, or a copy of its state dict. What the two share in memory (a frozen text
+            tower) stays as it is.
         alpha: 0: the original, 1: the tuned model.
 
-    Returns the model. Raises ValueError for a patched model, an alpha outside [0, 1], or weights that don't match; the
-    model is then as it was. Source: WiSE-FT (arXiv 2109.01903).
+    Either may be in a wrapper. Returns the model. Raises ValueError for a patched model, an alpha outside [0, 1],
+    weights that don't match, or an original that lies in the tuned weights' memory and so followed them; TypeError for
+    a model with PEFT around or inside it. The model is then as it was. Source: WiSE-FT (arXiv 2109.01903).
     """
     if is_patched(model):
         raise ValueError("model: is patched; merge(model) first, then average its weights")
+    refuse_peft(model)
     if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha: got {alpha!r}; takes a number from 0 (the original) to 1 (the tuned model)")
     if not isinstance(original, (nn.Module, Mapping)):
         raise TypeError(f"original: got {type(original).__name__}; takes the model before tuning, or its state dict")
-    before = original.state_dict() if isinstance(original, nn.Module) else original
-    after = model.state_dict()
+    before, after = plain_state(original), plain_state(model)
     wrong = sorted(set(before) ^ set(after)) or [k for k in after if before[k].shape != after[k].shape]
     if wrong:
         raise ValueError(f"original: its weights don't match the model's, first at {wrong[0]!r}")
+    shared = {name for name, tuned in after.items() if _overlap(before[name], tuned)}
+    adapted = unwrap(model).__dict__.get(_ADAPTED)
+    everything = {name for name, tuned in after.items() if tuned.numel()}
+    followed = sorted(shared & adapted if adapted else shared if shared == everything else ())
+    if followed:
+        raise ValueError(
+            f"original: lies in the model's own memory and followed its training, first at {followed[0]!r}; "
+            "before patching or training take {k: v.clone() for k, v in model.state_dict().items()}, or "
+            "copy.deepcopy(model)"
+        )
     with torch.no_grad():
         for name, tuned in after.items():
             if tuned.is_floating_point():
                 tuned.copy_(torch.lerp(before[name].to(tuned).double(), tuned.double(), alpha))
     return model
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie, in part or whole, in the same memory."""
+    if a.device != b.device or a.is_meta or not a.numel() or not b.numel():
+        return False
+    (first, last), (start, end) = _span(a), _span(b)
+    return first < end and start < last
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP2's
+    reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
+    return local.data_ptr(), local.data_ptr() + (reach + 1) * local.element_size()
 
 
 def _module(attention: HeadAttention) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +14,20 @@ from torch import Tensor, nn
 from fastheads import ops
 from fastheads.config import HeadConfig
 from fastheads.hosts import Host, find_tower, host_of
-from fastheads.nn import HeadAttention, HeadLoRA, head_class
+from fastheads.hosts.wrappers import plain_names, refuse_foreign, refuse_wrapped, unwrap
+from fastheads.nn import FrozenWatch, HeadAttention, HeadLoRA, head_class
 from fastheads.ops import native
-
-_STATE = "_fastheads"
+from fastheads.patched import (
+    first_few,
+    forget,
+    head_modules,
+    is_patched,
+    patched_attentions,
+    patched_models,
+    remember,
+    restore,
+    written,
+)
 
 
 @dataclass(frozen=True)
@@ -65,14 +76,6 @@ def _span(names: list[str], total: int) -> str:
     return "all layers" if len(names) == total else ", ".join(names)
 
 
-@dataclass
-class _State:
-    """What a patched model remembers: its config, and its parameters' requires_grad from before."""
-
-    config: HeadConfig
-    required_grad: dict[str, bool]
-
-
 @dataclass(frozen=True)
 class _Plan:
     """One layer about to be patched."""
@@ -85,84 +88,7 @@ class _Plan:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# -------------------------------------------------------------------------------------------- looking inside
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP's or torch.compile's wrapper. Raises TypeError for what is not a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}; takes a torch.nn.Module")
-    while True:
-        if type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            model = model.module  # type: ignore[assignment]
-        elif type(model).__name__ == "OptimizedModule":
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def patched_attentions(model: nn.Module) -> list[HeadAttention]:
-    """The patched attention modules of `model`, visual tower first, layers in order.
-
-    Raises ValueError for an unpatched model.
-    """
-    found = [m for m in unwrap(model).modules() if isinstance(m, HeadAttention)]
-    if not found:
-        raise ValueError("model: is not patched; call fastheads.patch(model) first")
-    return sorted(found, key=lambda m: (m.heads.tower != "visual", m.heads.layer))
-
-
-def head_modules(model: nn.Module) -> list[HeadLoRA]:
-    """The `attn.heads` of every patched layer, visual tower first, layers in order."""
-    return [attention.heads for attention in patched_attentions(model)]
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether `model` (or the model inside its DDP wrapper) carries adapters."""
-    return any(isinstance(m, HeadAttention) for m in unwrap(model).modules())
-
-
-def patched_models(model: nn.Module) -> list[nn.Module]:
-    """The modules that `patch` was called with, inside `model` or `model` itself.
-
-    Raises ValueError where `model` is not patched, or is only a part of a patched model.
-    """
-    patched_attentions(model)
-    owners = [m for m in unwrap(model).modules() if _STATE in m.__dict__]
-    if not owners:
-        raise ValueError("model: is a part of a patched model; pass the whole model that was patched")
-    return owners
-
-
-def config_of(model: nn.Module) -> HeadConfig:
-    """The config a model was patched with. Raises ValueError as `patched_models`, and where it holds several."""
-    owners = patched_models(model)
-    if len(owners) > 1:
-        raise ValueError(f"model: holds {len(owners)} patched models; pass one of them")
-    state: _State = owners[0].__dict__[_STATE]
-    return state.config
-
-
-def _refuse_foreign(model: nn.Module) -> None:
-    """Raises for a model that is patched already, wrapped, scripted or quantised."""
-    kind = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model: is scripted; patch the eager model first, then script or compile")
-    if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule"):
-        raise TypeError(f"model: is wrapped in {kind}; patch first, then wrap")
-    for name, m in model.named_modules():
-        where = f" (at {name!r})" if name else ""
-        origin = type(m).__module__
-        if isinstance(m, HeadAttention):
-            raise ValueError(f"model: is patched already{where}; unpatch(model) or merge(model) first")
-        if origin.split(".")[0] == "peft" or hasattr(m, "peft_config"):
-            raise TypeError(f"model: is wrapped by PEFT{where}; merge or unload that adapter first (merge_and_unload)")
-        if type(m).__name__ == "FullyShardedDataParallel" or "FSDPModule" in (c.__name__ for c in type(m).__mro__):
-            raise TypeError(f"model: is wrapped in FSDP{where}; patch first, then wrap")
-        if "quantized" in origin or origin.split(".")[0] in ("bitsandbytes", "torchao"):
-            raise TypeError(f"model: is quantised{where}: {type(m).__name__}; patch takes float weights")
-        if isinstance(m, torch.jit.ScriptModule):
-            raise TypeError(f"model: is scripted{where}; patch the eager model first, then script or compile")
+# ------------------------------------------------------------------------------------------------ planning
 
 
 def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: bool) -> tuple[HeadConfig, list[_Plan]]:
@@ -268,7 +194,7 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; takes an OpenCLIP model (a torch.nn.Module)")
-    _refuse_foreign(model)
+    _refuse(model)
     config, plans = _plan(model, config, impl, recompute)
     fallen = [plan.report for plan in plans if plan.report.choice.falls_back]
     if strict and fallen:
@@ -277,34 +203,55 @@ def patch(
             f"strict: {len(fallen)} layers fall back to the reference path, first {fallen[0].name} ({refused})"
         )
     adapters = [HeadLoRA(config, **plan.options) for plan in plans]
-    required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     report = _report(model, [plan.report for plan in plans], adapters)
+    remember(model, config)
 
     model.requires_grad_(False)
+    watch = FrozenWatch(adapters)
     for plan, adapter in zip(plans, adapters, strict=True):
+        adapter.watch = watch
         plan.module.heads = adapter.train(plan.module.training)
         plan.module.__class__ = head_class(plan.host, type(plan.module))
-    model.__dict__[_STATE] = _State(config, required_grad)
     return report
+
+
+def _refuse(model: nn.Module) -> None:
+    """Raises for a model that is patched already, wrapped, scripted or quantised."""
+    refuse_foreign(model)
+    for name, module in model.named_modules():
+        if isinstance(module, HeadAttention):
+            raise ValueError(f"model: is patched already (at {name!r}); unpatch(model) or merge(model) first")
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Takes the adapters out of a patched model, in place: the original, bit for bit and flag for flag.
 
-    What was learned is lost (`save_adapter` keeps it, `merge` folds it in). Returns the model. Raises ValueError for an
-    unpatched model, TypeError for a wrapped one.
+    What was learned is lost (`save_adapter` keeps it, `merge` folds it in). Base tensors that a loaded adapter replaced
+    are put back; of others that were written since `patch` (trained beside the adapters) a UserWarning says which they
+    are. Returns the model. Raises ValueError for an unpatched model, TypeError for a wrapped one.
     """
-    if unwrap(model) is not model:
-        raise TypeError(f"model: is wrapped in {type(model).__name__}; pass the model inside it")
+    refuse_wrapped(model)
+    lost = []
     for owner in patched_models(model):
-        attentions: list[Any] = patched_attentions(owner)
-        for attention in attentions:
-            attention.__class__ = type(attention).__bases__[1]
-            del attention.heads
-        flags = owner.__dict__.pop(_STATE).required_grad
-        for name, p in owner.named_parameters():
-            p.requires_grad_(flags.get(name, p.requires_grad))
+        restore(owner)
+        lost += written(owner)
+        take_out(owner)
+    if lost:
+        warnings.warn(
+            f"unpatch: these tensors were written since patch, and are not put back: {first_few(lost)}", stacklevel=2
+        )
     return model
+
+
+def take_out(owner: nn.Module) -> None:
+    """Takes the adapters out of a model that was patched, and puts its flags back."""
+    attentions: list[Any] = patched_attentions(owner)
+    for attention in attentions:
+        attention.__class__ = type(attention).__bases__[1]
+        del attention.heads
+    flags = forget(owner).required_grad
+    for name, p in plain_names(owner, owner.named_parameters()).items():
+        p.requires_grad_(flags.get(name, p.requires_grad))
 
 
 def explain(model: nn.Module, config: HeadConfig | None = None, *, impl: str = "auto") -> PatchReport:
@@ -314,7 +261,7 @@ def explain(model: nn.Module, config: HeadConfig | None = None, *, impl: str = "
     """
     inner = unwrap(model)
     if not is_patched(inner):
-        _refuse_foreign(inner)
+        _refuse(inner)
         config, plans = _plan(inner, config, impl, False)
         with torch.device("meta"):
             adapters = [HeadLoRA(config, **{**plan.options, "device": torch.device("meta")}) for plan in plans]
@@ -337,6 +284,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, the patched `model` is the original: its stock forward, no delta, gates 1. For CAR-FT's teacher.
 
     Bit for bit the original with its weights frozen (torch itself takes other code paths where weights require grad).
+    Only adapters are switched off: base tensors that were trained beside them, or came with a loaded adapter, stay.
     Nests; other contexts are left as they were. Raises ValueError for an unpatched model.
     """
     layers = head_modules(model)
@@ -348,42 +296,3 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for own, enabled in zip(layers, before, strict=True):
             own.enabled = enabled
-
-
-# -------------------------------------------------------------------------------------- parameters and states
-
-
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every lora_A and lora_B of a patched model."""
-    return [p for own in head_modules(model) for p in (own.lora_A, own.lora_B) if p is not None]
-
-
-def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every theta of a patched model. Give them no weight decay: it pulls the gates to uniform."""
-    return [own.theta for own in head_modules(model) if own.theta is not None]
-
-
-def gates(model: nn.Module) -> Tensor | dict[str, Tensor]:
-    """The gates' values `[L, H]`, detached, one row per adapted layer; with two towers a dict of them per tower.
-
-    A layer without gates has ones.
-    """
-    rows: dict[str, list[Tensor]] = {}
-    with torch.no_grad():
-        for own in head_modules(model):
-            gate = own.gate()
-            rows.setdefault(own.tower, []).append(torch.ones(own.num_heads) if gate is None else gate)
-    towers = {tower: torch.stack(values) for tower, values in rows.items()}
-    return towers if len(towers) > 1 else next(iter(towers.values()))
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors alone, under the model's own names (`….attn.heads.lora_A` …)."""
-    patched_attentions(model)
-    return {k: v for k, v in unwrap(model).state_dict().items() if ".attn.heads." in k}
-
-
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The original model's tensors under exactly the stock names, adapters left out and not folded in."""
-    patched_attentions(model)
-    return {k: v for k, v in unwrap(model).state_dict().items() if ".attn.heads." not in k}

@@ -4,6 +4,8 @@ Patched outputs are held against float64 in test_patching.py; here merged ones a
 against weights written out head by head. 1e-5 relative (max over max): float32 outputs of these models.
 """
 
+import copy
+import pickle
 import re
 import warnings
 
@@ -223,3 +225,103 @@ def test_wise_ft_leaves_the_model_as_it_was_when_refused():
     with pytest.raises(ValueError, match="merge"):
         fastheads.wise_ft(model, original, 0.5)
     assert_unchanged(model, kept)
+
+
+# ------------------------------------------------------------------ an original that followed the training
+
+
+def fine_tune(model):
+    with torch.no_grad():
+        for p in model.visual.parameters():
+            p.add_(0.1)
+    return model
+
+
+def adapt(model):
+    fastheads.patch(model, HeadConfig())
+    return fastheads.merge(fill_adapters(model))
+
+
+FOLLOWED = {
+    # what was taken before training and lies in the model's own memory
+    "state dict": lambda m: m.state_dict(),
+    "state dict as a dict": lambda m: dict(m.state_dict()),
+    "tensors": lambda m: {k: v.detach().view_as(v) for k, v in m.state_dict().items()},
+    "the model itself": lambda m: m,
+    "a shallow copy": copy.copy,
+    "a wrapper's": lambda m: torch.nn.DataParallel(m).state_dict(),
+}
+
+
+@pytest.mark.parametrize("train", [adapt, fine_tune])
+@pytest.mark.parametrize("take", FOLLOWED.values(), ids=FOLLOWED)
+def test_an_original_that_followed_the_training_is_refused(take, train):
+    model = clip()
+    original = take(model)
+    before = snapshot(train(model))
+    with pytest.raises(ValueError, match=r"original: .*followed.*v\.clone\(\).*copy\.deepcopy\(model\)"):
+        fastheads.wise_ft(model, original, 0.5)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("train", [adapt, fine_tune])
+@pytest.mark.parametrize("take", [lambda m: {k: v.clone() for k, v in m.state_dict().items()}, copy.deepcopy])
+def test_the_copies_that_the_message_names_are_averaged(take, train):
+    model = clip()
+    original = take(model)
+    tuned = {k: v.clone() for k, v in train(model).state_dict().items()}
+    fastheads.wise_ft(model, original, 0.5)
+    for key, value in model.state_dict().items():
+        assert relative(value, (clip().state_dict()[key] + tuned[key]) / 2) < 1e-6, key
+
+
+@pytest.mark.parametrize("train", [adapt, fine_tune])
+def test_a_frozen_tower_that_both_share_is_no_matter(train):
+    model, original = clip(), clip()
+    for name in ("transformer", "token_embedding", "ln_final"):
+        setattr(model, name, getattr(original, name))
+    tuned = {k: v.clone() for k, v in train(model).state_dict().items()}
+    fastheads.wise_ft(model, original, 0.5)
+    for key, value in model.state_dict().items():
+        if "visual" in key:
+            assert relative(value, (clip().state_dict()[key] + tuned[key]) / 2) < 1e-6, key
+        else:
+            assert torch.equal(value, clip().state_dict()[key]), key
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])
+def test_one_adapted_tensor_that_followed_is_enough(copied):
+    """Its name stays with the merged model and its copies."""
+    model = copied(adapt(clip()))
+    key = "visual.transformer.resblocks.1.attn.out_proj.weight"
+    original = {k: v.clone() for k, v in clip().state_dict().items()}
+    original[key] = model.state_dict()[key]
+    with pytest.raises(ValueError, match=f"original.*{key}"):
+        fastheads.wise_ft(model, original, 0.5)
+    original[key] = clip().state_dict()[key]
+    original["visual.conv1.weight"] = model.state_dict()["visual.conv1.weight"]  # was not adapted
+    fastheads.wise_ft(model, original, 0.5)
+
+
+def test_what_was_trained_beside_counts_as_adapted():
+    model = clip()
+    fastheads.patch(model)
+    fill_adapters(model)
+    with torch.no_grad():
+        model.visual.ln_post.weight.add_(1.0)
+    fastheads.merge(model)
+    original = {k: v.clone() for k, v in clip().state_dict().items()}
+    original["visual.ln_post.weight"] = model.visual.ln_post.weight
+    with pytest.raises(ValueError, match="original.*ln_post"):
+        fastheads.wise_ft(model, original, 0.5)
+
+
+def test_neighbours_in_one_storage_share_nothing():
+    model = clip()
+    state = model.state_dict()
+    both = {k: torch.stack((v, v)) for k, v in state.items()}
+    for k, p in model.named_parameters():
+        p.data = both[k][0]
+    fine_tune(model)
+    fastheads.wise_ft(model, {k: v[1] for k, v in both.items()}, 0.5)
+    assert relative(model.visual.conv1.weight, clip().visual.conv1.weight + 0.05) < 1e-6

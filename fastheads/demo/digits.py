@@ -92,7 +92,7 @@ def write_domains(root: str | os.PathLike[str], seed: int = 0) -> Path:
     Raises:
         FileExistsError: root holds something that this function did not write.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     expected = _expected_files(seed)
     stamp = {"fastheads": "demo digits", "seed": seed, "fingerprint": fingerprint(seed)}
     if _complete(root, stamp, expected):

@@ -88,7 +88,7 @@ def pretrain(
         progress: called after every step with (step, steps, loss).
     """
     recipe = Recipe(steps=steps, seed=seed, digits_seed=digits_seed)
-    path = Path(cache_dir) / f"{MODEL}-{_recipe_hash(recipe)}.safetensors"
+    path = Path(cache_dir).expanduser() / f"{MODEL}-{_recipe_hash(recipe)}.safetensors"
     if path.is_file():
         return path
     state = _train(recipe, progress)

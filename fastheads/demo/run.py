@@ -16,13 +16,14 @@ from torch import nn
 
 from fastheads.demo import digits
 from fastheads.demo.pretrain import MODEL, PROMPT, TEMPLATES, pretrain, register
-from fastheads.train.data import DomainFolders, clip_transforms, read_domains
+from fastheads.train.data.batches import clip_transforms
+from fastheads.train.data.domains import DomainFolders, read_domains
 from fastheads.train.evaluation import Problem, make_problem
 from fastheads.train.experiment import device, run_experiment, run_method, versions, write_json
-from fastheads.train.loop import Recipe
 from fastheads.train.objectives import METHODS
 from fastheads.train.progress import Bars
-from fastheads.train.report import write_report
+from fastheads.train.recipe import Recipe
+from fastheads.train.report.page import write_report
 
 RECIPES = Path(__file__).with_name("recipes.json")
 TARGET = "sketch"
@@ -84,17 +85,6 @@ def set_up(out: Path, cache: Path, bars: Bars) -> tuple[nn.Module, DomainFolders
     return model.to(device()).eval(), folders
 
 
-def samples(folders: DomainFolders, per_domain: int = 8) -> dict[str, list[Path]]:
-    """A few images of each domain, one class after the other."""
-    chosen = {}
-    for name, files in zip(folders.domains, folders.files, strict=True):
-        first: dict[int, Path] = {}
-        for path, label in files:
-            first.setdefault(label, path)
-        chosen[name] = list(first.values())[:per_domain]
-    return chosen
-
-
 def run_demo(
     out: Path,
     cache: Path,
@@ -105,7 +95,7 @@ def run_demo(
     command: str = "fastheads demo",
 ) -> tuple[dict[str, Any], Path]:
     """All methods on the held-out `targets`; returns the results and the report's path."""
-    began = time.perf_counter()
+    began, out = time.perf_counter(), out.expanduser()
     with Bars() as bars:
         base, folders = set_up(out, cache, bars)
         experiment = run_experiment(
@@ -127,7 +117,7 @@ def run_demo(
     experiment["limits"] = LIMITS
     experiment["wall_seconds"] = time.perf_counter() - began  # pretraining included
     write_json(out / "results.json", experiment)
-    return experiment, write_report(experiment, out, samples=samples(folders))
+    return experiment, write_report(experiment, out, samples=folders.samples())
 
 
 def tune_demo(out: Path, cache: Path, *, target: str = TARGET, steps: int | None = None) -> dict[str, Any]:
@@ -137,6 +127,7 @@ def tune_demo(out: Path, cache: Path, *, target: str = TARGET, steps: int | None
     """
     rows: list[dict[str, Any]] = []
     settled: dict[str, dict[str, float]] = {}
+    out = out.expanduser()
     with Bars() as bars:
         base, folders = set_up(out, cache, bars)
         problem = demo_problem(base, folders, target, seed=0)

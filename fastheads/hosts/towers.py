@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastheads.hosts.wrappers import unwrap
+
 REFUSED = {
     "TimmModel": "a timm tower",
     "ModifiedResNet": "a ResNet tower (it has one attention layer, a pooling one)",
@@ -40,7 +42,8 @@ class Tower:
 def find_tower(model: nn.Module, name: str) -> Tower:
     """The tower `name` ("visual" or "text") of an OpenCLIP model.
 
-    Raises TypeError for a model without such a tower, and for timm, Hugging Face and ResNet towers.
+    Looks inside the tower's own wrappers, as `model.visual = torch.compile(model.visual)` makes one. Raises TypeError
+    for a model without such a tower, and for timm, Hugging Face and ResNet towers.
     """
     if name == "visual":
         tower: Any = getattr(model, "visual", None)
@@ -53,16 +56,19 @@ def find_tower(model: nn.Module, name: str) -> Tower:
             f"model: {type(model).__name__} has no {name} tower; takes an OpenCLIP model "
             "(open_clip.create_model …), with a `visual` and a text tower"
         )
+    tower = unwrap(tower)
     kind = REFUSED.get(type(tower).__name__)
     if kind:
         raise TypeError(
             f"model: its {name} tower is {kind}, which fastheads does not patch yet; "
             "takes OpenCLIP's own transformers (ViT-B-32, ViT-B-16, ViT-L-14 …)"
         )
-    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-    if blocks is None or not all(isinstance(getattr(b, "attn", None), nn.Module) for b in blocks):
+    transformer = getattr(tower, "transformer", None)
+    blocks: Any = getattr(unwrap(transformer), "resblocks", None) if isinstance(transformer, nn.Module) else None
+    found = [getattr(unwrap(block), "attn", None) for block in blocks or ()]
+    attentions = tuple(unwrap(attention) for attention in found if isinstance(attention, nn.Module))
+    if not attentions or len(attentions) < len(found):
         raise TypeError(f"model: its {name} tower ({type(tower).__name__}) has no transformer.resblocks[i].attn")
-    attentions = tuple(b.attn for b in blocks)
     pool: str
     if name == "visual":
         pool = {"tok": "first", "avg": "mean"}.get(getattr(tower, "pool_type", "tok"), "none")

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastheads import ops, reference
@@ -40,6 +41,8 @@ class HeadAttention:
         `head_scale` and `attention_dropout` are what only the reference path covers.
         """
         own = self.heads
+        if self.training and own.frozen() and torch.is_grad_enabled() and own.watch is not None:
+            own.watch.warn()
         dropout_p = own.dropout if self.training else 0.0
         pool = None if own.recorder is None else own.recorder.pool
         gate = own.gate()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,14 @@ from torch import Tensor, nn
 from fastheads.config import HeadConfig
 from fastheads.reference import GATES
 
-if TYPE_CHECKING:
-    from fastheads.capture import CapturedHeads
+
+class Recorder(Protocol):
+    """Who is told of the pooled token's heads (`capture.CapturedHeads`). pool: which token, as in `head_attention`."""
+
+    pool: int | str | Tensor
+
+    def add(self, layer: int, heads: Tensor) -> None:
+        """Keeps the heads `[B, H, dh]` of one layer."""
 
 
 class HeadLoRA(nn.Module):
@@ -41,7 +49,8 @@ class HeadLoRA(nn.Module):
         self.targets, self.scale, self.dropout = config.targets, config.scale(rank), config.dropout
         self.gate_kind, self.impl, self.recompute = config.gate, impl, recompute
         self.enabled = True
-        self.recorder: CapturedHeads | None = None
+        self.recorder: Recorder | None = None
+        self.watch: FrozenWatch | None = None
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         T = len(config.targets)
         self.lora_A: nn.Parameter | None = None
@@ -61,6 +70,11 @@ class HeadLoRA(nn.Module):
             return None
         return GATES[self.gate_kind](self.theta)
 
+    def frozen(self) -> bool:
+        """Whether it has parameters, and none of them is trained."""
+        own = [p.requires_grad for p in self._parameters.values() if p is not None]
+        return bool(own) and not any(own)
+
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Follows `.to(device)`, `.double()` and `.float()`, but stays float32 when the model is cast to 16 bits."""
         before = {name: (p.data, p.grad) for name, p in self.named_parameters(recurse=False)}
@@ -77,3 +91,29 @@ class HeadLoRA(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "recorder": None}
+
+
+class FrozenWatch:
+    """The adapters of one model, to say once which of them a training step leaves as they are.
+
+    OpenCLIP's `lock_image_tower` and `lock_text_tower` freeze every parameter of a tower, one by one, adapters too.
+    """
+
+    def __init__(self, adapters: Sequence[HeadLoRA]) -> None:
+        self.adapters, self.warned = adapters, False
+
+    def warn(self) -> None:
+        """A UserWarning with the layers that are frozen altogether; the first call's only."""
+        if self.warned:
+            return
+        self.warned = True
+        layers = [f"{own.tower}.{own.layer}" for own in self.adapters if own.frozen()]
+        warnings.warn(
+            f"the adapters of {', '.join(layers)} are frozen, LoRA and gates, so training leaves them as they are "
+            "(lock_image_tower and lock_text_tower freeze them with the tower); to train them: "
+            "for p in fastheads.lora_parameters(model) + fastheads.gate_parameters(model): p.requires_grad_(True)",
+            stacklevel=2,
+        )
+
+    # torch.compiler.assume_constant_result (see ops/dispatch.py): said while a graph is traced, without a break in it
+    warn._dynamo_marked_constant = True  # type: ignore[attr-defined]

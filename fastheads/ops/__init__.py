@@ -1,4 +1,14 @@
-"""The operators, and who computes them: modules call these, never an implementation."""
+"""The operators, and who computes them: modules call these, never an implementation.
+
+Both operators are told in the same order:
+
+| | head attention | kernel sums and MMD |
+|---|---|---|
+| formula | `reference/attention.py` | `reference/losses.py` |
+| schema, fakes, autograd, the function to call | `head_attention.py` | `mmd.py` |
+| choice | `dispatch.choose` | `dispatch.choose_mmd` |
+| implementations | `fused.py`, of parts: `kernels/`, `cpu.py` | `mmd.py`, of parts: `kernels/`, `native.py` (`csrc/`) |
+"""
 
 from fastheads.ops.dispatch import NAMES, Choice, Problem, asked_for, choose, surroundings
 from fastheads.ops.head_attention import head_attention

@@ -1,4 +1,4 @@
-"""Which implementation computes a layer, and why the others do not."""
+"""Choice: which implementation computes a layer or an MMD, and why the others do not."""
 
 from __future__ import annotations
 
@@ -189,6 +189,50 @@ def _choose(impl: str, problem: Problem) -> Choice:
 
 
 _remembered = functools.lru_cache(maxsize=1024)(_choose)
+
+
+# ------------------------------------------------------------------------------------------------------------ MMD
+
+MMD_NAMES = ("triton", "cpu", "reference")
+SMALL = 128  # samples, up to which one Triton launch does everything
+MAX_DOMAINS = 64  # of the Triton kernels, and above which `mmd` numbers only the domains that occur
+
+
+def choose_mmd(impl: str, x: Tensor, num_domains: int) -> str:
+    """The implementation for samples like x: `impl`, or with "auto" the one sweep where x's device has it.
+
+    Inside torch.func's transforms "auto" is the reference: the operators have no rules for them.
+    """
+    if transformed():
+        if impl in ("cpu", "triton"):
+            raise ValueError(f"impl: {impl!r} has no rule for torch.func's transforms; takes 'auto' or 'reference'")
+        return "reference"
+    reasons = _triton_mmd_reasons(x, num_domains)
+    if impl == "auto":
+        if x.device.type == "cpu":
+            return "cpu"
+        return "reference" if reasons else "triton"
+    if impl == "cpu" and x.device.type != "cpu":
+        raise ValueError(f"impl: 'cpu' runs on cpu, and the features are on {x.device}; takes 'auto'")
+    if impl == "triton" and reasons:
+        raise ValueError(f"impl: 'triton' cannot compute this: it {'; it '.join(reasons)}; takes 'auto'")
+    return impl
+
+
+def _triton_mmd_reasons(x: Tensor, num_domains: int) -> list[str]:
+    """Why Triton's kernels cannot; empty where they can."""
+    if x.device.type != "cuda" and not (INTERPRETING and x.device.type == "cpu"):
+        reasons = [f"runs on cuda, not on {x.device.type}"]
+    else:
+        reasons = triton_reasons(x.device.type, x.device.index)
+    if x.dtype == torch.float64:
+        reasons.append("does not compute in float64")
+    if num_domains > MAX_DOMAINS:
+        reasons.append(f"takes up to {MAX_DOMAINS} domains, not {num_domains}")
+    return reasons
+
+
+# ------------------------------------------------------------------------------------------- where it would run
 
 
 def looked_at(values: Tensor) -> bool:

@@ -101,7 +101,7 @@ def head_attention(
     Raises ValueError for a tensor that does not fit the others, naming it, and for an `impl` that cannot compute this.
     """
     _check(x, w_in, b_in, lora_A, lora_B, num_heads, targets, gate, mask, dropout_p, pool)
-    dtype = reference._compute_dtype(x)
+    dtype = reference.compute_dtype(x)
     dropout = dropout_p > 0 and lora_A is not None
     problem = Problem(
         device=x.device.type,

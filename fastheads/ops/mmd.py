@@ -18,13 +18,10 @@ from torch import Tensor
 
 from fastheads import reference
 from fastheads.ops import native
-from fastheads.ops.dispatch import INTERPRETING, triton_reasons
-from fastheads.reference import _autocast_off, _wide
+from fastheads.ops.dispatch import choose_mmd
+from fastheads.reference import autocast_off, widened
 
 WORKSPACE = 2**22  # elements of a panel: 16 MB in float32
-MMD_NAMES = ("triton", "cpu", "reference")
-SMALL = 128  # samples, up to which one Triton launch does everything
-MAX_DOMAINS = 64  # of the Triton kernels, and above which `mmd` numbers only the domains that occur
 
 _LIBRARY = torch.library.Library("fastheads", "FRAGMENT")
 _SAMPLES = "Tensor x, Tensor dom_x, Tensor? y, Tensor? dom_y, int num_domains, Tensor gammas, int[] powers"
@@ -56,7 +53,7 @@ class _Samples(NamedTuple):
 
 
 def _centre_(x: Tensor, counted: Tensor | None = None) -> Tensor:
-    """`reference._centred`, in place: x `[L, N, D]` minus its first row, minus the mean of that."""
+    """`reference.centred`, in place: x `[L, N, D]` minus its first row, minus the mean of that."""
     if not x.shape[1]:
         return x
     if counted is None:
@@ -81,14 +78,14 @@ def _samples(
     x: Tensor, dom_x: Tensor, y: Tensor | None, dom_y: Tensor | None, num_domains: int, row_offset: int | None
 ) -> _Samples:
     order_x, starts = _by_domain(dom_x, num_domains)
-    x, n = _wide(x).index_select(1, order_x), len(order_x)
+    x, n = widened(x).index_select(1, order_x), len(order_x)
     itself = y is None or dom_y is None
     if y is None or dom_y is None:
         rows = columns = _centre_(x)
         self = torch.arange(n, device=x.device)
     else:
         order_y, starts = _by_domain(dom_y, num_domains)
-        both = _centre_(torch.cat((x, _wide(y).index_select(1, order_y)), 1))
+        both = _centre_(torch.cat((x, widened(y).index_select(1, order_y)), 1))
         rows, columns = both[:, :n], both[:, n:]
         at = torch.full_like(dom_y, -1)
         at[order_y] = torch.arange(len(order_y), device=x.device)
@@ -278,7 +275,7 @@ def _kernel_sums(
 ) -> Tensor:
     if _empty(x, y):
         return _sums_shape(x, num_domains).zero_()
-    with _autocast_off(x):
+    with autocast_off(x):
         if impl == "triton":
             with torch.cuda.device_of(x):
                 K, _ = _sweep_triton(x, dom_x, y, dom_y, num_domains, gammas, powers, None, row_offset)
@@ -304,7 +301,7 @@ def _mmd_fused(
     if _empty(x, y):
         K = _sums_shape(x, num_domains).zero_()
         return K, K.sum((-2, -1)), K.new_zeros(x.shape) if backward else x.new_empty(0)
-    with _autocast_off(x):
+    with autocast_off(x):
         if impl == "triton":
             own = coeff if backward else None
             with torch.cuda.device_of(x):
@@ -470,40 +467,6 @@ torch.library.register_fake("fastheads::kernel_sums", _kernel_sums_shape, lib=_L
 torch.library.register_fake("fastheads::mmd_fused", _mmd_fused_shapes, lib=_LIBRARY)
 torch.library.register_autograd("fastheads::kernel_sums", _sums_backward, setup_context=_sums_context, lib=_LIBRARY)
 torch.library.register_autograd("fastheads::mmd_fused", _fused_backward, setup_context=_fused_context, lib=_LIBRARY)
-
-
-def choose_mmd(impl: str, x: Tensor, num_domains: int) -> str:
-    """The implementation for samples like x: `impl`, or with "auto" the one sweep where x's device has it.
-
-    Inside torch.func's transforms "auto" is the reference: the operators have no rules for them.
-    """
-    if reference.transformed():
-        if impl in ("cpu", "triton"):
-            raise ValueError(f"impl: {impl!r} has no rule for torch.func's transforms; takes 'auto' or 'reference'")
-        return "reference"
-    reasons = _triton_mmd_reasons(x, num_domains)
-    if impl == "auto":
-        if x.device.type == "cpu":
-            return "cpu"
-        return "reference" if reasons else "triton"
-    if impl == "cpu" and x.device.type != "cpu":
-        raise ValueError(f"impl: 'cpu' runs on cpu, and the features are on {x.device}; takes 'auto'")
-    if impl == "triton" and reasons:
-        raise ValueError(f"impl: 'triton' cannot compute this: it {'; it '.join(reasons)}; takes 'auto'")
-    return impl
-
-
-def _triton_mmd_reasons(x: Tensor, num_domains: int) -> list[str]:
-    """Why Triton's kernels cannot; empty where they can."""
-    if x.device.type != "cuda" and not (INTERPRETING and x.device.type == "cpu"):
-        reasons = [f"runs on cuda, not on {x.device.type}"]
-    else:
-        reasons = triton_reasons(x.device.type, x.device.index)
-    if x.dtype == torch.float64:
-        reasons.append("does not compute in float64")
-    if num_domains > MAX_DOMAINS:
-        reasons.append(f"takes up to {MAX_DOMAINS} domains, not {num_domains}")
-    return reasons
 
 
 def kernel_sums(

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastheads.contexts import class_text_weights, context_text_weights, evaluating, fill
-from fastheads.train.data import DomainFolders, Transform, evaluation_loader, split, training_loader
+from fastheads.losses.context import class_text_weights, context_text_weights, evaluating, fill
+from fastheads.train.data.batches import Images, Split, Transform, evaluation_loader, split, training_loader
+from fastheads.train.data.domains import DomainFolders
 from fastheads.train.objectives import class_logits
-
-if TYPE_CHECKING:
-    from fastheads.train.loop import Recipe
+from fastheads.train.progress import phase
+from fastheads.train.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,22 @@ class Problem:
         return self.loaders[key]
 
 
+def source_splits(
+    folders: DomainFolders, target: str, sources: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, Split]:
+    """The 80/20 split of each source, in the order of `folders`; sources: None: all domains but the target.
+
+    Raises ValueError for an unknown domain, no source, the target among them, a source with one image.
+    """
+    folders.index(target)
+    chosen = [name for name in folders.domains if name != target] if sources is None else sources
+    if isinstance(chosen, str) or not chosen or target in chosen:
+        raise ValueError(f"sources: got {chosen!r} with the target {target!r}; takes one or more other domains")
+    for name in chosen:
+        folders.index(name)
+    return {name: split(folders, name, seed=seed) for name in folders.domains if name in chosen}
+
+
 def make_problem(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
@@ -98,46 +114,51 @@ def make_problem(
     contexts: Sequence[Any] | None = None,
     with_contexts: bool = True,
     seed: int = 0,
+    sources: Sequence[str] | None = None,
 ) -> Problem:
     """The problem of holding out `target`, its text weights from `model`'s text tower.
 
     prompts: templates of the classifier. contexts: templates of the context weights; None: the 80 ImageNet ones.
-    seed: of the 80/20 splits.
+    seed: of the 80/20 splits. sources: domains to learn from; None: all but the target.
     """
-    folders.index(target)
-    sources = tuple(name for name in folders.domains if name != target)
-    parts = {name: split(folders, name, seed=seed) for name in sources}
-    names = [name.replace("_", " ") for name in folders.classes]
-    logit_scale: Any = model.logit_scale
+    parts = source_splits(folders, target, sources, seed)
+    names, logit_scale = folders.class_names, cast(Tensor, model.logit_scale)
+    with phase("encoding prompts"):
+        classifier = class_text_weights(model, tokenizer, names, prompts)
+        context_weights = context_text_weights(model, tokenizer, names, contexts) if with_contexts else None
     return Problem(
         folders,
         target,
-        sources,
+        tuple(parts),
         {name: part[0] for name, part in parts.items()},
         {name: part[1] for name, part in parts.items()},
         transforms,
-        class_text_weights(model, tokenizer, names, prompts),
-        context_text_weights(model, tokenizer, names, contexts) if with_contexts else None,
+        classifier,
+        context_weights,
         float(logit_scale.detach().exp()),
         tuple(fill(template, "{}") for template in prompts),
     )
 
 
-def image_features(model: nn.Module, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
-    """L2-normalised features `[N, E]`, float32, and labels `[N]`, in the loader's order, in evaluation mode."""
+def image_features(model: nn.Module, loader: DataLoader[Any], doing: str = "images") -> tuple[Tensor, Tensor]:
+    """L2-normalised features `[N, E]`, float32, and labels `[N]`, in the loader's order, in evaluation mode.
+
+    doing: what the progress calls it.
+    """
     device = next(model.parameters()).device
     encode: Any = model.encode_image
     features, labels = [], []
-    with evaluating(model):
+    with evaluating(model), phase(doing, len(cast(Images, loader.dataset)), "images") as advance:
         for images, targets, _ in loader:
             features.append(F.normalize(encode(images.to(device)).float(), dim=-1))
             labels.append(targets.to(device))
+            advance(len(targets))
     return torch.cat(features), torch.cat(labels)
 
 
 def score(model: nn.Module, problem: Problem, domain: str, part: str, recipe: Recipe) -> Score:
     """How the text classifier does on a domain's images; `part`: "training", "validation" or "all"."""
-    features, labels = image_features(model, problem.evaluation_loader(domain, part, recipe))
+    features, labels = image_features(model, problem.evaluation_loader(domain, part, recipe), f"evaluating {domain}")
     return score_logits(class_logits(features, problem.classifier.to(features.device), problem.logit_scale), labels)
 
 
@@ -161,24 +182,46 @@ class LinearProbe:
 
     def score(self, model: nn.Module, problem: Problem, domain: str, part: str, recipe: Recipe) -> Score:
         """As `score`, by the probe's own classifier."""
-        features, labels = image_features(model, problem.evaluation_loader(domain, part, recipe))
+        loader = problem.evaluation_loader(domain, part, recipe)
+        features, labels = image_features(model, loader, f"evaluating {domain}")
         logits = torch.from_numpy(self.classifier.predict_log_proba(features.cpu().numpy()))
         return score_logits(logits, labels.cpu())
+
+
+def check_probe(folders: DomainFolders, training: Mapping[str, Sequence[int]]) -> None:
+    """That a linear probe can learn from these file indices of each source: two classes, an image of each.
+
+    Raises ValueError with the classes that have none, and how many images each source has.
+    """
+    seen = {folders.files[folders.index(name)][i][1] for name, indices in training.items() for i in indices}
+    lacking = [label for i, label in enumerate(folders.classes) if i not in seen]
+    if lacking or len(folders.classes) < 2:
+        counts = ", ".join(f"{name}: {len(indices)}" for name, indices in training.items())
+        of = f"no image of class {', '.join(map(repr, lacking[:3]))}{' …' if lacking[3:] else ''}"
+        raise ValueError(
+            f"linear-probe: got {of if lacking else f'the only class {folders.classes[0]!r}'} among the sources' "
+            f"training images ({counts}); takes two classes or more, and an image of each: give the sources more images"
+        )
 
 
 def fit_probe(model: nn.Module, problem: Problem, recipe: Recipe) -> LinearProbe:
     """Trains a linear probe on the sources' training images."""
     from sklearn.linear_model import LogisticRegression
 
+    check_probe(problem.folders, problem.training)
     parts = {}
     for part in ("training", "validation"):
-        each = [image_features(model, problem.evaluation_loader(name, part, recipe)) for name in problem.sources]
+        loaders = {name: problem.evaluation_loader(name, part, recipe) for name in problem.sources}
+        each = [image_features(model, loader, f"features of {name}") for name, loader in loaders.items()]
         parts[part] = (torch.cat([f for f, _ in each]).cpu().numpy(), torch.cat([y for _, y in each]).cpu().numpy())
     best: tuple[float, LinearProbe] | None = None
-    for C in (0.1, 1.0, 10.0, 100.0, 1000.0):
-        probe = LinearProbe(LogisticRegression(C=C, max_iter=2000).fit(*parts["training"]), C)
-        accuracy = float(probe.classifier.score(*parts["validation"]))
-        if best is None or accuracy > best[0]:
-            best = (accuracy, probe)
+    strengths = (0.1, 1.0, 10.0, 100.0, 1000.0)
+    with phase("fitting the probe", len(strengths), "regularisations") as advance:
+        for C in strengths:
+            probe = LinearProbe(LogisticRegression(C=C, max_iter=2000).fit(*parts["training"]), C)
+            accuracy = float(probe.classifier.score(*parts["validation"]))
+            if best is None or accuracy > best[0]:
+                best = (accuracy, probe)
+            advance(1)
     assert best is not None
     return best[1]

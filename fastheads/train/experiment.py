@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,11 +27,14 @@ from torch import nn
 from fastheads.adapters import save_adapter
 from fastheads.files import whole, write_whole
 from fastheads.folding import merge, wise_ft
-from fastheads.patching import is_patched
-from fastheads.train.data import DomainFolders
+from fastheads.hosts import find_tower
+from fastheads.patched import is_patched
+from fastheads.train.data.domains import DomainFolders
+from fastheads.train.earlier import earlier_run, hashes, run_key
 from fastheads.train.evaluation import Problem, fit_probe, image_features, score
-from fastheads.train.loop import Recipe, Report, fit, run_key, trainable
+from fastheads.train.loop import Report, fit, trainable
 from fastheads.train.objectives import METHODS, Method
+from fastheads.train.recipe import Recipe
 
 WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the original too
 
@@ -86,14 +91,12 @@ def run_method(
     """One run: trains a copy of `base` by `method`, scores it, saves what was learned under `out`.
 
     Returns the run's entry of the experiment (see `run_experiment`), read back from `out/result.json` where the same
-    run, on the same weights, images and prompts, was done before.
+    run, on the same weights, images and prompts, was done before. Raises ValueError where `out` holds another run.
     """
-    key = run_key(base, method, problem, recipe, precision) | {"base": base_name}
-    done = out / "result.json"
-    if done.is_file():
-        found = json.loads(done.read_text())
-        if found.get("key") == json.loads(json.dumps(key)):
-            return found["run"]
+    key = run_key(hashes(base, problem), method, problem, recipe, precision) | {"base": base_name}
+    done = earlier_run(out, key, recipe)
+    if done is not None:
+        return done
     out.mkdir(parents=True, exist_ok=True)
     reset_peak_memory()
     run: dict[str, Any] = {
@@ -124,7 +127,7 @@ def run_method(
     run["peak_memory_mb"] = peak_memory_mb()
     if is_main_process():
         run |= _save(model, method, problem, recipe, out, base_name)
-        write_json(done, {"key": key, "run": run})
+        write_json(out / "result.json", {"key": key, "run": run})
         shutil.rmtree(out / "state", ignore_errors=True)
     return run
 
@@ -159,6 +162,31 @@ def save_stock(model: nn.Module, path: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """One run of an experiment."""
+
+    method: Method
+    target: str
+    recipe: Recipe
+    folder: Path
+
+
+def _refuse_others(
+    base: nn.Module, base_name: str, problem: Problem, precision: str, planned: Sequence[_Planned]
+) -> None:
+    """Raises ValueError where a planned run's folder holds another run. `problem` is that of any of them."""
+    hashed, domains = hashes(base, problem), problem.folders.domains
+    for plan in planned:
+        # Domains that are sources wherever they are not held out, or (`--sources`) the same for every target.
+        sources = problem.sources
+        if plan.target in sources:
+            sources = tuple(name for name in domains if name != plan.target)
+        own = dataclasses.replace(problem, target=plan.target, sources=sources)
+        key = run_key(hashed, plan.method, own, plan.recipe, precision) | {"base": base_name}
+        earlier_run(plan.folder, key, plan.recipe)
+
+
 def run_experiment(
     base: nn.Module,
     problem_of: Callable[[str, int], Problem],
@@ -179,20 +207,28 @@ def run_experiment(
     """Every method on every held-out target with every seed; the results as one JSON-like dict, and `out/results.json`.
 
     problem_of: (target, seed) → Problem. recipes: method id → Recipe (its seed is set here). watch: called with the
-    name of each run, gives the callback for its steps.
+    name of each run, gives the callback for its steps. Raises ValueError where a run's folder holds another one, before
+    any run is begun.
     """
-    began, runs = time.perf_counter(), []
-    for target in targets:
-        for seed in seeds:
-            problem = problem_of(target, seed)
-            for name in methods:
-                method, recipe = METHODS[name], dataclasses.replace(recipes(name), seed=seed)
-                report = watch(f"{method.label.split(' (')[0]} · {target} · {seed}") if watch else None
-                folder = out / target / f"seed{seed}" / name
-                run = run_method(
-                    base, method, problem, recipe, folder, base_name=base_name, precision=precision, report=report
-                )
-                runs.append(run)
+    began, runs, out = time.perf_counter(), [], out.expanduser()
+    problem_of = functools.lru_cache(maxsize=1)(problem_of)
+    planned = [
+        _Planned(
+            METHODS[name], target, dataclasses.replace(recipes(name), seed=seed), out / target / f"seed{seed}" / name
+        )
+        for target in targets
+        for seed in seeds
+        for name in methods
+    ]
+    earlier = [plan for plan in planned if plan.folder.exists()]
+    if earlier:
+        _refuse_others(base, base_name, problem_of(earlier[0].target, earlier[0].recipe.seed), precision, earlier)
+    for plan in planned:
+        method, target, seed = plan.method, plan.target, plan.recipe.seed
+        report = watch(f"{method.label.split(' (')[0]} · {target} · {seed}") if watch else None
+        problem = problem_of(target, seed)
+        options: dict[str, Any] = {"base_name": base_name, "precision": precision, "report": report}
+        runs.append(run_method(base, method, problem, plan.recipe, plan.folder, **options))
     threads = torch.get_num_threads()
     cpu = "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
@@ -210,8 +246,11 @@ def run_experiment(
             "root": folders.root.name,
             "domains": list(folders.domains),
             "classes": list(folders.classes),
+            "class_names": list(folders.class_names),
             "images": {name: len(files) for name, files in zip(folders.domains, folders.files, strict=True)},
             "evaluation": "all",
+            "skipped": folders.skipped or None,
+            "unreadable": folders.left_out(),
         },
         "model": _about(base, base_name),
         "methods": [_method_entry(METHODS[name], recipes(name)) for name in methods],
@@ -238,14 +277,17 @@ def _method_entry(method: Method, recipe: Recipe) -> dict[str, Any]:
 
 
 def _about(model: nn.Module, name: str) -> dict[str, Any]:
-    blocks: Any = getattr(getattr(model.visual, "transformer", None), "resblocks", ())
+    try:
+        attentions: tuple[nn.Module, ...] = find_tower(model, "visual").attentions
+    except TypeError:  # a tower that isn't patched is none of attention layers to count
+        attentions = ()
     architecture, _, pretrained = name.partition(" ")
     return {
         "name": architecture,
         "pretrained": pretrained,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "layers": len(blocks) or None,
-        "heads": blocks[0].attn.num_heads if blocks else None,
+        "layers": len(attentions) or None,
+        "heads": getattr(attentions[0], "num_heads", None) if attentions else None,
         "bytes": sum(t.numel() * t.element_size() for t in model.state_dict().values()),
     }
 

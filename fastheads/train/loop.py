@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +19,14 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastheads.patching import gate_parameters, gates, is_patched, lora_parameters, patch
+from fastheads.patched import gate_parameters, gates, is_patched, lora_parameters
+from fastheads.patching import patch
+from fastheads.train.earlier import check_state, corrupt, hashes, run_key, saved_state
 from fastheads.train.evaluation import Problem, score
 from fastheads.train.objectives import ImageEncoder, Method, Objective
+from fastheads.train.recipe import Recipe, check_run
 
 Report = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The numbers of a training run. Weights of 0 switch a loss off.
-
-    lr: of LoRA, or of the encoder under full fine-tuning. gate_lr: of the gates, which have no weight decay.
-    per_domain: images of each source domain in a step, on each process.
-    """
-
-    steps: int = 20_000
-    per_domain: int = 12
-    lr: float = 2e-4
-    gate_lr: float = 2e-3
-    weight_decay: float = 0.1
-    mmd_weight: float = 0.0
-    context_weight: float = 0.0
-    mmd_kernel: str = "adaptive"
-    mmd_features: str = "heads"
-    evaluate_every: int = 500
-    save_every: int = 500
-    batch_size: int = 256
-    workers: int = 0
-    cache: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "per_domain", "evaluate_every", "save_every", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes an integer ≥ 1")
-        for name in ("lr", "gate_lr"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number > 0")
-        for name in ("weight_decay", "mmd_weight", "context_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number ≥ 0")
 
 
 class _Progress:
@@ -102,14 +66,13 @@ def prepare(model: nn.Module, method: Method, *, teacher: bool = False) -> nn.Mo
     """Makes the parts of `model` trainable that the method trains, in place: patches it, or frees its image tower.
 
     Returns a frozen copy of the original image tower where a `teacher` is asked for and the model can't be its own (a
-    patched model can, under `disabled`), else an empty module.
+    patched model can, under `disabled`), else an empty module. Raises what `patch` raises for a method that needs it.
     """
-    visual: Any = model.visual
-    blocks: Any = getattr(getattr(visual, "transformer", None), "resblocks", ())
-    config = method.config(len(blocks), blocks[0].attn.num_heads if len(blocks) else 1)
+    config = method.config_for(model)
     if config is not None:
         patch(model, config)
         return nn.Identity()
+    visual: Any = model.visual
     model.requires_grad_(False)
     original = copy.deepcopy(visual) if teacher else nn.Identity()
     visual.requires_grad_(True)
@@ -119,6 +82,13 @@ def prepare(model: nn.Module, method: Method, *, teacher: bool = False) -> nn.Mo
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """Name → parameter of everything that is trained."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """Name → tensor of everything that training changes: what is trained, and a free encoder's running statistics."""
+    visual: Any = model.visual
+    buffers = {} if is_patched(model) else {f"visual.{name}": b for name, b in visual.named_buffers()}
+    return trainable(model) | buffers
 
 
 def fit(
@@ -145,16 +115,13 @@ def fit(
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second.
     """
-    if precision == "fp16" and recipe.mmd_features == "embedding" and method.mmd and recipe.mmd_weight:
-        raise ValueError(
-            'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
-            'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
-        )
+    check_run(method, recipe, precision)
     set_seed(recipe.seed)  # before the adapters draw their start
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs may differ in it
     accelerator = Accelerator(mixed_precision=precision)
-    key = run_key(model, method, problem, recipe, precision) | {"processes": accelerator.num_processes}
+    key = run_key(hashes(model, problem), method, problem, recipe, precision)
+    key |= {"processes": accelerator.num_processes}
     teacher = prepare(model, method, teacher=recipe.context_weight > 0)
     inner = model.to(accelerator.device)
     encoder = ImageEncoder(inner)
@@ -177,7 +144,7 @@ def fit(
     )
     progress = _Progress()
     state = _State(accelerator, inner, progress, schedule, out, key=key)
-    state.resume()
+    state.resume(recipe)
 
     if progress.step == 0:
         _record_gates(progress, inner)
@@ -209,8 +176,8 @@ def fit(
         if step % recipe.save_every == 0 and not last:
             state.save()
         began = time.perf_counter() - progress.seconds  # evaluating and saving is not training time
-    for name, p in trainable(inner).items():
-        p.data.copy_(progress.best["weights"][name])
+    for name, tensor in learned(inner).items():
+        tensor.data.copy_(progress.best["weights"][name])
     state.save()
     accelerator.free_memory()
     images_seen = recipe.steps * recipe.per_domain * len(problem.sources) * accelerator.num_processes
@@ -248,33 +215,8 @@ def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Rec
     loss = sum(s.loss for s in scores) / len(scores)
     progress.history["validation"].append([progress.step, accuracy])
     if (accuracy, -loss) > (progress.best["accuracy"], -progress.best["loss"]):
-        weights = {name: p.detach().clone() for name, p in trainable(model).items()}
+        weights = {name: tensor.detach().clone() for name, tensor in learned(model).items()}
         progress.best = {"step": progress.step, "accuracy": accuracy, "loss": loss, "weights": weights}
-
-
-def run_key(model: nn.Module, method: Method, problem: Problem, recipe: Recipe, precision: str) -> dict[str, Any]:
-    """What must be the same for a saved state to go on from, and for a result to be taken over.
-
-    The base's weights (`model`, not adapted yet), the images there are, the prompts, and every number of the recipe but
-    those of the loaders.
-    """
-    weights, images = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    for files in problem.folders.files:
-        for path, _ in files:
-            images.update("/".join(path.parts[-3:]).encode() + b"\n")
-    return {
-        "method": method.id,
-        "target": problem.target,
-        "sources": list(problem.sources),
-        "weights": weights.hexdigest(),
-        "images": images.hexdigest(),
-        "prompts": list(problem.prompts),
-        "precision": precision,
-        "recipe": {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("workers", "batch_size", "cache")},
-    }
 
 
 class _State:
@@ -290,7 +232,7 @@ class _State:
         key: dict[str, Any],
     ) -> None:
         self.accelerator, self.model, self.progress, self.key = accelerator, model, progress, key
-        self.folder = None if out is None else Path(out) / "state"
+        self.folder = None if out is None else Path(out).expanduser() / "state"
         accelerator.register_for_checkpointing(progress, schedule)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
@@ -298,15 +240,15 @@ class _State:
     def _save_weights(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         weights.clear()  # the frozen base is not saved again
         if self.accelerator.is_main_process:
-            tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(self.model).items()}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in learned(self.model).items()}
             save_file(tensors, Path(folder) / "trained.safetensors")
             (Path(folder) / "run.json").write_text(json.dumps(self.key))
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
         models.clear()
         saved = load_file(Path(folder) / "trained.safetensors")
-        for name, p in trainable(self.model).items():
-            p.data.copy_(saved[name])
+        for name, tensor in learned(self.model).items():
+            tensor.data.copy_(saved[name])
 
     def save(self) -> None:
         """Writes beside the old state, then takes its place: a kill leaves one of the two."""
@@ -325,16 +267,13 @@ class _State:
             os.replace(fresh, self.folder)
             shutil.rmtree(old, ignore_errors=True)
 
-    def resume(self) -> None:
-        """Goes on from the saved state, if there is one. Raises ValueError where it is another run's."""
-        if self.folder is None:
+    def resume(self, recipe: Recipe) -> None:
+        """Goes on from the saved state, if there is one. Raises ValueError where it is another run's, or corrupt."""
+        folder = None if self.folder is None else saved_state(self.folder.parent)
+        if folder is None:
             return
-        folder = self.folder if self.folder.exists() else self.folder.with_name("state.old")
-        if not folder.exists():
-            return
-        found = json.loads((folder / "run.json").read_text())
-        if found != json.loads(json.dumps(self.key)):
-            raise ValueError(
-                f"out: {folder} holds the state of another run ({found}); name another folder, or remove it"
-            )
-        self.accelerator.load_state(str(folder))
+        check_state(folder, self.key, recipe)
+        try:
+            self.accelerator.load_state(str(folder))
+        except Exception as e:  # of torch, pickle, zipfile, safetensors: whatever a damaged file makes them say
+            raise corrupt(folder, " ".join(str(e).split()) or type(e).__name__) from e

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from fastheads.capture import CapturedHeads, capture_heads
 from fastheads.config import HeadConfig
-from fastheads.contexts import evaluating
+from fastheads.hosts import find_tower
 from fastheads.losses import context_kl, head_mmd
-from fastheads.patching import disabled, is_patched
+from fastheads.losses.context import evaluating
+from fastheads.patched import is_patched
+from fastheads.patching import disabled
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class Method:
             return config
         matched = tuple(max(1, round(r * (num_heads + 1) / 2)) for r in config.rank)
         return HeadConfig(rank=matched, gate=self.gate, per_head=False)
+
+    def config_for(self, model: nn.Module) -> HeadConfig | None:
+        """The adapter's config for a model's image tower; None where the method has none.
+
+        Raises TypeError for a method with an adapter and a tower that has no attention layers to adapt.
+        """
+        if self.trains != "adapter":
+            return None
+        attentions: Any = find_tower(model, "visual").attentions
+        return self.config(len(attentions), getattr(attentions[0], "num_heads", 1))
 
 
 METHODS = {

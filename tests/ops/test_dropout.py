@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import DTYPES, F32, INPUTS, TRITON, Case, close, device_of, exact_results, leaves, results
+from problems import DTYPES, INPUTS, TRITON, Case, close, device_of, exact_results, leaves, made, results
 
 from fastheads.ops import dispatch, fused, head_attention
 
@@ -12,11 +12,6 @@ IMPLS = tuple(name for name in DTYPES if dispatch.IMPLEMENTATIONS[name].dropout)
 EVERY = pytest.mark.parametrize("impl", IMPLS)
 CASE = Case(N=18, H=2, targets=("v", "q"), pool=None, size=1.0)
 P = 0.4
-
-
-def made(case, impl, dtype=F32):
-    device = device_of(impl)
-    return case.tensors(dtype, device=device), case.gradient(dtype, device), case.options(device)
 
 
 def kept_elements(impl, x, seed):

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from mmd_cases import BF16, F16, F32, F64, GAMMAS, close, gammas_of, leaf, needs_library
+from mmd_formulas import labels, randn
 from numerics import BACKWARD, FORWARD, assert_right
-from test_mmd import labels, randn
 
 from fastheads import reference
 from fastheads.losses import mmd
+from fastheads.losses.samples import bandwidths
 from fastheads.ops import kernel_sums, native
 from fastheads.ops import mmd as module
-from fastheads.samples import bandwidths
 
 # ---- lower precision ----------------------------------------------------------------------------
 

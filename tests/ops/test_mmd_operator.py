@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from mmd_cases import BF16, F32, F64, close, gammas_of, leaf
-from test_mmd import labels, randn
+from mmd_formulas import labels, randn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 
 from fastheads import reference
 from fastheads.losses import mmd
+from fastheads.losses.samples import bandwidths
 from fastheads.ops import kernel_sums, mmd_fused
 from fastheads.ops import mmd as module
-from fastheads.samples import bandwidths
 
 # ---- as an operator -----------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ def test_nothing_of_n_times_n_is_allocated(impl, monkeypatch):
         pytest.skip("Triton's launchers want tensors on the GPU")
     limit = 2**15
     monkeypatch.setattr(module, "WORKSPACE", limit)
-    monkeypatch.setattr(reference, "BLOCK", limit)
+    monkeypatch.setattr(reference.losses, "BLOCK", limit)
     peaks = []
     for N in (300, 600):
         with Live() as live:
@@ -261,7 +261,7 @@ def test_little_is_saved_for_the_backward_pass():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference, "BLOCK", 2**17)
+            patch.setattr(reference.losses, "BLOCK", 2**17)
             mmd(x, dom, kernel="domainbed", impl=impl)
         held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
         assert sum(held.values()) <= 40 * x.numel() * 4, impl
@@ -291,7 +291,7 @@ def test_blocks_of_the_reference_change_nothing(block, offset, second, monkeypat
     if offset == 2:
         x = y[:, 2:13]
     want = reference_results(x, y, offset, second)
-    monkeypatch.setattr(reference, "BLOCK", block)
+    monkeypatch.setattr(reference.losses, "BLOCK", block)
     for i, (a, b) in enumerate(zip(reference_results(x, y, offset, second), want, strict=True)):
         close(a, b, what=f"result {i}")
 
@@ -299,13 +299,13 @@ def test_blocks_of_the_reference_change_nothing(block, offset, second, monkeypat
 def test_blocks_of_the_reference_without_gradients(monkeypatch):
     x, dom = randn(2, 11, 3), labels(5, 6)
     want = reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0)
-    monkeypatch.setattr(reference, "BLOCK", 1)
+    monkeypatch.setattr(reference.losses, "BLOCK", 1)
     with torch.no_grad():
         close(reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0), want)
     close(reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0), want)
 
 
 def test_blocks_of_the_reference_pass_gradcheck(monkeypatch):
-    monkeypatch.setattr(reference, "BLOCK", 1)
+    monkeypatch.setattr(reference.losses, "BLOCK", 1)
     x, dom = leaf(randn(1, 5, 2)), labels(2, 3)
     assert gradgradcheck(lambda x: reference.kernel_sums(x, dom, x, dom, 2, gammas_of(1), 0), [x])

@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 from mmd_cases import F64, PANELS, close, gammas_of, leaf
-from test_mmd import dan_snippet, domainbed_mmd, labels, randn, tllib_mk_mmd
+from mmd_formulas import dan_snippet, domainbed_mmd, labels, randn, tllib_mk_mmd
 
 from fastheads import reference
 from fastheads.losses import mmd

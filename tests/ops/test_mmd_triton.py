@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from mmd_formulas import dan_snippet, domainbed_mmd, labels, tllib_mk_mmd
 from numerics import BACKWARD, FORWARD, assert_right
 from standins import MODELS, images
-from test_mmd import dan_snippet, domainbed_mmd, labels, tllib_mk_mmd
 
 import fastheads
 from fastheads import reference

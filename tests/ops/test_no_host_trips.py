@@ -10,17 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmd_cases import close, leaf
+from mmd_formulas import labels, mmd_loops, randn
 from standins import MODELS, images
-from test_mmd import labels, mmd_loops, randn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastheads
 from fastheads import mmd, reference
-from fastheads.ops import kernel_sums, mmd_fused, mmd_small
-from fastheads.ops import mmd as operator
-from fastheads.samples import gather_rows
+from fastheads.losses.samples import gather_rows
+from fastheads.ops import dispatch, kernel_sums, mmd_fused, mmd_small
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 aten = torch.ops.aten
@@ -54,7 +53,7 @@ class NoHostTrips(TorchDispatchMode):
 @pytest.fixture
 def unseen(monkeypatch):
     """Values are not looked at, as on a GPU."""
-    for module in ("fastheads.losses", "fastheads.ops.head_attention"):
+    for module in ("fastheads.losses.discrepancy", "fastheads.ops.head_attention"):
         monkeypatch.setattr(sys.modules[module], "looked_at", lambda values: False)
 
 
@@ -104,7 +103,7 @@ def test_sizes_of_batches_spread_over_processes_are_told_on_the_cpu(monkeypatch)
     two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, all_gather=gather)
     two.get_world_size, two.get_rank = (lambda group: 2), (lambda group: 1)
     two.get_backend_config = lambda group: "cpu:gloo,cuda:nccl"
-    monkeypatch.setattr("fastheads.samples.dist", two)
+    monkeypatch.setattr("fastheads.losses.samples.dist", two)
     rows = gather_rows(torch.empty(2, 12, 8, device="meta"), torch.zeros(12, device="meta").long(), "both")
     assert (rows.all.shape, rows.all_domains.shape, rows.offset) == ((2, 24, 8), (24,), 12)
 
@@ -267,4 +266,4 @@ def test_more_domains_than_samples_have_no_pairs():
 def test_the_kernels_know_as_many_domains_as_the_operator_says():
     from fastheads.kernels.mmd import MAX_DOMAINS
 
-    assert MAX_DOMAINS == operator.MAX_DOMAINS
+    assert MAX_DOMAINS == dispatch.MAX_DOMAINS

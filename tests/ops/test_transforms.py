@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import BF16, DTYPES, F16, F32, GPU, INPUTS, LONG, Case, autocast, close, device_of, leaves, results
+from problems import BF16, DTYPES, F16, F32, GPU, INPUTS, LONG, Case, autocast, close, device_of, leaves, made, results
 from standins import MODELS, images
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,11 +16,6 @@ OP, BACKWARD_OP = torch.ops.fastheads.head_attention.default, torch.ops.fasthead
 CASE = Case(B=2, N=5, H=1, dh=16, rank=2)  # opcheck runs the operator some ten times
 # float32 twice, compiled and not: PyTorch's own products in another order
 SAME = 2e-5
-
-
-def made(case, impl, dtype=F32):
-    device = device_of(impl)
-    return case.tensors(dtype, device=device), case.gradient(dtype, device), case.options(device)
 
 
 def arguments(impl, case=CASE, keep="projections", pool="", dropped=False, grad=True):

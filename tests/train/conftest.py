@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from fastheads.demo.pretrain import CONFIG, MODEL, register
-from fastheads.train.data import clip_transforms, read_domains
+from fastheads.train.data.batches import clip_transforms
+from fastheads.train.data.domains import read_domains
 from fastheads.train.evaluation import make_problem
 
 
@@ -30,16 +31,49 @@ def folders(tmp_path_factory):
     return read_domains(root)
 
 
+VISION = {
+    "ResNet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+    "timm": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+}
+
+
+def demo_model(vision=None):
+    """The demo's model with random weights, or with another image tower."""
+    register()
+    config = json.loads(CONFIG.read_text())
+    torch.manual_seed(0)
+    return open_clip.CLIP(config["embed_dim"], vision or config["vision_cfg"], config["text_cfg"]).eval()
+
+
 @pytest.fixture
 def base():
-    """The demo's model with random weights."""
-    register()
-    torch.manual_seed(0)
-    return open_clip.CLIP(**json.loads(CONFIG.read_text())).eval()
+    return demo_model()
+
+
+@pytest.fixture(params=VISION)
+def other_base(request):
+    """A model whose image tower isn't patched."""
+    return demo_model(VISION[request.param])
 
 
 @pytest.fixture
 def problem(base, folders):
+    return squares(base, folders)
+
+
+@pytest.fixture
+def other_problem(other_base, folders):
+    return squares(other_base, folders)
+
+
+@pytest.fixture
+def resnet(folders):
+    """A model with a ResNet tower, and its problem."""
+    base = demo_model(VISION["ResNet"])
+    return base, squares(base, folders)
+
+
+def squares(base, folders):
     transforms = clip_transforms(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
     templates = ("a {} square.", "a photo of a {} thing.", "a drawing of a {} box.")
     tokenizer = open_clip.get_tokenizer(MODEL)

@@ -1,25 +1,28 @@
 """Experiments: what a run records and saves, and that a killed one goes on."""
 
+import copy
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import open_clip
 import pytest
+import standins
 import torch
 from safetensors.torch import load_file, save_file
 
 import fastheads
+from fastheads.cli import commands as cli
 from fastheads.demo import digits
 from fastheads.demo import run as demo
-from fastheads.demo.pretrain import CONFIG, MODEL
+from fastheads.demo.pretrain import MODEL
 from fastheads.train import experiment
-from fastheads.train.data import clip_transforms, read_domains
-from fastheads.train.evaluation import make_problem
-from fastheads.train.loop import Recipe
+from fastheads.train.data.domains import read_domains
 from fastheads.train.objectives import METHODS
-from fastheads.train.report import write_report
+from fastheads.train.recipe import Recipe
+from fastheads.train.report.page import write_report
 
 RECIPE = Recipe(steps=2, per_domain=2, lr=5e-3, gate_lr=5e-2, evaluate_every=2, save_every=1, cache=True)
 TIMES = {"seconds", "images_per_second", "peak_memory_mb"}
@@ -198,42 +201,72 @@ def test_a_killed_experiment_goes_on_where_it_was(whole, base, problem, tmp_path
     assert [repeatable(run) for run in resumed["runs"]] == [repeatable(run) for run in whole["result"]["runs"]]
 
 
-@pytest.mark.parametrize("changed", ["recipe", "weights", "prompts", "precision", "name"])
-def test_what_a_result_depends_on_is_run_again_when_it_changes(base, folders, problem, tmp_path, monkeypatch, changed):
-    scored = []
-    score = experiment.score
-    monkeypatch.setattr(experiment, "score", lambda *args: scored.append(1) or score(*args))
-
-    def run(base, problem, recipe=RECIPE, precision="no", base_name="a"):
-        before = len(scored)
-        options = {"base_name": base_name, "precision": precision}
-        experiment.run_method(base, METHODS["zero-shot"], problem, recipe, tmp_path / "run", **options)
-        return len(scored) > before
-
-    assert run(base, problem)
-    assert not run(base, problem)
-    if changed == "recipe":
-        assert run(base, problem, dataclasses.replace(RECIPE, steps=3))
+@pytest.mark.parametrize("changed", ["seed", "weights", "prompts", "precision", "name"])
+def test_a_result_of_another_run_is_kept_and_refused(base, problem, tmp_path, monkeypatch, changed):
+    run = lambda base, problem, recipe=RECIPE, **options: experiment.run_method(  # noqa: E731
+        base, METHODS["zero-shot"], problem, recipe, tmp_path, **{"base_name": "a", "precision": "no"} | options
+    )
+    first = run(base, problem)
+    content = (tmp_path / "result.json").read_bytes()
+    monkeypatch.setattr(experiment, "score", lambda *_: pytest.fail("scored again"))
+    assert run(base, problem) == first
+    assert run(base, problem, dataclasses.replace(RECIPE, lr=1.0, steps=9)) == first  # nothing was trained
+    if changed == "seed":
+        told, call = "--seed: was 0, now 1", lambda: run(base, problem, dataclasses.replace(RECIPE, seed=1))
     elif changed == "precision":
-        assert run(base, problem, precision="bf16")
+        told, call = "--precision: was 'no', now 'bf16'", lambda: run(base, problem, precision="bf16")
     elif changed == "name":
-        assert run(base, problem, base_name="b")
+        told, call = "--model, --pretrained: was 'a', now 'b'", lambda: run(base, problem, base_name="b")
     elif changed == "weights":
-        with torch.no_grad():
-            base.visual.proj.mul_(1.5)
-        assert run(base, problem)
+        base.visual.proj.data.mul_(1.5)
+        told, call = "the base's weights differ", lambda: run(base, problem)
     else:
-        tokenizer = open_clip.get_tokenizer(MODEL)
-        asked = ("one {} box.",)
-        assert run(base, make_problem(base, tokenizer, folders, "red", problem.transforms, prompts=asked))
+        told = "--prompt: was ['a {} square.'], now ['one {} box.']"
+        call = lambda: run(base, dataclasses.replace(problem, prompts=("one {} box.",)))  # noqa: E731
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value) == (
+        f"out: {tmp_path} holds the result of another run ({told}); name another --out, or remove it"
+    )
+    assert (tmp_path / "result.json").read_bytes() == content
 
 
-def test_a_changed_recipe_trains_again(base, problem, tmp_path):
-    first = run_all(base, problem, tmp_path, methods=["dig"], seeds=[0])
-    changed = lambda method: dataclasses.replace(recipe_of(method), gate_lr=0.5)  # noqa: E731
-    again = run_all(base, problem, tmp_path, methods=["dig"], seeds=[0], recipes=changed)
-    assert first["runs"][0]["gates"]["values"][-1] != again["runs"][0]["gates"]["values"][-1]
-    assert again["methods"][0]["gate_lr"] == 0.5
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_recipe_overwrites_no_adapter_and_is_refused_before_anything_runs(whole, base, problem, monkeypatch):
+    """Also where other runs would come first."""
+    before = contents(whole["out"])
+    for name in ("fit", "score"):
+        monkeypatch.setattr(experiment, name, lambda *_, **__: pytest.fail("begun"))
+    changed = lambda method: dataclasses.replace(recipe_of(method), lr=0.1)  # noqa: E731
+    for methods in (["dig", "hap"], ["zero-shot", "hap"]):
+        with pytest.raises(ValueError, match=r"holds the result of another run \(--lr: was 0.005, now 0.1\)"):
+            run_all(base, problem, whole["out"], methods=methods, recipes=changed)
+    assert contents(whole["out"]) == before
+
+
+DAMAGED = {
+    "truncated": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[]",
+    "no run": lambda text: json.dumps({"key": json.loads(text)["key"]}),
+    "no key": lambda text: json.dumps({"run": json.loads(text)["run"]}),
+    "half a run": lambda text: json.dumps(json.loads(text) | {"run": {"method": "hap"}}),
+}
+
+
+@pytest.mark.parametrize("spoil", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_result_is_told_in_our_words(whole, base, problem, tmp_path, monkeypatch, spoil):
+    monkeypatch.setattr(experiment, "fit", lambda *_, **__: pytest.fail("trained again"))
+    folder = tmp_path / "red/seed1/hap"
+    shutil.copytree(whole["out"] / "red/seed1/hap", folder)
+    path = folder / "result.json"
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(ValueError) as caught:
+        run_all(base, problem, tmp_path)
+    assert str(caught.value).startswith(f"out: {path} is corrupt (") and "--out" in str(caught.value)
 
 
 def test_zero_shot_and_probe_save_nothing_and_train_no_tensor(base, problem, tmp_path):
@@ -292,33 +325,56 @@ def test_results_and_checkpoints_are_written_beside_and_renamed(whole, base, pro
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_a_resnet_is_scored_and_described_without_layers(folders, tmp_path):
-    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
-    text = json.loads(CONFIG.read_text())["text_cfg"]
-    torch.manual_seed(0)
-    base = open_clip.CLIP(32, vision, text).eval()
-    transforms = clip_transforms(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
-    problem = make_problem(base, open_clip.get_tokenizer(MODEL), folders, "red", transforms, with_contexts=False)
-    result = run_all(base, problem, tmp_path, methods=["zero-shot"], seeds=[0])
+def test_other_towers_are_scored_trained_whole_and_described_without_layers(other_base, other_problem, tmp_path):
+    before = copy.deepcopy(other_base.state_dict())
+    recipe = lambda method: dataclasses.replace(recipe_of(method), steps=1, lr=1e-4)  # noqa: E731
+    options = {"methods": ["zero-shot", "car-ft"], "seeds": [0], "recipes": recipe}
+    result = run_all(other_base, other_problem, tmp_path, **options)
     assert result["model"]["layers"] is None and result["model"]["heads"] is None
     assert write_report(result, tmp_path).is_file()
+    tuned = load_file(tmp_path / "red/seed0/car-ft/model.safetensors")
+    changed = {name for name in before if not torch.equal(tuned[name], before[name])}
+    assert changed and all(name.startswith("visual.") for name in changed)
+
+
+def test_a_tower_without_attention_is_described_without_layers():
+    model = standins.clip()
+    del model.visual.transformer.resblocks[0].attn
+    about = experiment._about(model, "tiny at random")
+    assert about["layers"] is about["heads"] is None
 
 
 # ------------------------------------------------------------------------------------------------------- demo
 
 
-@pytest.mark.slow
-def test_the_demo_runs_every_method_and_reports_each(base, tmp_path, monkeypatch):
-    """With a random model instead of the pretrained one, a tenth of the digits, two steps."""
-    monkeypatch.setattr(digits, "PER_CLASS", 3)
+@pytest.fixture
+def small_demo(base, monkeypatch):
+    """A random model instead of the pretrained one, a tenth of the digits."""
 
     def pretend(cache, *, progress):
-        cache.mkdir(parents=True)
+        cache.mkdir(parents=True, exist_ok=True)
         save_file(base.state_dict(), cache / "random.safetensors")
         progress(1, 1, 0.0)
         return cache / "random.safetensors"
 
+    monkeypatch.setattr(digits, "PER_CLASS", 3)
     monkeypatch.setattr(demo, "pretrain", pretend)
+
+
+def test_the_demo_with_other_steps_in_the_same_folder_is_refused(small_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "METHODS", {"dig": METHODS["dig"]})
+    monkeypatch.setattr(demo, "write_report", lambda *_, **__: None)
+    demo.run_demo(tmp_path, tmp_path / "model", steps=1)
+    before = contents(tmp_path)
+    assert cli.main(["demo", "--steps", "2", "--out", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{tmp_path / demo.TARGET}" in line and "--steps: was 1, now 2" in line and "name another --out" in line
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_the_demo_runs_every_method_and_reports_each(small_demo, tmp_path):
+    """Two steps of each."""
     result, page = demo.run_demo(tmp_path / "out", tmp_path / "cache", steps=2)
     assert [run["method"] for run in result["runs"]] == list(METHODS)
     assert all(run["target"] == demo.TARGET for run in result["runs"])

@@ -1,31 +1,19 @@
-"""Training: it learns, it is repeatable, and a killed run ends where one that was never killed ends."""
+"""Training: it learns, keeps the best weights, and refuses what it can't train before anything is changed."""
 
-import copy
+import contextlib
 import dataclasses
-import os
-import signal
 
 import pytest
+import standins
 import torch
-from processes import start
-from ranks import train_until_killed
+from standins import same
+from training import ONE_STEP, RECIPE, weights
 
 import fastheads
-from fastheads.train.evaluation import Score, fit_probe, score
-from fastheads.train.loop import Recipe, fit, trainable
+from fastheads.train.evaluation import Score, fit_probe, score, source_splits
+from fastheads.train.loop import fit, prepare, trainable
 from fastheads.train.objectives import METHODS
-
-RECIPE = Recipe(
-    steps=8, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=4, save_every=3, cache=True
-)
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in trainable(model).items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from fastheads.train.recipe import Recipe, check_run
 
 
 def test_training_lowers_the_loss_and_reports_each_step(base, problem):
@@ -65,93 +53,22 @@ def test_the_best_weights_on_source_validation_are_kept(base, problem, monkeypat
 
 
 def test_the_target_is_never_loaded_in_training(base, problem, monkeypatch):
-    from fastheads.train import data
+    from fastheads.train.data import batches as data
 
     opened = []
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", lambda path: opened.append(path) or decode(path))
+    decode = data.decode
+    monkeypatch.setattr(data, "decode", lambda path: opened.append(path) or decode(path))
     fit(base, METHODS["hap"], problem, RECIPE)
     assert {path.parts[-3] for path in opened} == {"blue", "green"}
 
 
 def test_gates_have_no_weight_decay(base, problem):
-    from fastheads.train.loop import _groups, prepare
+    from fastheads.train.loop import _groups
 
     prepare(base, METHODS["hap"])
     decay = {id(p): group["weight_decay"] for group in _groups(base, RECIPE) for p in group["params"]}
     assert all(decay[id(p)] == 0 for p in fastheads.gate_parameters(base))
     assert all(decay[id(p)] == RECIPE.weight_decay for p in fastheads.lora_parameters(base))
-
-
-@pytest.mark.parametrize("method", ["hap", "car-ft"])
-def test_a_stopped_run_resumes_to_the_same_weights(base, problem, tmp_path, method):
-    """Stopped by an exception in step 6, after the state of step 3 was saved (with LoRA dropout's and torch's RNG)."""
-    recipe = dataclasses.replace(RECIPE, context_weight=0.5)
-    whole = copy.deepcopy(base)
-    run = fit(whole, METHODS[method], problem, recipe)
-
-    class StopError(Exception):
-        pass
-
-    def stop(values):
-        if values["step"] == 6:
-            raise StopError
-
-    with pytest.raises(StopError):
-        fit(copy.deepcopy(base), METHODS[method], problem, recipe, out=tmp_path, report=stop)
-    torch.manual_seed(99)
-    resumed = copy.deepcopy(base)
-    steps = []
-    again = fit(
-        resumed, METHODS[method], problem, recipe, out=tmp_path, report=lambda values: steps.append(values["step"])
-    )
-    assert steps == [4, 5, 6, 7, 8]
-    assert same(weights(resumed), weights(whole))
-    assert again["history"]["loss"] == run["history"]["loss"]
-    assert again["gates"] == run["gates"]
-
-
-def test_a_run_killed_by_the_system_resumes_to_the_same_weights(folders, tmp_path):
-    """SIGKILL in the middle of a step, in a process of its own; then the same run again, in another."""
-
-    def run(out, kill):
-        (tmp_path / out).mkdir(exist_ok=True)
-        process = start(train_until_killed, str(folders.root), str(tmp_path / out), kill)
-        process.join(250)
-        return process.exitcode
-
-    assert run("whole", -1) == 0
-    assert run("killed", 5) == -signal.SIGKILL
-    assert not (tmp_path / "killed/final.pt").exists()
-    assert run("killed", -1) == 0
-    assert same(torch.load(tmp_path / "whole/final.pt"), torch.load(tmp_path / "killed/final.pt"))
-
-
-def test_a_state_of_another_run_is_refused(base, problem, tmp_path):
-    fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
-    other = dataclasses.replace(RECIPE, gate_lr=1e-3)
-    with pytest.raises(ValueError, match="state of another run"):
-        fit(copy.deepcopy(base), METHODS["dig"], problem, other, out=tmp_path)
-
-
-def test_a_kill_while_the_state_is_replaced_leaves_one_to_resume_from(base, problem, tmp_path, monkeypatch):
-    """Between taking the old state away and putting the new one in its place."""
-    replace, calls = os.replace, []
-
-    def die(source, target):
-        calls.append(str(target))
-        if str(target).endswith("/state") and len([c for c in calls if c.endswith("/state")]) == 2:
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", die)
-    with pytest.raises(KeyboardInterrupt):
-        fit(copy.deepcopy(base), METHODS["hap"], problem, RECIPE, out=tmp_path)
-    monkeypatch.undo()
-    resumed, whole = copy.deepcopy(base), copy.deepcopy(base)
-    fit(resumed, METHODS["hap"], problem, RECIPE, out=tmp_path)
-    fit(whole, METHODS["hap"], problem, RECIPE)
-    assert same(weights(resumed), weights(whole))
 
 
 def test_bf16_mixed_precision_trains(base, problem):
@@ -165,6 +82,29 @@ def test_linear_probe_learns_the_sources(base, problem):
     assert probe.parameters == problem.classifier.shape[1] + 1  # two classes: one row of weights and a bias
     assert probe.score(base, problem, "blue", "training", RECIPE).accuracy > 0.9
     assert score(base, problem, "red", "all", RECIPE).images == 20
+
+
+def test_a_probe_refuses_sources_without_a_class(base, folders, problem):
+    dark = {name: [i for i in indices if folders.files[folders.index(name)][i][1] == 0]
+            for name, indices in problem.training.items()}  # fmt: skip
+    with pytest.raises(ValueError, match=r"no image of class 'light'.*\(blue: 8, green: 7\)"):
+        fit_probe(base, dataclasses.replace(problem, training=dark), RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [([], "sources"), ("blue", "sources"), (["red"], "the target 'red'"), (["blue", "mauve"], "no domain 'mauve'")],
+)
+def test_sources_must_be_other_domains(folders, sources, message):
+    with pytest.raises(ValueError, match=message):
+        source_splits(folders, "red", sources)
+
+
+def test_sources_are_all_but_the_target_or_those_named_split_alike(folders):
+    whole = source_splits(folders, "red", seed=3)
+    assert list(whole) == ["blue", "green"]
+    assert source_splits(folders, "red", ["green"], seed=3) == {"green": whole["green"]}
+    assert list(source_splits(folders, "red", ["green", "blue"])) == ["blue", "green"]
 
 
 @pytest.mark.parametrize(
@@ -192,20 +132,82 @@ def test_fp16_with_the_inner_gradient_of_the_embedding_mmd_is_refused(base, prob
         fit(base, METHODS["hap"], problem, recipe, precision="fp16")
 
 
-@pytest.mark.parametrize("change", ["weights", "prompts", "lr"])
-def test_a_state_is_not_resumed_on_another_base_or_other_prompts(base, problem, tmp_path, change):
-    fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
-    recipe = RECIPE
-    if change == "weights":
-        base.visual.conv1.weight.data.mul_(2)
-    elif change == "prompts":
-        problem = dataclasses.replace(problem, prompts=("{}",))
-    else:
-        recipe = dataclasses.replace(RECIPE, lr=1.0)
-    with pytest.raises(ValueError, match="state of another run"):
-        fit(copy.deepcopy(base), METHODS["dig"], problem, recipe, out=tmp_path)
+@pytest.mark.parametrize(
+    ("method", "changes", "fits"),
+    [
+        ("hap", {}, False),
+        ("dig", {}, False),
+        ("ha-lora", {}, True),
+        ("hap", {"mmd_kernel": "domainbed"}, True),
+        ("hap", {"mmd_kernel": "dan"}, True),
+        ("hap", {"mmd_weight": 0.0}, True),
+        ("hap", {"per_domain": 2}, True),
+    ],
+)
+def test_an_mmd_of_one_image_a_domain_is_refused_before_anything_is_changed(base, problem, method, changes, fits):
+    recipe = dataclasses.replace(RECIPE, **{"per_domain": 1, "steps": 1, **changes})
+    check = contextlib.nullcontext() if fits else pytest.raises(ValueError, match=r"per_domain: got 1.*mmd_kernel")
+    with check:
+        check_run(METHODS[method], recipe)
+    if not fits:
+        before = list(base.state_dict())
+        with pytest.raises(ValueError, match="per_domain"):
+            fit(base, METHODS[method], problem, recipe)
+        assert list(base.state_dict()) == before
 
 
-def test_loader_settings_do_not_keep_a_run_from_resuming(base, problem, tmp_path):
-    fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
-    fit(base, METHODS["dig"], problem, dataclasses.replace(RECIPE, cache=False, batch_size=7), out=tmp_path)
+def other_attention():
+    model = standins.clip()
+    model.visual.transformer.resblocks[0].attn = torch.nn.Linear(2, 2)
+    return model
+
+
+def no_attention():
+    model = standins.clip()
+    del model.visual.transformer.resblocks[1].attn
+    return model
+
+
+def no_layers():
+    model = standins.clip()
+    model.visual.transformer.resblocks = torch.nn.ModuleList()
+    return model
+
+
+ODD = {"another attention": other_attention, "no attention": no_attention, "no layers": no_layers}
+
+
+def assert_refused(model, method):
+    """In the words of patch, with nothing changed."""
+    before = standins.snapshot(model)
+    with pytest.raises(TypeError, match="model: ") as wanted:
+        fastheads.patch(model)
+    with pytest.raises(TypeError) as told:
+        prepare(model, METHODS[method])
+    assert str(told.value) == str(wanted.value)
+    standins.assert_unchanged(model, before)
+
+
+ADAPTERS = [method.id for method in METHODS.values() if method.trains == "adapter"]
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_methods_with_adapters_refuse_other_towers(other_base, method):
+    assert_refused(other_base, method)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("build", ODD.values(), ids=ODD)
+def test_methods_with_adapters_refuse_odd_towers(build, method):
+    assert_refused(build(), method)
+
+
+def test_the_best_weights_come_with_their_running_statistics(resnet, monkeypatch):
+    from fastheads.train import loop
+
+    base, problem = resnet
+    scores = iter([0.9] * 2 + [0.1] * 4)  # two sources, three evaluations
+    monkeypatch.setattr(loop, "score", lambda *_: Score(next(scores), 1.0, 4))
+    recipe = dataclasses.replace(ONE_STEP, steps=3, evaluate_every=1)
+    assert fit(base, METHODS["fine-tune"], problem, recipe)["selected_step"] == 1
+    assert base.visual.bn1.num_batches_tracked == 1

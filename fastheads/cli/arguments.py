@@ -1,0 +1,237 @@
+"""The options of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+DATA = "images as DIR/<domain>/<class>/<image> (PACS, VLCS …), or a .csv or .json list of path, domain, class"
+
+
+class InputError(ValueError):
+    """Bad input: one line, exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but what is wrong is told in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}; takes an integer ≥ {least}")
+        return value
+
+    return convert
+
+
+def _finite(text: str) -> float:
+    try:
+        return float(text) if math.isfinite(float(text)) else -1.0
+    except ValueError:
+        return -1.0
+
+
+def _number(text: str) -> float:
+    if (value := _finite(text)) < 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; takes a finite number ≥ 0")
+    return value
+
+
+def _rate(text: str) -> float:
+    if (value := _finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; takes a finite number > 0")
+    return value
+
+
+def _path(text: str) -> Path:
+    """A path whose `~` is the user's home, also where the shell has left it (in quotes, after "=")."""
+    return Path(os.path.expanduser(text))
+
+
+def _model_options(parser: argparse.ArgumentParser, *, pretrained: str | None) -> None:
+    group = parser.add_argument_group("the base model")
+    group.add_argument("--model", default="ViT-B-16", metavar="NAME", help="OpenCLIP's name (default: ViT-B-16)")
+    group.add_argument(
+        "--pretrained",
+        type=os.path.expanduser,
+        default=pretrained,
+        metavar="TAG|FILE",
+        help=f"OpenCLIP's tag for its weights, or a local checkpoint (default: {pretrained or 'random weights'})",
+    )
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the data")
+    group.add_argument("--data", required=True, type=_path, metavar="DIR|FILE", help=DATA)
+    group.add_argument(
+        "--class-names",
+        type=_path,
+        default=None,
+        metavar="FILE",
+        help="what prompts call the classes: JSON {class: name}, or a line each in the order of their names (default: "
+        'their names, "_" as space)',
+    )
+    group.add_argument(
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop before anything is loaded (the default), or decode every image first and leave out what can't be",
+    )
+    group.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help='template of the classifier, {} for the class; repeat for an ensemble (default: "a photo of a {}.")',
+    )
+    group.add_argument("--workers", type=_whole(0), default=2, metavar="N", help="loader processes (default: 2)")
+    group.add_argument("--batch-size", type=_whole(1), default=256, metavar="N", help="of evaluation (default: 256)")
+
+
+def _adapter_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--adapter", type=_path, required=required, default=None, metavar="DIR", help="written by train (…/adapter)"
+    )
+    parser.add_argument(
+        "--any-base", action="store_true", help="take the adapter on another base than the one it was trained on"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    main = Parser(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
+    commands = main.add_subparsers(
+        dest="command", required=True, metavar="demo | check | train | evaluate | merge | inspect"
+    )
+
+    demo = commands.add_parser(
+        "demo",
+        help="every method on handwritten digits in four looks; minutes on a CPU, no download",
+        description="Pretrains a tiny CLIP on digits, adapts it by every method on three looks, tests on a fourth it "
+        "never saw, and writes a report. Needs no download and no GPU.",
+    )
+    demo.add_argument(
+        "--target", default=None, metavar="DOMAIN", help="held out: ink, neon, photo, sketch (the default)"
+    )
+    demo.add_argument("--full", action="store_true", help="hold out every domain, with three seeds")
+    demo.add_argument(
+        "--tune", action="store_true", help="choose learning rates and lambda on source validation instead"
+    )
+    demo.add_argument(
+        "--steps", type=_whole(1), default=None, metavar="N", help="training steps per method (default: 200)"
+    )
+    demo.add_argument("--out", type=_path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    demo.add_argument(
+        "--cache", type=_path, default=None, metavar="DIR", help="of the pretrained model (default: model/ in --out)"
+    )
+
+    check = commands.add_parser(
+        "check",
+        help="what images there are, and which can't be read",
+        description="Lists the images by domain and class, says what is skipped, and decodes every one. Exit code 1 "
+        "where some can't be read.",
+    )
+    check.add_argument("data", type=_path, metavar="DATA", help=DATA)
+
+    train = commands.add_parser(
+        "train",
+        help="leave one domain out of a folder of images, adapt, test on it",
+        description="Adapts an OpenCLIP model on all domains but one and tests it on that one (DomainBed's protocol: "
+        "the checkpoint is chosen on the sources' held-out images). A killed run goes on when started again.",
+        epilog="example: fastheads train --model ViT-B-16 --pretrained openai --data data/PACS --target sketch",
+    )
+    _model_options(train, pretrained="openai")
+    _data_options(train)
+    group = train.add_argument_group("the experiment")
+    group.add_argument(
+        "--target",
+        nargs="+",
+        default=["all"],
+        metavar="DOMAIN",
+        help='held out in turn, or "all": each that is no source (the default)',
+    )
+    group.add_argument(
+        "--sources", nargs="+", default=None, metavar="DOMAIN", help="learned from (default: all but the target)"
+    )
+    group.add_argument(
+        "--method",
+        nargs="+",
+        default=["hap"],
+        metavar="M",
+        help="zero-shot, linear-probe, fine-tune, car-ft, lora, ha-lora, dig, hap (default: hap)",
+    )
+    group.add_argument("--seed", nargs="+", type=_whole(0), default=[0], metavar="N", help="one run each (default: 0)")
+    group.add_argument("--out", type=_path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
+    group = train.add_argument_group("the training")
+    count = _whole(1)
+    group.add_argument(
+        "--steps", type=count, default=20_000, metavar="N", help="default: 20000, the published 40 × 500"
+    )
+    group.add_argument("--per-domain", type=count, default=12, metavar="N", help="images of each source in a step (12)")
+    group.add_argument(
+        "--lr", type=_rate, default=None, metavar="X", help="default: 2e-4; 1e-5 where the whole encoder is trained"
+    )
+    group.add_argument("--gate-lr", type=_rate, default=2e-3, metavar="X", help="of the gates (default: 2e-3)")
+    group.add_argument("--weight-decay", type=_number, default=0.1, metavar="X", help="of all but gates (default: 0.1)")
+    group.add_argument("--mmd-weight", type=_number, default=0.1, metavar="X", help="lambda of the MMD (default: 0.1)")
+    kernels, features = ("adaptive", "domainbed", "dan"), ("heads", "embedding")
+    group.add_argument("--mmd-kernel", choices=kernels, default="adaptive", help="of the MMD (default: adaptive)")
+    group.add_argument("--mmd-features", choices=features, default="heads", help="of the MMD (default: heads)")
+    group.add_argument(
+        "--context-weight",
+        type=_number,
+        default=None,
+        metavar="X",
+        help="of CAR-FT's KL, for every trained method (default: 1 for car-ft, else 0)",
+    )
+    group.add_argument("--evaluate-every", type=count, default=500, metavar="N", help="steps (default: 500)")
+    group.add_argument(
+        "--save-every", type=count, default=500, metavar="N", help="steps, to resume from (default: 500)"
+    )
+    group.add_argument(
+        "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)"
+    )
+    group.add_argument("--cache-images", action="store_true", help="keep decoded images in memory")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a model, with or without an adapter, on each domain",
+        description="Zero-shot accuracy on each domain of a folder: of a base model, a merged one, or one with an "
+        "adapter.",
+    )
+    _model_options(evaluate, pretrained="openai")
+    _data_options(evaluate)
+    _adapter_options(evaluate, required=False)
+    evaluate.add_argument("--domain", nargs="+", default=None, metavar="DOMAIN", help="default: all")
+
+    merge = commands.add_parser(
+        "merge",
+        help="fold an adapter into the weights: a stock OpenCLIP checkpoint",
+        description="Folds an adapter's deltas and gates into its base model and writes a checkpoint with stock keys, "
+        "for open_clip.create_model(NAME, pretrained=FILE).",
+    )
+    _model_options(merge, pretrained="openai")
+    _adapter_options(merge, required=True)
+    merge.add_argument("--out", type=_path, required=True, metavar="FILE", help="the checkpoint, .safetensors")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what an adapter holds, or how a model would be patched",
+        description="With --adapter: its base, sizes and gates. Without: the path each layer of --model would take, "
+        "and why.",
+    )
+    inspect.add_argument("--adapter", type=_path, default=None, metavar="DIR", help="written by train (…/adapter)")
+    _model_options(inspect, pretrained=None)
+    return main

@@ -1,0 +1,41 @@
+"""What is known of a patched model: its layers and adapters, what it remembers of the original, its base."""
+
+from fastheads.patched.state import (
+    adapter_state_dict,
+    base_state_dict,
+    first_few,
+    forget,
+    gate_parameters,
+    gates,
+    head_modules,
+    is_patched,
+    lora_parameters,
+    original_of,
+    patched_attentions,
+    patched_models,
+    remember,
+    replace_tensors,
+    restore,
+    trained_beside,
+    written,
+)
+
+__all__ = [
+    "adapter_state_dict",
+    "base_state_dict",
+    "first_few",
+    "forget",
+    "gate_parameters",
+    "gates",
+    "head_modules",
+    "is_patched",
+    "lora_parameters",
+    "original_of",
+    "patched_attentions",
+    "patched_models",
+    "remember",
+    "replace_tensors",
+    "restore",
+    "trained_beside",
+    "written",
+]

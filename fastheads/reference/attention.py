@@ -1,0 +1,194 @@
+"""Head attention: per-head low-rank deltas, softmax attention, gates. Differentiable by autograd, in any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastheads.reference.precision import autocast_off, compute_dtype, widened
+
+TARGETS = ("q", "k", "v")
+
+
+class HeadAttentionOutput(NamedTuple):
+    """What `head_attention` returns.
+
+    o: `[B, N, D]` gated head outputs, concatenated, before the output projection, in the dtype of the computation.
+    lse: `[B, H, N]` log-sum-exp of the scaled, masked scores, at least float32.
+    cls: `[B, H, dh]` un-gated head outputs of the pooled token, detached, at least float32; None where `pool` is None.
+    """
+
+    o: Tensor
+    lse: Tensor
+    cls: Tensor | None
+
+
+def up_matrix(lora_B: Tensor, targets: Sequence[str], scale: float, per_head: bool) -> Tensor:
+    """`[3D, T·(H|1)·r]`: every `s·B_h` at the rows of its target and head and the columns of its `A_h`.
+
+    So that the delta of all targets and heads is one product, `Δ = up_matrix @ A` with A `[T·(H|1)·r, D]`.
+    """
+    T, H, dh, r = lora_B.shape
+    eye = torch.eye(H, dtype=lora_B.dtype, device=lora_B.device) if per_head else lora_B.new_ones(H, 1)
+    blocks = (scale * lora_B).unsqueeze(3) * eye.view(1, H, 1, -1, 1)  # [T, H, dh, H|1, r]
+    blocks = blocks.reshape(T, H * dh, -1)
+    rows = []
+    for part in TARGETS:
+        row = blocks.new_zeros(H * dh, T, blocks.shape[-1])
+        if part in targets:
+            t = targets.index(part)
+            row = torch.cat((row[:, :t], blocks[t].unsqueeze(1), row[:, t + 1 :]), dim=1)
+        rows.append(row.reshape(H * dh, -1))
+    return torch.cat(rows)
+
+
+def project(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    *,
+    num_heads: int,
+    targets: Sequence[str] = ("q", "v"),
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, each `[B, H, N, dh]`: `q_h = (W_h + s·B_h A_h) x + b_h`, for the targets likewise.
+
+    In 16 bits the delta is added inside the product's accumulators, as columns beside W: added to an output that was
+    rounded already, anything under half a unit in the last place would vanish.
+    """
+    dtype = compute_dtype(x)
+    x, w_in = x.to(dtype), w_in.to(dtype)
+    b_in = None if b_in is None else b_in.to(dtype)
+    if lora_A is None or lora_B is None:
+        y = F.linear(x, w_in, b_in)
+    else:
+        down = F.linear(F.dropout(x, dropout_p), lora_A.flatten(0, 2).to(dtype))  # [B, N, T·(H|1)·r]
+        up = up_matrix(lora_B, targets, scale, per_head=lora_A.shape[1] == num_heads).to(dtype)
+        if dtype in (torch.bfloat16, torch.float16):
+            y = F.linear(torch.cat((x, down), -1), torch.cat((w_in, up), 1), b_in)
+        else:
+            y = F.linear(x, w_in, b_in) + F.linear(down, up)
+    B, N, _ = x.shape
+    q, k, v = y.view(B, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    score_scale: float | Tensor | None = None,
+    attention_dropout: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax attention: heads `[B, H, N, dh]`, log-sum-exp `[B, H, N]`, probabilities `[B, H, N, N]`; ≥ float32.
+
+    `mask` broadcasts to `[B, H, N, N]`: additive, or boolean with True = masked. `score_scale` is `1/sqrt(dh)` unless
+    given.
+    """
+    with autocast_off(q):
+        q, k, v = widened(q), widened(k), widened(v)
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if score_scale is None else score_scale)
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(mask, float("-inf"))
+        elif mask is not None:
+            scores = scores + mask
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        lse = scores.logsumexp(-1)
+        probabilities = scores.softmax(-1)
+        heads = F.dropout(probabilities, attention_dropout) @ v
+    return heads, lse, probabilities
+
+
+def gate_heads(heads: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[B, H, N, dh]` heads, each times its gate, concatenated to `[B, N, D]` and rounded once to `dtype`."""
+    if gate is not None:
+        heads = heads * gate.to(heads.dtype).view(1, -1, 1, 1)
+    return heads.transpose(1, 2).flatten(2).to(dtype)
+
+
+def pool_heads(heads: Tensor, pool: int | Tensor | str) -> Tensor:
+    """`[B, H, dh]`: the heads of one token (an index, or one per sample `[B]`), or `"mean"` over tokens 1 … N-1.
+
+    An index per sample that is not in 0 … N-1 gives NaN.
+    """
+    if isinstance(pool, str):
+        if pool != "mean":
+            raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
+        return heads[:, :, 1:].mean(2)
+    if isinstance(pool, int):
+        return heads[:, :, pool]
+    inside = pool.clamp(0, heads.shape[2] - 1).view(-1, 1, 1, 1)
+    found = heads.gather(2, inside.expand(-1, heads.shape[1], 1, heads.shape[3])).squeeze(2)
+    return found.masked_fill((inside.flatten() != pool).view(-1, 1, 1), float("nan"))
+
+
+def head_attention(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    num_heads: int,
+    targets: Sequence[str] = ("q", "v"),
+    scale: float = 1.0,
+    gate: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    pool: int | Tensor | str | None = None,
+) -> HeadAttentionOutput:
+    """Self-attention with per-head low-rank deltas and per-head gates, before the output projection.
+
+        q_h = (W_q,h + s·B_q,h A_q,h) x + b_q,h        (the other targets likewise)
+        o_h = gate_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h
+
+    Args:
+        x: `[B, N, D]`.
+        w_in, b_in: `[3D, D]`, `[3D]` or None: query, key and value projection stacked, heads in order.
+        lora_A: `[T, H, r, D]`, or `[T, 1, r, D]` where all heads share the down-projection (plain LoRA).
+        lora_B: `[T, H, dh, r]`, one slice per target, in the order of `targets`.
+        num_heads: H.
+        targets: which of "q", "k", "v" have a delta.
+        scale: s.
+        gate: `[H]` or None for no gating.
+        causal: token i sees tokens 0 … i.
+        mask: broadcasts to `[B, H, N, N]`; additive, or boolean with True = masked.
+        dropout_p: probability of dropping an element of the low-rank path's input.
+        pool: which token's un-gated heads to return as `cls` (see `pool_heads`).
+
+    Source: the published descriptions of attention head purification (arXiv 2412.07226).
+    """
+    q, k, v = project(
+        x, w_in, b_in, lora_A, lora_B, num_heads=num_heads, targets=targets, scale=scale, dropout_p=dropout_p
+    )
+    heads, lse, _ = attend(q, k, v, mask=mask, causal=causal)
+    return HeadAttentionOutput(
+        o=gate_heads(heads, gate, q.dtype), lse=lse, cls=None if pool is None else pool_heads(heads.detach(), pool)
+    )
+
+
+def softmax_gate(theta: Tensor) -> Tensor:
+    """`g = H · softmax(theta)`, `[..., H]`, written so that theta = 0 gives exactly 1 for every H."""
+    e = (theta - theta.detach().amax(-1, keepdim=True)).exp()
+    return theta.shape[-1] * e / e.sum(-1, keepdim=True)
+
+
+def sigmoid_gate(theta: Tensor) -> Tensor:
+    """`g = 2 · sigmoid(theta)`, `[..., H]`: starts at 1, each head for itself (ours, not the paper's)."""
+    return 2 * theta.sigmoid()
+
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax_gate, "sigmoid": sigmoid_gate}

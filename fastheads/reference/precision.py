@@ -1,0 +1,28 @@
+"""In which dtype the formulas compute: at least float32 where digits count, autocast's for products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def transformed() -> bool:
+    """Whether this runs inside a transform of torch.func (grad, vmap, jvp …), for which only plain operations are."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def autocast_off(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear layer would compute in: autocast's where it is on, x's own elsewhere."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

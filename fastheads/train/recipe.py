@@ -1,0 +1,66 @@
+"""Recipe: the numbers of a training run, and whether a method can be trained by them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastheads.reference import PRESETS
+from fastheads.train.objectives import Method
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a training run. Weights of 0 switch a loss off.
+
+    lr: of LoRA, or of the encoder under full fine-tuning. gate_lr: of the gates, which have no weight decay.
+    per_domain: images of each source domain in a step, on each process.
+    """
+
+    steps: int = 20_000
+    per_domain: int = 12
+    lr: float = 2e-4
+    gate_lr: float = 2e-3
+    weight_decay: float = 0.1
+    mmd_weight: float = 0.0
+    context_weight: float = 0.0
+    mmd_kernel: str = "adaptive"
+    mmd_features: str = "heads"
+    evaluate_every: int = 500
+    save_every: int = 500
+    batch_size: int = 256
+    workers: int = 0
+    cache: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "per_domain", "evaluate_every", "save_every", "batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes an integer ≥ 1")
+        for name in ("lr", "gate_lr"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number > 0")
+        for name in ("weight_decay", "mmd_weight", "context_weight"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number ≥ 0")
+
+
+def check_run(method: Method, recipe: Recipe, precision: str = "no") -> None:
+    """That `fit` can run a recipe: its MMD, if it has one, has a gradient in this precision, and enough images.
+
+    Raises ValueError.
+    """
+    if not (method.mmd and recipe.mmd_weight):
+        return
+    if precision == "fp16" and recipe.mmd_features == "embedding":
+        raise ValueError(
+            'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '
+            'underflow; takes "bf16" or "no" there, or mmd_features="heads"'
+        )
+    preset = PRESETS.get(recipe.mmd_kernel)
+    if recipe.per_domain < 2 and preset is not None and preset.estimator == "unbiased":
+        others = " or ".join(f'"{kernel}"' for kernel, other in PRESETS.items() if other.estimator == "biased")
+        raise ValueError(
+            f'per_domain: got {recipe.per_domain}, but {method.id}\'s MMD with mmd_kernel="{recipe.mmd_kernel}" is of '
+            f"two images of a domain or more; takes 2 or more there, or mmd_kernel={others}"
+        )

@@ -1,0 +1,67 @@
+"""The command line as such: its help, interruptions, warnings, tracebacks."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+from commands import base, run
+
+from fastheads.cli import arguments
+from fastheads.cli import commands as cli
+
+COMMANDS = ("demo", "check", "train", "evaluate", "merge", "inspect")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_of_every_option(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    assert all(len(line) <= 100 for line in out.splitlines())
+    (commands,) = (a for a in arguments.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    options = commands.choices[command]._actions
+    assert len(options) > 1
+    flat = " ".join(out.split())
+    for option in options:
+        assert option.help and len(option.help.split()) > 1 or option.dest == "help", option.dest
+        shown = option.help % vars(option) if "%" in option.help else option.help
+        assert (option.option_strings or [option.metavar])[0] in out
+        assert " ".join(shown.split()) in flat, option.dest
+
+
+def test_the_module_runs_and_names_every_command():
+    environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fastheads.cli", "--help"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert all(len(line) <= 100 for line in ran.stdout.splitlines())
+    for name in COMMANDS:
+        assert re.search(rf"^ +{name} +\w+", ran.stdout, re.MULTILINE)
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "inspect", interrupt)
+    code, out, err = run("inspect")
+    assert (code, out) == (130, "")
+    assert len(err.splitlines()) == 1 and "goes on" in err
+
+
+def test_a_traceback_comes_where_it_is_asked_for(world, monkeypatch):
+    monkeypatch.setenv("FASTHEADS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="gone"):
+        cli.main(["evaluate", *map(str, base(world.root)), "--data", str(world.root / "gone")])
+
+
+def test_warnings_are_one_line_and_shown_as_before_afterwards(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "inspect", lambda args: warnings.warn("rounded away", stacklevel=1))
+    shown = warnings.showwarning
+    code, out, err = run("inspect")
+    assert (code, out, err) == (0, "", "fastheads: note: rounded away\n")
+    assert warnings.showwarning is shown

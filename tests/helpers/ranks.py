@@ -1,0 +1,97 @@
+"""What a process of a distributed test runs: importable by name, so that a spawned process finds it."""
+
+import os
+
+import torch
+
+from fastheads.train.loop import fit, trainable
+from fastheads.train.objectives import METHODS
+
+
+def train_on_rank(rank, world, port, base, problem, recipe, out):
+    torch.set_num_threads(1)
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in own.items()} | {"ACCELERATE_USE_CPU": "true"})
+    fit(base, METHODS["hap"], problem, recipe, out=out)
+    torch.save({n: p.detach() for n, p in trainable(base).items()}, out / f"rank{rank}.pt")
+
+
+def train_until_killed(root, out, kill):
+    """Trains on the folders under `root`; killed by the system at step `kill`, or else saves what it learned."""
+    import json
+    import signal
+
+    import open_clip
+
+    from fastheads.demo.pretrain import CONFIG, MODEL, register
+    from fastheads.train.data.batches import clip_transforms
+    from fastheads.train.data.domains import read_domains
+    from fastheads.train.evaluation import make_problem
+    from fastheads.train.recipe import Recipe
+
+    def report(values):
+        if values["step"] == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    register()
+    torch.manual_seed(0)
+    base = open_clip.CLIP(**json.loads(CONFIG.read_text())).eval()
+    transforms = clip_transforms(32, (0.5,) * 3, (0.25,) * 3, flip=False)
+    tokenizer = open_clip.get_tokenizer(MODEL)
+    problem = make_problem(base, tokenizer, read_domains(root), "red", transforms, with_contexts=False)
+    recipe = Recipe(steps=7, per_domain=2, lr=5e-3, mmd_weight=0.1, evaluate_every=3, save_every=2)
+    fit(base, METHODS["hap"], problem, recipe, out=out, report=report)
+    torch.save({n: p.detach() for n, p in trainable(base).items()}, f"{out}/final.pt")
+
+
+def step_on_rank(rank, world, folder, wrap):
+    """One training step of a patched model on this process's share of a batch, in DDP or FSDP2; rank 0 saves it."""
+    import torch.distributed as dist
+    from standins import fill_adapters, images, patched
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    import fastheads
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    model = patched("clip", fastheads.HeadConfig(), recompute=wrap == "fsdp recompute")
+    fill_adapters(model)
+    model.forward = model.encode_image
+    if wrap == "ddp":
+        run = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        mesh = dist.init_device_mesh("cpu", (world,))
+        for block in model.visual.transformer.resblocks:
+            fully_shard(block, mesh=mesh)
+        run = model
+        fully_shard(model.visual, mesh=mesh)  # not the whole: torch shards no scalar, as OpenCLIP's logit_scale is
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    share = images(2 * world).chunk(world)[rank]
+    run(share).square().mean().backward()
+    optimizer.step()
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            for kind, t in (("gradient", p.grad), ("parameter", p.detach())):
+                found[f"{kind} {name}"] = t.full_tensor() if isinstance(t, DTensor) else t
+    if rank == 0:
+        torch.save(found, f"{folder}/step.pt")
+    dist.destroy_process_group()
+
+
+def look_on_rank(rank, world, port, paths, out):
+    """This process's share of a look at `paths`; what it then knows is written to `out`."""
+    import json
+
+    from fastheads.cli import data
+    from fastheads.train.data.images import look
+
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in own.items()} | {"ACCELERATE_USE_CPU": "true"})
+    looked = []
+    found = data._unreadable(paths, lambda path: looked.append(path) or look(path), "looking")
+    (out / f"rank{rank}.json").write_text(
+        json.dumps({"found": [[str(path), reason] for path, reason in found], "looked": len(looked)})
+    )
