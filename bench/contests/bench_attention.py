@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contests.contenders.attentions import gated, joined, split, xformers_attention
+from bench.contests.attentions import gated, joined, split, xformers_attention
 from bench.contests.contenders.towers import xformers_why_not
 from bench.contests.contest import Contender, Group, Trial, training_trial
 from bench.contests.vision import VisionCase, cases

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.base.towers import BATCHES, SETTINGS, Setting
-from bench.contests.contenders.attentions import EXACT, PLAIN, modules, trained
+from bench.contests.attentions import EXACT, PLAIN, modules, trained
 from bench.contests.contest import Contender, Group, Trial, training_trial
 from bench.contests.models import blocks_of, clip
 

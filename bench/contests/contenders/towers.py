@@ -13,8 +13,8 @@ import torch
 
 import bench.base.checkout  # noqa: F401
 import fastheads
-from bench.contests.contenders import attentions
-from bench.contests.contenders.attentions import adapters, modules, trained
+from bench.contests import attentions
+from bench.contests.attentions import adapters, modules, trained
 from bench.contests.contest import Contender, NotRunError, first_line, refusals
 from bench.contests.models import blocks_of
 from bench.contests.vision import Dress, trial

@@ -13,7 +13,7 @@ from standalone import clean_environment
 from bench.base import results
 from bench.base.towers import SETTINGS
 from bench.contests import bench_attention, bench_block, bench_inference, bench_mmd, bench_model_step
-from bench.contests.contenders.attentions import EXACT, PLAIN, LoraQKVO, adapters, modules
+from bench.contests.attentions import EXACT, PLAIN, LoraQKVO, adapters, modules
 from bench.contests.contenders.towers import IMPLEMENTATIONS, training
 from bench.contests.contest import Contender, Group, Judge, NotRunError, Trial
 from bench.contests.models import Clip, blocks_of, clip
