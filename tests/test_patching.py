@@ -98,10 +98,11 @@ def test_counts_of_vit_b_16():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layers"), [("ViT-B-32", 12), ("ViT-B-16", 3), ("ViT-L-14", 3), ("ViT-H-14", 3)])
+@pytest.mark.parametrize(("name", "layers"), [("ViT-B-32", 12), ("ViT-B-16", 3), ("ViT-L-14", 2), ("ViT-H-14", 2)])
 def test_real_configs_start_merge_and_unpatch(name, layers):
-    """Sizes of OpenCLIP's configs, the large ones cut to a few layers: a layer more has no other code."""
+    """OpenCLIP's sizes but the vocabulary; of the large ones a few layers: a layer more has no other code."""
     config = open_clip.get_model_config(name)
+    config["text_cfg"]["vocab_size"] = 64
     for tower in ("vision_cfg", "text_cfg"):
         config[tower]["layers"] = min(layers, config[tower]["layers"])
     with seeded(0):

@@ -56,15 +56,6 @@ def test_compiles_in_one_graph(kernel, reduction, dynamic):
         close(*(torch.autograd.grad(v, x)[0] for v in (got, want)))
 
 
-@pytest.mark.slow
-def test_compiles_with_the_default_backend():
-    compiled = torch.compile(lambda x, dom: mmd(x, dom, num_domains=3), fullgraph=True)
-    x, dom = leaf(randn(2, 12, 4)), labels(4, 5, 3)
-    got, want = compiled(x, dom), mmd(x, dom)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
-    close(*(torch.autograd.grad(v, x)[0] for v in (got, want)))
-
-
 def test_autocast_changes_nothing(backend):
     x, dom = leaf(randn(2, 30, 6, dtype=F32)), labels(12, 18)
     want = mmd(x, dom)

@@ -133,9 +133,11 @@ def test_compile_by_inductor(cast):
         Case(N=9).options(device),
     )
 
-    def block(**kwargs):  # something to fuse before and after
+    def block(**kwargs):  # something to fuse before and after; the MMD's operators among it
         out = head_attention(**kwargs | {"x": torch.nn.functional.layer_norm(kwargs["x"], (32,))})
-        return torch.nn.functional.gelu(out.o.float()), out.lse, out.cls
+        domains = torch.arange(out.o.shape[0], device=device) % 2
+        loss = mmd(out.o.float().flatten(1), domains, num_domains=2, estimator="biased")
+        return torch.nn.functional.gelu(out.o.float()) + loss, out.lse, out.cls
 
     with autocast(device, cast):
         expected = results(block, tensors, do, **options)
