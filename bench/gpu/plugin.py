@@ -18,7 +18,7 @@ FIRST = ("stock", "auto", "triton", "stacked", "delta", "plain", "peft", "merged
 THEN = ("stacked, recompute", "delta, recompute", "one_pass", "factored", "patched", "TLlib", "DAN snippet")
 # Of a rehearsal: a call of an interpreted kernel takes half a second.
 TINY = {
-    "block": ("stock", "stacked", "delta", "one_pass", "plain", "peft", "merged"),
+    "block": ("stock", "stacked", "delta", "plain", "peft"),
     "model step": ("stock", "cpu", "plain"),
     "attention": ("sdpa", "triton"),
     "mmd": ("auto", "triton", "DomainBed"),

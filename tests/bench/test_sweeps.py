@@ -1,14 +1,13 @@
-"""Sweeps: they end where memory or time does, say so, and write rows that can be read."""
+"""Sweeps end where memory or time does, and say so. That a rehearsal writes rows: `gpu/test_gpu.py`."""
 
 import pytest
 import torch
 
 from bench import sweeps
-from bench.base import results
 from bench.contests.contenders.towers import AUTO, tower, training
 from bench.contests.contest import Contender, NotRunError, Trial
 from bench.contests.vision import VisionCase
-from bench.sweeps import Sweep, largest, main, memory_error, points_of, sweep_batch, sweep_module
+from bench.sweeps import Sweep, largest, memory_error, points_of, sweep_batch, sweep_module
 
 STOCK = training("stock")
 QUICK = {"rounds": 1, "sample_seconds": 0.0, "say": lambda line: None}
@@ -43,21 +42,16 @@ def test_nothing_fits():
 def test_the_batch_grows_until_memory_ends(monkeypatch):
     asked, contender = simulated(monkeypatch)
     sweep = Sweep("cpu", "fp32", 60, **QUICK)
-    sweep_batch(sweep, ["tiny"], [contender("auto")], start=8)
+    sweep_batch(sweep, ["tiny"], [contender("auto"), contender("stock")], start=8)
     assert asked[:5] == [8, 16, 32, 64, 128]
-    last = sweep.rows[-1]
+    assert [r.contender for r in sweep.rows if (r.extra or {}).get("largest")] == ["auto", "stock"]
+    rows = [row for row in sweep.rows if row.contender == "auto"]
+    last = rows[-1]
     assert 89 <= last.x <= 100 and last.extra["largest"] is True
     assert last.extra["ended"].startswith("CUDA out of memory")
     assert last.per_second == pytest.approx(last.x / last.seconds["median"])
     assert all(row.status == "ok" for row in sweep.rows)
-    assert [row.x for row in sweep.rows] == sorted(row.x for row in sweep.rows)
-
-
-def test_after_the_memory_ended_the_next_contender_starts(monkeypatch):
-    _, contender = simulated(monkeypatch)
-    sweep = Sweep("cpu", "fp32", 60, **QUICK)
-    sweep_batch(sweep, ["tiny"], [contender("auto"), contender("stock")], start=8)
-    assert [r.contender for r in sweep.rows if (r.extra or {}).get("largest")] == ["auto", "stock"]
+    assert [row.x for row in rows] == sorted(row.x for row in rows)
 
 
 def test_a_first_batch_that_does_not_fit_is_not_run(monkeypatch):
@@ -142,16 +136,3 @@ def test_closed_heads_have_a_gate_of_zero():
     assert bool((closed["dlora_A"][:, 0] == 0).all()) and bool((closed["dlora_A"][:, 1] != 0).any())
     assert bool((open_["dlora_A"][:, 0] != 0).any())
     assert all(bool(torch.isfinite(v).all()) for v in closed.values())
-
-
-@pytest.mark.parametrize("kind", sweeps.KINDS)
-def test_a_rehearsal_writes_rows_that_can_be_read(kind, tmp_path, capsys):
-    file = tmp_path / "rows.json"
-    assert main([kind, "--rehearse", "--seconds", "60", "--json", str(file), "--device", "cpu"]) == 0
-    environment, rows = results.read(file)
-    assert environment["date"] and {r.group for r in rows} == {f"{kind} sweep"}
-    assert {"auto", "stock", "plain"} <= {r.contender for r in rows}
-    assert all(r.status == "ok" and r.per_second > 0 and r.x is not None for r in rows)
-    if kind == "batch":
-        ends = [r.extra["largest"] for r in rows if "largest" in (r.extra or {})]
-        assert ends == [True] * 4 and "largest batch" in capsys.readouterr().out

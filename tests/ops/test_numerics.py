@@ -100,7 +100,7 @@ def corners():
             yield pytest.param(impl, corner, marks=() if always else LONG)
 
 
-@pytest.mark.parametrize(("impl", "corner"), corners())
+@pytest.mark.parametrize(("impl", "corner"), list(corners()))
 def test_corners(impl, corner):
     case = CORNERS[corner]
     dtypes = [d for d in DTYPES[impl] if d != F16] if impl == "cpu" or GPU else [F32]

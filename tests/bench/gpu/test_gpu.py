@@ -193,11 +193,14 @@ def test_the_rehearsal_runs_in_a_checkout_that_was_never_installed(tmp_path):
     assert {name: part["status"] for name, part in found["parts"].items()} == dict.fromkeys(found["parts"], "done")
     _, rows = results.read(tmp_path / "out" / "gpu.json")
     ran = {(r.group, r.contender) for r in rows if r.seconds and r.status == "ok"}
-    kernels = {("block", n) for n in ("stacked", "delta", "one_pass")} | {("mmd", "triton"), ("inference", "patched")}
+    kernels = {("block", n) for n in ("stacked", "delta")} | {("mmd", "triton"), ("inference", "patched")}
     assert kernels <= ran
     assert {r.group for r in rows if r.group.endswith("sweep")} == {
         f"{k} sweep" for k in ("batch", "length", "rank", "closed")
     }
+    swept = [r for r in rows if r.group.endswith("sweep")]
+    assert all(r.status == "ok" and r.per_second > 0 and r.x is not None for r in swept)
+    assert [r.extra["largest"] for r in swept if "largest" in r.extra] == [True] * 4
     assert any(r.status == "wrong" for r in rows if r.contender == "peft") or "peft" in found["environment"]["missing"]
     assert found["environment"]["rates"]["copy"] > 0 and found["profile"]["step, ours"]
     assert (tmp_path / "out" / "traces.tar.gz").stat().st_size > 1000
