@@ -165,7 +165,7 @@ def test_one_compilation_serves_every_batch_size(impl):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(head_attention, fullgraph=True, backend=counter, dynamic=True)
     compilations = []
-    for B in (3, 5, 7):  # no other dimension's size: sizes that are equal at first are taken for one
+    for B in (3, 5):  # no other dimension's size: sizes that are equal at first are taken for one
         tensors, do, options = made(Case(B=B, N=9), impl)
         expected = results(head_attention, tensors, do, **options, impl=impl)
         got = results(compiled, tensors, do, **options, impl=impl)
