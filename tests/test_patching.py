@@ -98,13 +98,13 @@ def test_counts_of_vit_b_16():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layers"), [("ViT-B-32", 12), ("ViT-B-16", 3), ("ViT-L-14", 2), ("ViT-H-14", 2)])
+@pytest.mark.parametrize(("name", "layers"), [("ViT-B-32", 3), ("ViT-B-16", 2), ("ViT-L-14", 2), ("ViT-H-14", 2)])
 def test_real_configs_start_merge_and_unpatch(name, layers):
-    """OpenCLIP's sizes but the vocabulary; of the large ones a few layers: a layer more has no other code."""
+    """OpenCLIP's sizes but the vocabulary, and a few layers: a layer more has no other code."""
     config = open_clip.get_model_config(name)
     config["text_cfg"]["vocab_size"] = 64
     for tower in ("vision_cfg", "text_cfg"):
-        config[tower]["layers"] = min(layers, config[tower]["layers"])
+        config[tower]["layers"] = layers
     with seeded(0):
         model = disturb(open_clip.CLIP(**config), 0.01).eval()
     x, ids = images(2, model.visual.image_size[0]), nn.functional.pad(texts(2), (0, 77 - CONTEXT))

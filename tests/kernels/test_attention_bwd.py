@@ -180,8 +180,9 @@ def test_delta(parts, shared, dtype, tile):
     B, N, H, dh, r = 1, 21, 2, 24, 5
     qkv, do, gate = inputs(B, N, H, dh, dtype)
     T, heads = len(parts), 1 if shared else H
-    low = torch.randn(B, N, T * heads * r + 3).to(dtype)
-    up = 0.3 * torch.randn(T, H, dh, r)
+    g = torch.Generator().manual_seed(1)
+    low = torch.randn(B, N, T * heads * r + 3, generator=g).to(dtype)
+    up = 0.3 * torch.randn(T, H, dh, r, generator=g)
     delta = LowRank(low, up, parts, 0.5, shared)
     effective = []
     for wide in (torch.float64, dtype):

@@ -94,10 +94,12 @@ CORNERS = {
 
 def corners():
     """(implementation, corner): in the interpreter, stacked and one_pass see a third; tests/kernels has them too."""
+    found = []
     for impl in DTYPES:
         for i, corner in enumerate(CORNERS):
             always = GPU or impl in ("cpu", "delta") or i % 3 == (impl == "one_pass")
-            yield pytest.param(impl, corner, marks=() if always else LONG)
+            found.append(pytest.param(impl, corner, marks=() if always else LONG))
+    return found
 
 
 @pytest.mark.parametrize(("impl", "corner"), list(corners()))
