@@ -98,9 +98,9 @@ def test_counts_of_vit_b_16():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "layers"), [("ViT-B-32", 3), ("ViT-B-16", 2), ("ViT-L-14", 2), ("ViT-H-14", 2)])
+@pytest.mark.parametrize(("name", "layers"), [("ViT-B-32", 12), ("ViT-B-16", 2), ("ViT-L-14", 2), ("ViT-H-14", 2)])
 def test_real_configs_start_merge_and_unpatch(name, layers):
-    """OpenCLIP's sizes but the vocabulary, and a few layers: a layer more has no other code."""
+    """OpenCLIP's sizes but the vocabulary; one has all its layers, the others two: a layer more has no other code."""
     config = open_clip.get_model_config(name)
     config["text_cfg"]["vocab_size"] = 64
     for tower in ("vision_cfg", "text_cfg"):

@@ -102,7 +102,7 @@ def corners():
     return found
 
 
-@pytest.mark.parametrize(("impl", "corner"), list(corners()))
+@pytest.mark.parametrize(("impl", "corner"), corners())
 def test_corners(impl, corner):
     case = CORNERS[corner]
     dtypes = [d for d in DTYPES[impl] if d != F16] if impl == "cpu" or GPU else [F32]

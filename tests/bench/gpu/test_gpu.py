@@ -200,7 +200,7 @@ def test_the_rehearsal_runs_in_a_checkout_that_was_never_installed(tmp_path):
     }
     swept = [r for r in rows if r.group.endswith("sweep")]
     assert all(r.status == "ok" and r.per_second > 0 and r.x is not None for r in swept)
-    assert [r.extra["largest"] for r in swept if "largest" in r.extra] == [True] * 4
+    assert sum("largest" in r.extra for r in swept) == 4  # of each contender: found, or its time was over
     assert any(r.status == "wrong" for r in rows if r.contender == "peft") or "peft" in found["environment"]["missing"]
     assert found["environment"]["rates"]["copy"] > 0 and found["profile"]["step, ours"]
     assert (tmp_path / "out" / "traces.tar.gz").stat().st_size > 1000
