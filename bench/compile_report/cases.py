@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastheads.reference import PRESETS
+
 LENGTHS = (50, 65, 77, 197, 257, 577, 730, 4096)
 HEADS = {64: 12, 80: 16}  # head size → heads: ViT-B and ViT-L, ViT-H
 OTHER_HEADS = {16: 8, 32: 4, 72: 16, 88: 16, 104: 16, 112: 16, 128: 8}
@@ -17,7 +19,6 @@ OTHER_HEADS = {16: 8, 32: 4, 72: 16, 88: 16, 104: 16, 112: 16, 128: 8}
 # 104, 112), texts (72, 16), none (32, 128).
 OPENCLIP_LENGTHS = {80: (257, 577, 730), 88: (257,), 104: (257,), 112: (257,), 72: (77,), 16: (77,), 32: (), 128: ()}
 ONE_PASS_LENGTHS = (50, 65, 77, 197, 257)
-DOMAINBED = (0, 10, 0, 10, 0, 10, 0)  # powers of its bandwidths
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,13 @@ def mmd_small(case: Case) -> None:
     gate = meta(12, case.heads) if case.gate else None
     options: dict[str, Any] = {"preset": case.preset, "estimator": "unbiased"}
     if case.preset == "domainbed":
-        options |= {"preset": None, "gammas": meta(12, 7), "powers": DOMAINBED}
+        options |= {"preset": None, "gammas": meta(12, 7), "powers": PRESETS["domainbed"].powers}
     _kernels("mmd_small").mmd_small(x, dom, num_domains=case.domains, gate=gate, backward=case.backward, **options)
 
 
 def mmd_tile(case: Case) -> None:
     x, dom, S = meta(1, 4096, case.width), meta(4096, dtype="int64"), case.domains
-    powers = DOMAINBED if case.preset == "domainbed" else (0, 2, 2, 0, 2)
+    powers = PRESETS[case.preset].powers
     out = {"coeff": meta(1, S, S), "out": meta(1, 1024, 4096)} if case.backward else {}
     gammas, precision = meta(1, len(powers)), torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastheads import ops, reference
 from fastheads.capture import CapturedHeads
 from fastheads.losses.samples import Rows, bandwidths, gather_rows
-from fastheads.ops.dispatch import MAX_DOMAINS, MMD_NAMES, SMALL, check_impl, choose_mmd, looked_at
+from fastheads.ops.dispatch import MAX_DOMAINS, MMD_NAMES, SMALL, SMALL_PRESETS, check_impl, choose_mmd, looked_at
 from fastheads.reference import PRESETS
 
 
@@ -169,7 +169,9 @@ def _mmd(
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction: got {reduction!r}; takes "mean" or "none"')
     x = features.unsqueeze(0) if features.dim() == 2 else features
-    small = reduction == "mean" and pair_weights is None and group is None and x.shape[1] <= SMALL and x.numel() > 0
+    known = not isinstance(kernel, str) or kernel in SMALL_PRESETS or PRESETS[kernel].of == "nothing"
+    small = known and reduction == "mean" and pair_weights is None and group is None
+    small = small and x.shape[1] <= SMALL and x.numel() > 0
     if gate is not None and not (small and choose_mmd(impl, x, min(num_domains or 1, x.shape[1])) == "triton"):
         x = (x.unflatten(2, (gate.shape[1], -1)) * gate[:, None, :, None].to(x.dtype)).flatten(2)
         gate = None
@@ -211,7 +213,7 @@ def _small(
     gate: Tensor | None = None,
 ) -> Tensor:
     """The MMD of every layer `[L]` in one Triton launch, which finds a preset's bandwidths itself."""
-    if isinstance(kernel, str) and PRESETS[kernel].of != "nothing":
+    if isinstance(kernel, str) and kernel in SMALL_PRESETS:
         return ops.mmd_small(x, domains, num_domains=num_domains, preset=kernel, estimator=estimator, gate=gate)
     gammas, powers = bandwidths(x, kernel)  # constants: of no features
     return ops.mmd_small(

@@ -195,6 +195,7 @@ _remembered = functools.lru_cache(maxsize=1024)(_choose)
 
 MMD_NAMES = ("triton", "cpu", "reference")
 SMALL = 128  # samples, up to which one Triton launch does everything
+SMALL_PRESETS = ("adaptive", "dan")  # whose bandwidths it takes from the features itself
 MAX_DOMAINS = 64  # of the Triton kernels, and above which `mmd` numbers only the domains that occur
 
 

@@ -10,6 +10,7 @@ import fastheads
 from fastheads import reference
 from fastheads.capture import CapturedHeads
 from fastheads.kernels.launch import launching
+from fastheads.losses.discrepancy import _mmd
 from fastheads.ops import kernel_sums, mmd_fused
 from fastheads.ops import mmd as operator
 
@@ -62,6 +63,21 @@ def test_opcheck_of_the_one_launch(gate):
     x = x.requires_grad_() if gate is None else x
     arguments = (x, domains, 3, "adaptive", None, [], "biased", gates, True)
     torch.library.opcheck(torch.ops.fastheads.mmd_small.default, arguments)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_preset_of_which_the_one_launch_knows_nothing(gated, monkeypatch):
+    """A line in PRESETS is all that a preset needs, on a GPU too."""
+    monkeypatch.setitem(
+        reference.PRESETS, "three", reference.Preset("mean square", (3.0, 1.5, 0.4), "biased", (0, 2, 0))
+    )
+    x, domains = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0)), labels(5, 7)
+    gate = torch.tensor([[0.5, 1.5], [2.0, 1.0]]) if gated else None
+    got, right = (
+        _mmd(t, domains, gate, num_domains=2, kernel="three", impl=impl)
+        for t, impl in ((x, "triton"), (x.double(), "reference"))
+    )
+    assert float(got) == pytest.approx(float(right), rel=1e-5)
 
 
 def test_what_triton_cannot_compute_is_refused_in_words():
