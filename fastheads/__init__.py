@@ -12,7 +12,7 @@ from fastheads.capture import capture_heads
 from fastheads.config import HeadConfig
 from fastheads.folding import merge, wise_ft
 from fastheads.losses import class_text_weights, context_kl, context_text_weights, head_mmd, mmd
-from fastheads.patched import (
+from fastheads.model import (
     adapter_state_dict,
     base_state_dict,
     gate_parameters,

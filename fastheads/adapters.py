@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from fastheads.config import HeadConfig
 from fastheads.files import write_whole
 from fastheads.hosts.wrappers import refuse_peft, unwrap
-from fastheads.nn import HeadLoRA
-from fastheads.patched import (
+from fastheads.model import (
     adapter_state_dict,
     base_state_dict,
     first_few,
@@ -27,7 +26,8 @@ from fastheads.patched import (
     replace_tensors,
     trained_beside,
 )
-from fastheads.patched.base import base_hash, describe, differences, gathered
+from fastheads.model.base import base_hash, describe, differences, gathered
+from fastheads.nn import HeadLoRA
 from fastheads.patching import explain, patch, take_out
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

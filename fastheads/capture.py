@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastheads.hosts import Tower, find_tower
 from fastheads.hosts.wrappers import unwrap
+from fastheads.model import head_modules
 from fastheads.nn import HeadLoRA
-from fastheads.patched import head_modules
 from fastheads.reference import GATES
 
 

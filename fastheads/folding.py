@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.hosts.wrappers import plain_names, plain_state, refuse_peft, refuse_wrapped, unwrap
+from fastheads.model import is_patched, original_of, patched_attentions, patched_models, written
 from fastheads.nn import HeadAttention
-from fastheads.patched import is_patched, original_of, patched_attentions, patched_models, written
 from fastheads.patching import take_out
 from fastheads.reference import up_matrix
 

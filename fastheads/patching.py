@@ -15,9 +15,7 @@ from fastheads import ops
 from fastheads.config import HeadConfig
 from fastheads.hosts import Host, find_tower, host_of
 from fastheads.hosts.wrappers import plain_names, refuse_foreign, refuse_wrapped, unwrap
-from fastheads.nn import FrozenWatch, HeadAttention, HeadLoRA, head_class
-from fastheads.ops import native
-from fastheads.patched import (
+from fastheads.model import (
     first_few,
     forget,
     head_modules,
@@ -28,6 +26,8 @@ from fastheads.patched import (
     restore,
     written,
 )
+from fastheads.nn import FrozenWatch, HeadAttention, HeadLoRA, head_class
+from fastheads.ops import native
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _check_towers(args: argparse.Namespace) -> None:
     import open_clip
 
     from fastheads.patching import explain
-    from fastheads.train.objectives import METHODS
+    from fastheads.train.methods import METHODS
 
     name = _model_name(args)
     try:
@@ -192,7 +192,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
     from fastheads.train.data.images import UnreadableImageError
     from fastheads.train.evaluation import make_problem
     from fastheads.train.experiment import is_main_process, run_experiment
-    from fastheads.train.objectives import METHODS
+    from fastheads.train.methods import METHODS
     from fastheads.train.progress import phase
     from fastheads.train.recipe import Recipe, check_run
 
@@ -316,7 +316,7 @@ def _merge(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     import fastheads
     from fastheads.adapters import read_adapter
-    from fastheads.patched import first_few
+    from fastheads.model import first_few
     from fastheads.reference import GATES
 
     if args.adapter is None:

@@ -94,7 +94,7 @@ def images_of(
 def check_sources(args: argparse.Namespace, folders: DomainFolders, targets: Sequence[str]) -> None:
     """That each target's sources can be split, and hold enough for a linear probe; an MMD of one domain is said."""
     from fastheads.train.evaluation import source_splits
-    from fastheads.train.objectives import METHODS
+    from fastheads.train.methods import METHODS
 
     probe = "linear-probe" in args.method
     gated = [name for name in args.method if METHODS[name].mmd and args.mmd_weight]

@@ -20,7 +20,7 @@ from fastheads.train.data.batches import clip_transforms
 from fastheads.train.data.domains import DomainFolders, read_domains
 from fastheads.train.evaluation import Problem, make_problem
 from fastheads.train.experiment import device, run_experiment, run_method, versions, write_json
-from fastheads.train.objectives import METHODS
+from fastheads.train.methods import METHODS
 from fastheads.train.progress import Bars
 from fastheads.train.recipe import Recipe
 from fastheads.train.report.page import write_report

@@ -4,7 +4,7 @@ Both operators are told in the same order:
 
 | | head attention | kernel sums and MMD |
 |---|---|---|
-| formula | `reference/attention.py` | `reference/losses.py` |
+| formula | `reference/attention.py` | `reference/mmd.py` |
 | schema, fakes, autograd, the function to call | `head_attention.py` | `mmd.py` |
 | choice | `dispatch.choose` | `dispatch.choose_mmd` |
 | implementations | `fused.py`, of parts: `kernels/`, `cpu.py` | `mmd.py`, of parts: `kernels/`, `native.py` (`csrc/`) |

@@ -17,21 +17,17 @@ from fastheads.reference.attention import (
     softmax_gate,
     up_matrix,
 )
-from fastheads.reference.losses import (
-    PRESETS,
-    Preset,
-    centred,
-    constants,
-    context_kl,
+from fastheads.reference.bandwidths import PRESETS, Preset, constants, kernel_gammas
+from fastheads.reference.context import context_kl
+from fastheads.reference.mmd import (
     in_domain,
     is_counted,
-    kernel_gammas,
     kernel_sums,
     mmd_from_sums,
     mmd_weights,
     squared_distances,
 )
-from fastheads.reference.precision import autocast_off, compute_dtype, transformed, widened
+from fastheads.reference.precision import autocast_off, centred, compute_dtype, transformed, widened
 
 __all__ = [
     "PRESETS",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastheads.train.evaluation import Problem
-from fastheads.train.objectives import Method
+from fastheads.train.methods import Method
 from fastheads.train.recipe import Recipe
 
 # How a user names what a run depends on; a number of the recipe is named by its option.

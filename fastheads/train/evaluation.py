@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from fastheads.losses.context import class_text_weights, context_text_weights, evaluating, fill
 from fastheads.train.data.batches import Images, Split, Transform, evaluation_loader, split, training_loader
 from fastheads.train.data.domains import DomainFolders
-from fastheads.train.objectives import class_logits
+from fastheads.train.methods import class_logits
 from fastheads.train.progress import phase
 from fastheads.train.recipe import Recipe
 

@@ -28,12 +28,12 @@ from fastheads.adapters import save_adapter
 from fastheads.files import whole, write_whole
 from fastheads.folding import merge, wise_ft
 from fastheads.hosts import find_tower
-from fastheads.patched import is_patched
+from fastheads.model import is_patched
 from fastheads.train.data.domains import DomainFolders
 from fastheads.train.earlier import earlier_run, hashes, run_key
 from fastheads.train.evaluation import Problem, fit_probe, image_features, score
 from fastheads.train.loop import Report, fit, trainable
-from fastheads.train.objectives import METHODS, Method
+from fastheads.train.methods import METHODS, Method
 from fastheads.train.recipe import Recipe
 
 WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the original too

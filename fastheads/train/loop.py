@@ -19,11 +19,11 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastheads.patched import gate_parameters, gates, is_patched, lora_parameters
+from fastheads.model import gate_parameters, gates, is_patched, lora_parameters
 from fastheads.patching import patch
 from fastheads.train.earlier import check_state, corrupt, hashes, run_key, saved_state
 from fastheads.train.evaluation import Problem, score
-from fastheads.train.objectives import ImageEncoder, Method, Objective
+from fastheads.train.methods import ImageEncoder, Method, Objective
 from fastheads.train.recipe import Recipe, check_run
 
 Report = Callable[[dict[str, Any]], None]

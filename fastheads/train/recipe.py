@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fastheads.reference import PRESETS
-from fastheads.train.objectives import Method
+from fastheads.train.methods import Method
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import torch
 
 from fastheads.train.loop import fit, trainable
-from fastheads.train.objectives import METHODS
+from fastheads.train.methods import METHODS
 
 
 def train_on_rank(rank, world, port, base, problem, recipe, out):

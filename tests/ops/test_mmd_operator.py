@@ -233,7 +233,7 @@ def test_nothing_of_n_times_n_is_allocated(impl, monkeypatch):
         pytest.skip("Triton's launchers want tensors on the GPU")
     limit = 2**15
     monkeypatch.setattr(module, "WORKSPACE", limit)
-    monkeypatch.setattr(reference.losses, "BLOCK", limit)
+    monkeypatch.setattr(reference.mmd, "BLOCK", limit)
     peaks = []
     for N in (300, 600):
         with Live() as live:
@@ -252,7 +252,7 @@ def test_little_is_saved_for_the_backward_pass():
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reference.losses, "BLOCK", 2**17)
+            patch.setattr(reference.mmd, "BLOCK", 2**17)
             mmd(x, dom, kernel="domainbed", impl=impl)
         held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
         assert sum(held.values()) <= 40 * x.numel() * 4, impl
@@ -282,7 +282,7 @@ def test_blocks_of_the_reference_change_nothing(block, offset, second, monkeypat
     if offset == 2:
         x = y[:, 2:13]
     want = reference_results(x, y, offset, second)
-    monkeypatch.setattr(reference.losses, "BLOCK", block)
+    monkeypatch.setattr(reference.mmd, "BLOCK", block)
     for i, (a, b) in enumerate(zip(reference_results(x, y, offset, second), want, strict=True)):
         close(a, b, what=f"result {i}")
 
@@ -290,13 +290,13 @@ def test_blocks_of_the_reference_change_nothing(block, offset, second, monkeypat
 def test_blocks_of_the_reference_without_gradients(monkeypatch):
     x, dom = randn(2, 11, 3), labels(5, 6)
     want = reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0)
-    monkeypatch.setattr(reference.losses, "BLOCK", 1)
+    monkeypatch.setattr(reference.mmd, "BLOCK", 1)
     with torch.no_grad():
         close(reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0), want)
     close(reference.kernel_sums(x, dom, x, dom, 2, gammas_of(2), 0), want)
 
 
 def test_blocks_of_the_reference_pass_gradcheck(monkeypatch):
-    monkeypatch.setattr(reference.losses, "BLOCK", 1)
+    monkeypatch.setattr(reference.mmd, "BLOCK", 1)
     x, dom = leaf(randn(1, 5, 2)), labels(2, 3)
     assert gradgradcheck(lambda x: reference.kernel_sums(x, dom, x, dom, 2, gammas_of(1), 0), [x])

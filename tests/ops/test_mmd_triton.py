@@ -10,7 +10,7 @@ import fastheads
 from fastheads import reference
 from fastheads.capture import CapturedHeads
 from fastheads.kernels.launch import launching
-from fastheads.losses.discrepancy import _mmd
+from fastheads.losses.mmd_loss import _mmd
 from fastheads.ops import kernel_sums, mmd_fused
 from fastheads.ops import mmd as operator
 

@@ -8,7 +8,7 @@ from processes import free_port, on_ranks
 from ranks import train_on_rank
 
 from fastheads.train.loop import fit, trainable
-from fastheads.train.objectives import METHODS
+from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe
 
 RECIPE = Recipe(steps=3, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=3, save_every=2)

@@ -20,7 +20,7 @@ from fastheads.demo import run as demo
 from fastheads.demo.pretrain import MODEL
 from fastheads.train import experiment
 from fastheads.train.data.domains import read_domains
-from fastheads.train.objectives import METHODS
+from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe
 from fastheads.train.report.page import write_report
 

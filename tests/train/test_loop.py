@@ -12,7 +12,7 @@ from training import ONE_STEP, RECIPE, weights
 import fastheads
 from fastheads.train.evaluation import Score, fit_probe, score, source_splits
 from fastheads.train.loop import fit, prepare, trainable
-from fastheads.train.objectives import METHODS
+from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe, check_run
 
 

@@ -18,7 +18,7 @@ from training import ONE_STEP, RECIPE, weights
 from fastheads.cli.arguments import parser
 from fastheads.train.earlier import run_key
 from fastheads.train.loop import fit
-from fastheads.train.objectives import METHODS
+from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ from fastheads.config import HeadConfig
 from fastheads.hosts import find_tower
 from fastheads.losses import context_kl, head_mmd
 from fastheads.losses.context import evaluating
-from fastheads.patched import is_patched
+from fastheads.model import is_patched
 from fastheads.patching import disabled
 
 

@@ -1,6 +1,6 @@
 """What is known of a patched model: its layers and adapters, what it remembers of the original, its base."""
 
-from fastheads.patched.state import (
+from fastheads.model.patched import (
     adapter_state_dict,
     base_state_dict,
     first_few,

@@ -276,7 +276,7 @@ def test_an_ema_whose_rounding_moves_the_base_is_saved_for_that_base(tmp_path):
 
 
 def test_fingerprints_see_any_changed_element_of_any_dtype():
-    from fastheads.patched.state import fingerprint
+    from fastheads.model.patched import fingerprint
 
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool):
         for shape in ((), (1,), (7,), (5, 3), (16, 8)):

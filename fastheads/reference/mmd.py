@@ -1,45 +1,14 @@
-"""Kernel sums, the MMD made of them, and CAR-FT's context KL. Differentiable by autograd; at least float32."""
+"""Kernel sums, and the MMD made of them. Differentiable by autograd; at least float32."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastheads.reference.precision import autocast_off, transformed, widened
+from fastheads.reference.precision import autocast_off, centred, transformed, widened
 
 BLOCK = 2**24  # pairs of samples of all layers at a time in `kernel_sums`: 64 MB in float32
-
-
-class Preset(NamedTuple):
-    """A convention of the MMD under a name.
-
-    of: what the bandwidths are of: "nothing" (numbers are the gammas), "mean square" (gamma = 1 / (2 number σ²)), or
-    "mean square of pairs" (gamma = 1 / (number bw)); see `kernel_gammas`. numbers: in order of growing gamma.
-    estimator: its own. powers: how each kernel follows from the one before: 0 is an exponential of its own, 2 or 10
-    that power of the one before. Powers multiply the relative error of an exponential: no chain is longer than 10.
-    """
-
-    of: str
-    numbers: tuple[float, ...]
-    estimator: str
-    powers: tuple[int, ...]
-
-
-PRESETS = {
-    "domainbed": Preset("nothing", (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3), "biased", (0, 10, 0, 10, 0, 10, 0)),
-    "adaptive": Preset("mean square", (2.0, 1.0, 0.5, 0.25, 0.125), "unbiased", (0, 2, 2, 0, 2)),  # TLlib
-    "dan": Preset("mean square of pairs", (16.0, 8.0, 4.0, 2.0, 1.0), "biased", (0, 2, 2, 0, 2)),  # the common snippet
-}
-
-
-def constants(values: Sequence[float], like: Tensor) -> Tensor:
-    """`[U]` in like's dtype on its device, by fills: a tensor made of a list is copied from the host, which waits."""
-    return torch.stack([like.new_full((), value) for value in values])
 
 
 def in_domain(domains: Tensor, num_domains: int) -> Tensor:
@@ -50,26 +19,6 @@ def in_domain(domains: Tensor, num_domains: int) -> Tensor:
 def is_counted(domains: Tensor, num_domains: int) -> Tensor:
     """`[N]`, True for samples with an id in 0 … S-1: what the losses are of. The others count nowhere."""
     return (domains >= 0) & (domains < num_domains)
-
-
-def centred(x: Tensor, counted: Tensor | None = None) -> Tensor:
-    """x `[..., N, D]` minus a constant near its mean: distances stay, rounding does not grow with the offset.
-
-    The first row goes first, so that identical rows become exactly zero. counted: `[N]`; rows that are not have no part
-    in the mean, and become zero, whatever they held.
-    """
-    if not x.shape[-2]:
-        return x
-    with torch.no_grad():
-        if counted is None:
-            first = x[..., :1, :]
-            shift = (x - first).mean(-2, keepdim=True)
-        else:
-            first = x.index_select(-2, counted.to(torch.uint8).argmax(-1, keepdim=True))
-            inside = (x - first).masked_fill(~counted.unsqueeze(-1), 0)
-            shift = inside.sum(-2, keepdim=True) / counted.sum().clamp_min(1)
-    centred = (x - first) - shift
-    return centred if counted is None else centred.masked_fill(~counted.unsqueeze(-1), 0)
 
 
 def _centred_together(x: Tensor, y: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -140,47 +89,6 @@ def kernel_sums(
     return torch.stack(sums).sum(0)
 
 
-def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor, counted: Tensor | None = None) -> Tensor:
-    """The bandwidths γ `[L, U]` of a preset, detached, for features `[L, N, D]`, at least float32.
-
-    counted: `[N]`, the samples they are taken over; None: all.
-
-    - `"domainbed"`: 1e-3 … 1e3, seven values.
-    - `"adaptive"` (TLlib): `γ_u = 1 / (2 α_u σ²)`, α from 2 down to 1/8; σ² the mean squared distance over all pairs of
-      all samples, the zero diagonal included.
-    - `"dan"` (the common snippet): `γ_i = 1 / (bw·2^i)`, i = 4 … 0, `bw = Σd² / (n² − n) / 4`.
-    - numbers: these, for every layer.
-
-    `Σd² = 2n Σ‖x_i − x̄‖²` needs no pass over pairs. It is bounded below by what the features' own rounding resolves, so
-    that identical features give a finite kernel.
-    """
-    with torch.no_grad(), autocast_off(features):
-        x = widened(features.detach())
-        L, n, _ = x.shape
-        if isinstance(kernel, Tensor):
-            return kernel.detach().to(x).reshape(1, -1).expand(L, -1)
-        if not isinstance(kernel, str):
-            return constants(kernel, x).expand(L, -1)
-        if kernel not in PRESETS:
-            takes = ", ".join(map(repr, PRESETS))
-            raise ValueError(f"kernel: got {kernel!r}; takes {takes} or a sequence of gammas")
-        preset = PRESETS[kernel]
-        numbers = constants(preset.numbers, x)
-        if preset.of == "nothing":
-            return numbers.expand(L, -1)
-        size: Tensor | int = max(n, 1)
-        if counted is not None:
-            x = x.masked_fill(~counted.unsqueeze(-1), 0)
-            size = counted.sum().clamp_min(1).to(x.dtype)
-        eps = torch.finfo(x.dtype).eps
-        floor = eps * eps * x.square().sum(-1).sum(-1) / size + torch.finfo(torch.float32).tiny * 1e6
-        mean_square = torch.maximum(2 / size * centred(x, counted).square().sum((-2, -1)), floor)  # [L]
-        if preset.of == "mean square":
-            return 1 / (2 * mean_square.unsqueeze(-1) * numbers)
-        pairs = size / (size - 1).clamp_min(1) if isinstance(size, Tensor) else size / max(size - 1, 1)
-        return 1 / (mean_square.unsqueeze(-1) * pairs / 4 * numbers)
-
-
 def mmd_from_sums(K: Tensor, counts: Tensor, num_kernels: int, estimator: str) -> Tensor:
     """MMD² of every pair of domains, `[L, S, S]`, from the kernel sums of one sample set with itself.
 
@@ -229,26 +137,3 @@ def mmd_weights(
         within = own / (n * (n - 1)).clamp_min(1)
         constant = -num_kernels * (within * n).sum()
     return torch.diag(within) - pairs / (n.unsqueeze(1) * n).clamp_min(1), constant
-
-
-def context_kl(
-    features: Tensor, teacher_features: Tensor, context_weights: Tensor, logit_scale: float | Tensor
-) -> Tensor:
-    """CAR-FT's loss: `KL( p_ctx of the original encoder ‖ p_ctx of the tuned one )`, mean over the batch.
-
-        p_ctx(x) = softmax(logit_scale · f(x) W_ctxᵀ), f L2-normalised
-
-    Args:
-        features, teacher_features: `[B, E]` of the tuned and of the original image encoder; no gradient to the latter.
-        context_weights: `[C, E]`, normalised.
-        logit_scale: the factor itself (100 for CLIP), not its logarithm. Without it the softmax is near uniform and
-            the loss near zero.
-
-    Source: CAR-FT (arXiv 2211.16175).
-    """
-    with autocast_off(features):
-        w = widened(context_weights)
-        student = F.normalize(widened(features), dim=-1) @ w.to(widened(features).dtype).T
-        teacher = F.normalize(widened(teacher_features.detach()), dim=-1) @ w.to(widened(teacher_features).dtype).T
-        student, teacher = (logit_scale * student).log_softmax(-1), (logit_scale * teacher).log_softmax(-1)
-        return F.kl_div(student, teacher.to(student.dtype), reduction="batchmean", log_target=True)

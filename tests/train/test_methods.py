@@ -7,7 +7,7 @@ import torch
 
 import fastheads
 from fastheads.train.loop import prepare, trainable
-from fastheads.train.objectives import METHODS, ImageEncoder, Objective, class_logits, original_features
+from fastheads.train.methods import METHODS, ImageEncoder, Objective, class_logits, original_features
 
 
 def images(n=6):

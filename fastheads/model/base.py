@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastheads.hosts import find_tower
 from fastheads.hosts.wrappers import plain_names
-from fastheads.patched.state import is_patched, original_of
+from fastheads.model.patched import is_patched, original_of
 
 
 def gathered(tensor: Tensor) -> Tensor:

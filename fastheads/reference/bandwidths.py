@@ -1,0 +1,79 @@
+"""The bandwidths of the MMD's kernels: presets under the names of their conventions, and the gammas they give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastheads.reference.precision import autocast_off, centred, widened
+
+
+class Preset(NamedTuple):
+    """A convention of the MMD under a name.
+
+    of: what the bandwidths are of: "nothing" (numbers are the gammas), "mean square" (gamma = 1 / (2 number σ²)), or
+    "mean square of pairs" (gamma = 1 / (number bw)); see `kernel_gammas`. numbers: in order of growing gamma.
+    estimator: its own. powers: how each kernel follows from the one before: 0 is an exponential of its own, 2 or 10
+    that power of the one before. Powers multiply the relative error of an exponential: no chain is longer than 10.
+    """
+
+    of: str
+    numbers: tuple[float, ...]
+    estimator: str
+    powers: tuple[int, ...]
+
+
+PRESETS = {
+    "domainbed": Preset("nothing", (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3), "biased", (0, 10, 0, 10, 0, 10, 0)),
+    "adaptive": Preset("mean square", (2.0, 1.0, 0.5, 0.25, 0.125), "unbiased", (0, 2, 2, 0, 2)),  # TLlib
+    "dan": Preset("mean square of pairs", (16.0, 8.0, 4.0, 2.0, 1.0), "biased", (0, 2, 2, 0, 2)),  # the common snippet
+}
+
+
+def constants(values: Sequence[float], like: Tensor) -> Tensor:
+    """`[U]` in like's dtype on its device, by fills: a tensor made of a list is copied from the host, which waits."""
+    return torch.stack([like.new_full((), value) for value in values])
+
+
+def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor, counted: Tensor | None = None) -> Tensor:
+    """The bandwidths γ `[L, U]` of a preset, detached, for features `[L, N, D]`, at least float32.
+
+    counted: `[N]`, the samples they are taken over; None: all.
+
+    - `"domainbed"`: 1e-3 … 1e3, seven values.
+    - `"adaptive"` (TLlib): `γ_u = 1 / (2 α_u σ²)`, α from 2 down to 1/8; σ² the mean squared distance over all pairs of
+      all samples, the zero diagonal included.
+    - `"dan"` (the common snippet): `γ_i = 1 / (bw·2^i)`, i = 4 … 0, `bw = Σd² / (n² − n) / 4`.
+    - numbers: these, for every layer.
+
+    `Σd² = 2n Σ‖x_i − x̄‖²` needs no pass over pairs. It is bounded below by what the features' own rounding resolves, so
+    that identical features give a finite kernel.
+    """
+    with torch.no_grad(), autocast_off(features):
+        x = widened(features.detach())
+        L, n, _ = x.shape
+        if isinstance(kernel, Tensor):
+            return kernel.detach().to(x).reshape(1, -1).expand(L, -1)
+        if not isinstance(kernel, str):
+            return constants(kernel, x).expand(L, -1)
+        if kernel not in PRESETS:
+            takes = ", ".join(map(repr, PRESETS))
+            raise ValueError(f"kernel: got {kernel!r}; takes {takes} or a sequence of gammas")
+        preset = PRESETS[kernel]
+        numbers = constants(preset.numbers, x)
+        if preset.of == "nothing":
+            return numbers.expand(L, -1)
+        size: Tensor | int = max(n, 1)
+        if counted is not None:
+            x = x.masked_fill(~counted.unsqueeze(-1), 0)
+            size = counted.sum().clamp_min(1).to(x.dtype)
+        eps = torch.finfo(x.dtype).eps
+        floor = eps * eps * x.square().sum(-1).sum(-1) / size + torch.finfo(torch.float32).tiny * 1e6
+        mean_square = torch.maximum(2 / size * centred(x, counted).square().sum((-2, -1)), floor)  # [L]
+        if preset.of == "mean square":
+            return 1 / (2 * mean_square.unsqueeze(-1) * numbers)
+        pairs = size / (size - 1).clamp_min(1) if isinstance(size, Tensor) else size / max(size - 1, 1)
+        return 1 / (mean_square.unsqueeze(-1) * pairs / 4 * numbers)
