@@ -46,68 +46,49 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Contests:
-    """The rows so far; of each group its judge, and of the case at hand its baseline's trial."""
+    """The rows so far; of each group its judge, of the case at hand its baseline's trial."""
 
     def __init__(self, size: str) -> None:
         self.size, self.rows = size, list[Row]()
         self.words: dict[tuple[str, str], str] = {}
         self._judges: dict[str, Judge] = {}
-        self._baseline: tuple[Any, Trial] | None = None
-
-    def baseline(self, group: Group, case: Any) -> Trial:
-        """Kept while the case lasts."""
-        key = (group.name, case)
-        if self._baseline is None or self._baseline[0] != key:
-            self._baseline = None
-            free()
-            self._baseline = key, group.named(group.baseline).tried(case)
-        return self._baseline[1]
+        self._baseline: dict[Any, Trial] = {}  # of one case: models don't lie beside each other
 
     def row(self, group: Group, case: Any, contender: Contender) -> Row:
         """Checks a contender and times it in turn with the group's baseline; raises NotRunError."""
         if contender.slow_start and self.size != "full":
             raise NotRunError(SLOW_START)
         verdict = self._judges.setdefault(group.name, Judge(group)).check(contender, case)
-        baseline, trial = self.baseline(group, case), contender.tried(case)
-        rounds = 1 if self.size == "rehearsal" else ROUNDS
-        runs = {"": trial.run, group.baseline: baseline.run}
-        times = compare(runs, case.device, rounds=rounds, sample_seconds=0, seconds=SECONDS)
-        median = times[""]["median"]
-        return Row(
-            group.name,
-            case.name,
-            contender.name,
-            **verdict._asdict(),
-            seconds=times[""],
-            baseline=group.baseline,
-            ratio=median / times[group.baseline]["median"],
-            per_second=trial.samples / median if trial.samples else None,
-            extra=case.extra(),
-            **trial.memory(case.device),
-        )
+        if (group.name, case) not in self._baseline:
+            self._baseline.clear()
+            free()
+            self._baseline[group.name, case] = group.named(group.baseline).tried(case)
+        trial, rounds = contender.tried(case), 1 if self.size == "rehearsal" else ROUNDS
+        runs = {"": trial.run, "baseline": self._baseline[group.name, case].run}
+        took, beside = compare(runs, case.device, rounds=rounds, sample_seconds=0, seconds=SECONDS).values()
+        found = {"seconds": took, "baseline": group.baseline, "ratio": took["median"] / beside["median"]}
+        found |= trial.memory(case.device) | {"extra": case.extra()} | verdict._asdict()
+        per_second = trial.samples / took["median"] if trial.samples else None
+        return Row(group.name, case.name, contender.name, per_second=per_second, **found)
 
 
 KEY = pytest.StashKey[Contests]()
 
 
-@pytest.fixture(scope="session")
-def _contests(request: pytest.FixtureRequest) -> Contests:
-    return request.config.stash.setdefault(KEY, Contests(_size(request.config)))
-
-
 @pytest.fixture
-def compete(_contests: Contests) -> Iterator[Callable[[Group, Any, Contender], None]]:
+def compete(request: pytest.FixtureRequest) -> Iterator[Callable[[Group, Any, Contender], None]]:
     """Notes the row of a contender, which fails the test where ours is wrong."""
+    contests = request.config.stash.setdefault(KEY, Contests(_size(request.config)))
 
     def run(group: Group, case: Any, contender: Contender) -> None:
-        _contests.words[group.name, contender.name] = contender.words
+        contests.words[group.name, contender.name] = contender.words
         try:
-            row = _contests.row(group, case, contender)
+            row = contests.row(group, case, contender)
         except NotRunError as error:
-            why = str(error)
-            _contests.rows.append(Row(group.name, case.name, contender.name, "not run", why, extra=case.extra()))
-            pytest.skip(why)
-        _contests.rows.append(row)
+            row = Row(group.name, case.name, contender.name, "not run", str(error), extra=case.extra())
+        contests.rows.append(row)
+        if row.status == "not run":
+            pytest.skip(row.why)
         assert row.status == "ok" or not contender.ours, f"{contender.name}: {row.why}"
 
     yield run

@@ -39,14 +39,6 @@ SHARES = (0, 0.25, 0.5, 0.75, 0.9)
 FINEST = 8  # the largest batch is found to within an eighth
 
 
-class OutOfMemoryError(Exception):
-    """Of the budget; its text says how much was asked for."""
-
-
-class NoTimeError(Exception):
-    """What is left of the sweep's time is not enough."""
-
-
 @dataclass
 class Sweep:
     """How a sweep runs. budget: bytes that a step may take, model included; None: what the device has.
@@ -80,7 +72,7 @@ class Sweep:
 def memory_error(error: BaseException) -> str | None:
     """What an error says of memory that ended; None where it is about something else."""
     text = first_line(error)
-    if isinstance(error, (OutOfMemoryError, torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return text or "out of memory"
     return text if "out of memory" in str(error) or "ALLOC_FAILED" in str(error) else None
 
@@ -120,10 +112,10 @@ def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, sta
         nonlocal ended
         before = max(seen, default=0)
         if seen and time.monotonic() + seen[before][0] * batch / before > deadline:
-            raise NoTimeError
+            raise NotRunError(sweep.no_time)
         try:
             if seen:
-                _within(sweep.budget, (seen[before][1].extra or {})["bytes"] * batch / before)
+                _within(sweep.budget, seen[before][1].extra["bytes"] * batch / before)
             seen[batch] = _point(sweep, replace(case, batch=batch), contender, where)
             sweep.say(f"  {where}, {contender.name}: batch {batch}, {seen[batch][1].per_second:,.1f} images/s")
         except Exception as error:
@@ -134,24 +126,21 @@ def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, sta
         free()
         return batch in seen
 
-    known = True
     try:
         largest(fits, start)
     except NotRunError as error:
         ended = str(error)
-    except NoTimeError:
-        ended, known = sweep.no_time, False
     free()
     for batch, (_, row) in sorted(seen.items()):
-        note = {"largest": known, "ended": ended} if batch == max(seen) else {}
-        sweep.rows.append(replace(row, extra={**(row.extra or {}), **note}))
+        note = {"largest": ended != sweep.no_time, "ended": ended} if batch == max(seen) else {}
+        sweep.rows.append(replace(row, extra={**row.extra, **note}))
     if not seen:
         sweep.left_out("batch sweep", where, [contender.name], start, ended)
 
 
 def _within(budget: int | None, needed: float) -> None:
     if budget is not None and needed > budget:
-        raise OutOfMemoryError(f"a step would take {needed / 1e9:.3g} GB, of {budget / 1e9:.3g} GB")
+        raise MemoryError(f"a step would take {needed / 1e9:.3g} GB, of {budget / 1e9:.3g} GB")
 
 
 def _point(sweep: Sweep, case: VisionCase, contender: Contender, where: str) -> tuple[float, Row]:
@@ -164,9 +153,9 @@ def _point(sweep: Sweep, case: VisionCase, contender: Contender, where: str) -> 
     needed = peak + sum(beside.values())
     _within(sweep.budget, needed)
     took = sweep.compare({"": made}, rounds=5)[""]
-    row = Row("batch sweep", where, contender.name, seconds=took, peak_bytes=peak, x=case.batch)
-    per_second, extra = case.batch / took["median"], {**case.extra(), "bytes": needed}
-    return time.monotonic() - started, replace(row, per_second=per_second, extra=extra)
+    own = {"per_second": case.batch / took["median"], "extra": {**case.extra(), "bytes": needed}}
+    row = Row("batch sweep", where, contender.name, seconds=took, peak_bytes=peak, x=case.batch, **own)
+    return time.monotonic() - started, row
 
 
 def sweep_module(
@@ -195,9 +184,9 @@ def sweep_module(
         last = time.monotonic() - started
         for name, took in times.items():
             ratio = took["median"] / times["stock"]["median"] if "stock" in times else None
-            peak = peak_bytes(trials[name].run, sweep.device)
-            row = Row(group, where, name, seconds=took, baseline="stock", ratio=ratio, peak_bytes=peak, x=x)
-            sweep.rows.append(replace(row, per_second=case.batch / took["median"], extra=case.extra()))
+            peak, per_second = peak_bytes(trials[name].run, sweep.device), case.batch / took["median"]
+            own = {"seconds": took, "baseline": "stock", "ratio": ratio, "peak_bytes": peak, "per_second": per_second}
+            sweep.rows.append(Row(group, where, name, x=x, extra=case.extra(), **own))
         sweep.say(f"  {where}, x = {x:g}: " + ", ".join(f"{n} {t['median'] * 1e3:.2f} ms" for n, t in times.items()))
         del trials
         free()

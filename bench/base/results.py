@@ -62,6 +62,11 @@ class Row:
         if self.status != "ok" and not self.why:
             raise ValueError(f"why: a contender that is {self.status!r} needs a reason")
 
+    @property
+    def median(self) -> float:
+        """Of its seconds, which it must have."""
+        return self.seconds["median"]
+
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     """The rows of each group and case, in the order in which they come."""

@@ -74,7 +74,7 @@ def _speed(row: Row | None) -> str:
 
 
 def _block(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def read_block(text: str, name: str) -> str:
@@ -82,12 +82,11 @@ def read_block(text: str, name: str) -> str:
     found = _block(name).search(text)
     if found is None:
         raise ValueError(f"no block <!-- {name} --> … <!-- end -->")
-    return found.group(0)[len(found.group(1)) : -len(found.group(2))]
+    return found.group(0)
 
 
 def write_block(file: Path, name: str, content: str) -> None:
     """Puts `content` into the block `name` of `file`."""
     text = file.read_text(encoding="utf-8")
     read_block(text, name)
-    filled = _block(name).sub(lambda m: m.group(1) + content.rstrip() + "\n" + m.group(2), text)
-    file.write_text(filled, encoding="utf-8")
+    file.write_text(_block(name).sub(lambda _: content.rstrip() + "\n", text), encoding="utf-8")

@@ -7,11 +7,6 @@ from dataclasses import dataclass
 TARGETS = 2  # q and v
 
 
-def published_ranks(layers: int) -> tuple[int, ...]:
-    """One per layer: 2, and 8 in the last two."""
-    return (2,) * (layers - 2) + (8,) * 2
-
-
 @dataclass(frozen=True)
 class Setting:
     """A model's image tower. config: OpenCLIP's name of it; "" where it is ours."""
@@ -34,7 +29,7 @@ class Setting:
         return self.width // self.head_dim
 
     def ranks(self) -> tuple[int, ...]:
-        return published_ranks(self.layers)
+        return self.shape(1).ranks()
 
     def shape(self, batch: int) -> Shape:
         return Shape(f"{self.name}, batch {batch}", batch, self.tokens, self.width, self.heads, self.layers)
@@ -52,7 +47,8 @@ class Shape:
     layers: int
 
     def ranks(self) -> tuple[int, ...]:
-        return published_ranks(self.layers)
+        """The published ones, one per layer: 2, and 8 in the last two."""
+        return (2,) * (self.layers - 2) + (8,) * 2
 
     @property
     def row(self) -> int:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,16 +59,6 @@ class Worker:
                 pipe.close()
         self.process.wait()
         self.log.close()
-
-
-@contextlib.contextmanager
-def workers(trees: Mapping[str, Path], cases: Path) -> Iterator[dict[str, Worker]]:
-    """Two for each of "base" and "head"."""
-    with contextlib.ExitStack() as stack:
-        started = {side: Worker(trees[side.split()[0]], cases) for side in SIDES}
-        for worker in started.values():
-            stack.callback(worker.close)
-        yield started
 
 
 @dataclass
@@ -124,7 +114,9 @@ def measure(
 ) -> list[Result]:
     """Each case in turn by two processes per tree."""
     found = []
-    with workers(trees, cases) as running:
+    with contextlib.ExitStack() as stack:
+        started = {side: Worker(trees[side.split()[0]], cases) for side in SIDES}
+        running = {side: stack.enter_context(contextlib.closing(worker)) for side, worker in started.items()}
         for name in names:
             result = Result(name)
             for side in ("base", "head"):
@@ -154,10 +146,10 @@ def check(trees: Mapping[str, Path], cases: Path, deadline: float = math.inf, **
     lines = [table(["case", "base ms", "head ms", "head / base", "noise", ""], [r.row() for r in latest])]
     for r in latest:
         lines += [f"{r.case}: {side} cannot run it: {why}" for side, why in r.missing.items()]
-    lines += [
-        f"{r.case}: head takes {r.ratio():.3f} × base's time, beyond the {r.noise():.3f} × that the same commit shows "
-        f"against itself, in {sum(r.case in [x.case for x in p] for p in passes)} of {len(passes)} passes"
-        for r in latest
-        if r.slower()
-    ]
+    for r in (r for r in latest if r.slower()):
+        beyond = (
+            f"{r.ratio():.3f} × base's time, beyond the {r.noise():.3f} × that the same commit shows against itself"
+        )
+        in_passes = sum(r.case in [x.case for x in p] for p in passes)
+        lines.append(f"{r.case}: head takes {beyond}, in {in_passes} of {len(passes)} passes")
     return "\n".join(lines), not any(r.verdict() in ("slower", "broken") for r in latest)

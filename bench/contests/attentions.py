@@ -125,9 +125,6 @@ class Plain(Attention):
     """HA-LoRA as one writes it in PyTorch: projection, the low-rank path beside it, SDPA, gate."""
 
     maths = "ha-lora"
-    lora_A: Tensor
-    lora_B: Tensor
-    theta: Tensor
 
     def heads(self, x: Tensor) -> Tensor:
         return gated(self.attend(*self.project(x)), softmax_gate(self.theta))
@@ -174,8 +171,7 @@ class Merged(Plain):
         with torch.autocast(x.device.type, enabled=False):
             for_q, for_v = torch.einsum("thdr,thrk->thdk", self.lora_B, self.lora_A).flatten(1, 2).unbind(0)
             weight = self.in_proj_weight + torch.cat((for_q, torch.zeros_like(for_q), for_v))
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.to(dtype)
-        return self.split(F.linear(x, weight.to(dtype), bias))
+        return self.split(F.linear(x, weight.to(dtype), self.in_proj_bias.to(dtype)))
 
 
 class _Factored(torch.autograd.Function):
@@ -185,7 +181,7 @@ class _Factored(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor, a: Tensor, up: Tensor) -> Tensor:
         """x `[M, D]`; a `[T, H·r, D]`, up `[T, D, H·r]` block-diagonal, both in x's dtype."""
         D = w.shape[1]
         y = F.linear(x, w, bias)
@@ -218,10 +214,9 @@ class Factored(Plain):
         dtype, (T, H, dh, r) = self.compute_dtype(x), self.lora_B.shape
         diagonal = torch.eye(H, device=x.device).view(1, H, 1, H, 1)
         up = (self.lora_B.unsqueeze(3) * diagonal).reshape(T, H * dh, H * r).to(dtype)
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.to(dtype)
-        flat = x.to(dtype).reshape(B * N, D)
+        weights = (t.to(dtype) for t in (self.in_proj_weight, self.in_proj_bias, self.lora_A.flatten(1, 2)))
         with torch.autocast(x.device.type, enabled=False):
-            y = _Factored.apply(flat, self.in_proj_weight.to(dtype), bias, self.lora_A.flatten(1, 2).to(dtype), up)
+            y = _Factored.apply(x.to(dtype).reshape(B * N, D), *weights, up)
         return self.split(y.view(B, N, 3 * D))
 
 
@@ -235,10 +230,6 @@ class LoraQKVO(Attention):
     """y = (W + B A) x for the input and the output projection."""
 
     maths = "lora qkvo"
-    in_A: Tensor
-    in_B: Tensor
-    out_A: Tensor
-    out_B: Tensor
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias) + low_rank(query, self.in_A, self.in_B)
@@ -250,8 +241,6 @@ class LoraQV(Attention):
     """y = (W + B A) x for the query and the value projection."""
 
     maths = "lora qv"
-    lora_A: Tensor
-    lora_B: Tensor
 
     def heads(self, x: Tensor) -> Tensor:
         each = list(F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
@@ -266,9 +255,10 @@ class ClipLora(LoraQV):
     """
 
     def heads(self, x: Tensor) -> Tensor:
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         each = []
-        for part, (weight, bias) in enumerate(zip(self.in_proj_weight.chunk(3), biases, strict=True)):
+        for part, (weight, bias) in enumerate(
+            zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        ):
             if part not in PARTS:
                 each.append(F.linear(x, weight, bias))
                 continue
@@ -277,8 +267,7 @@ class ClipLora(LoraQV):
             weight = weight.detach() + delta
             each.append(F.linear(x, weight, bias))
             weight.data -= delta.detach()
-        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in each)
-        return joined(self.attend(q, k, v))
+        return joined(self.attend(*(y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in each)))
 
 
 PLAIN = {kind.maths: kind for kind in (Attention, Plain, LoraQKVO, LoraQV)} | {"full": Attention}

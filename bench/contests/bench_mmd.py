@@ -74,10 +74,6 @@ def ours(x: Tensor, ids: Tensor, case: MMDCase, impl: str) -> Tensor:
     return mmd(x, ids, num_domains=case.domains, kernel=case.kernel, impl=impl)
 
 
-def formula(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
-    return ours(x, ids, case, "reference")
-
-
 def peers(x: Tensor, ids: Tensor, case: MMDCase, name: str) -> Tensor:
     """The mean over pairs of domains, layer by layer: none of the peers knows layers."""
     losses = [
@@ -146,7 +142,7 @@ def pair_by_pair(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
 def standard(case: MMDCase, maths: str) -> Trial:
     """The formula: `fastheads.reference`, or of the peers' mathematics in float32 the peer whose kernels they are."""
     if maths == "together":
-        return trial(case, formula)
+        return trial(case, functools.partial(ours, impl="reference"))
     own = next(name for name, peer in PEERS.items() if peer.kernel == case.kernel)
     return trial(case, pair_by_pair if case.exact else functools.partial(peers, name=own))
 

@@ -126,10 +126,8 @@ class Run:
     def collect(self, where: dict[str, Any], outcomes: dict[str, Outcome]) -> dict[str, Any]:
         """gpu.json's content, which is written: everything in the parts' files."""
         rows = [row for file in sorted(self.folder.glob("*.rows.json")) for row in results.read(file)[1]]
-        beside = {
-            file.name.split(".")[0]: json.loads(file.read_text(encoding="utf-8"))
-            for file in self.folder.glob("*.result.json")
-        }
+        files = {file.name.split(".")[0]: file for file in self.folder.glob("*.result.json")}
+        beside = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
         where = {**where, "rates": beside.pop("rates", None)}
         parts = {name: {k: v for k, v in asdict(o).items() if k != "output"} for name, o in outcomes.items()}
         beside |= {"parts": parts, "rehearsal": self.rehearse}
@@ -170,10 +168,7 @@ def read_junit(text: str) -> dict[str, Any]:
     failures, left = [], []
     for case in suite.iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
-        failures += [
-            {"test": name, "message": found.get("message", "")[:500]}
-            for found in case
-            if found.tag in ("failure", "error")
-        ]
+        broken = (found for found in case if found.tag in ("failure", "error"))
+        failures += [{"test": name, "message": found.get("message", "")[:500]} for found in broken]
         left += [name for found in case if found.get("message") == NO_TIME]
     return {"counts": counts, "failures": failures, "left": left}

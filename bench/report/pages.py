@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from bench.base.results import Row
 from bench.base.tables import contest_table, sweep_tables, table
 from bench.report.charts import AXES, chart_of
-from bench.report.sources import Source, by_machine, cases, is_ours, one_machine, roofline_shares, words, words_of
+from bench.report.sources import Source, by_machine, cases, is_ours, one_machine, roofline_shares, words
 from bench.report.targets import CHOSEN
 
 TITLES = {
@@ -101,7 +101,12 @@ def machine_section(found: Sequence[Source], folder: str) -> str:
         if rows[0].group != group:
             group = rows[0].group
             lines += [f"#### {TITLES[group]}", "", *picture(found, group)]
-        lines += [f"**{rows[0].case}** ({source.caption()})", "", contest_table(rows, words_of(rows)), ""]
+        lines += [
+            f"**{rows[0].case}** ({source.caption()})",
+            "",
+            contest_table(rows, {r.contender: words(r) for r in rows}),
+            "",
+        ]
     for source in found:
         for name in source.sweeps():
             lines += [f"#### Against the {AXES[name]}", "", *picture([source], name)]

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,8 @@ def sources(files: Sequence[Path]) -> list[Source]:
     found, seen = [], dict[tuple[str, str, str], str]()
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
-        named = (row for row in content.get("rows", ()) if is_shown(row.get("group", "")))
-        rows = tuple(Row(**row) for row in named)
+        groups = ((row.get("group", ""), row) for row in content.get("rows", ()))
+        rows = tuple(Row(**row) for group, row in groups if group in GROUPS or group.endswith(" sweep"))
         if not rows:
             continue  # of the compiler, of the roofline, or with a page of its own
         if content.get("rehearsal"):
@@ -65,19 +65,12 @@ def sources(files: Sequence[Path]) -> list[Source]:
     return found
 
 
-def is_shown(group: str) -> bool:
-    return group in GROUPS or group.endswith(" sweep")
-
-
 def one_machine(found: Sequence[Source], what: str) -> None:
     """Raises ValueError where the sources are of more than one machine."""
     first = found[0]
-    for other in found[1:]:
-        if other.machine != first.machine:
-            raise ValueError(
-                f"{what}: {first.name} was measured on {first.machine}, {other.name} on {other.machine}; "
-                "times of different machines do not go into one table"
-            )
+    for other in (s for s in found if s.machine != first.machine):
+        one, another = f"{first.name} was measured on {first.machine}", f"{other.name} on {other.machine}"
+        raise ValueError(f"{what}: {one}, {another}; times of different machines do not go into one table")
 
 
 def by_machine(found: Sequence[Source]) -> dict[str, list[Source]]:
@@ -106,10 +99,6 @@ def contenders() -> dict[tuple[str, str], Contender]:
 def words(row: Row) -> str:
     known = contenders().get((row.group, row.contender))
     return known.words if known else row.contender
-
-
-def words_of(rows: Iterable[Row]) -> dict[str, str]:
-    return {r.contender: words(r) for r in rows}
 
 
 def is_ours(row: Row) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.base.results import Row
 from bench.base.towers import BATCHES, SHAPES
+from bench.contests.contest import NotRunError
 from bench.roofline.chips import chip_of
 from bench.roofline.costs import cost
 from bench.roofline.passes import PATHS
@@ -43,32 +44,23 @@ class Target:
         return [self.where, self.what, f"{'≤' if self.at_most else '≥'} {self.limit:g}", shown, self.verdict()]
 
 
-class _MissingError(Exception):
-    """What a target needs is not among the rows; the text says what."""
-
-
 def _target(where: str, what: str, sign: str, limit: float, value: Callable[[], float]) -> Target:
     try:
         return Target(where, what, limit, sign == "≤", value())
-    except _MissingError as error:
+    except NotRunError as error:
         return Target(where, what, limit, sign == "≤", None, str(error))
 
 
-def _one(rows: Sequence[Row], group: str, name: str, **extra: Any) -> Row:
+def _value(rows: Sequence[Row], group: str, name: str, field: str, extra: Mapping[str, Any]) -> float:
+    """A field of the contender's row whose `extra` has these."""
     for row in rows:
-        own = row.extra or {}
-        if (row.group, row.contender) == (group, name) and all(own.get(k) == v for k, v in extra.items()):
+        if (row.group, row.contender) == (group, name) and extra.items() <= (row.extra or {}).items():
             if row.seconds is None:
-                raise _MissingError(f"{name}: {row.why or 'not timed'}")
-            return row
-    raise _MissingError(f"{name} has no row")
-
-
-def _field(row: Row, field: str) -> float:
-    value = row.seconds["median"] if field == "seconds" else getattr(row, field)
-    if value is None:
-        raise _MissingError(f"{row.contender} has no {field}")
-    return float(value)
+                raise NotRunError(f"{name}: {row.why or 'not timed'}")
+            if getattr(row, field) is None:
+                raise NotRunError(f"{name} has no {field}")
+            return float(getattr(row, field))
+    raise NotRunError(f"{name} has no row")
 
 
 def module_targets(rows: Sequence[Row], device: str, setting: str, precision: str) -> list[Target]:
@@ -78,7 +70,7 @@ def module_targets(rows: Sequence[Row], device: str, setting: str, precision: st
     def mean(name: str, field: str) -> float:
         """Over the tower's layers."""
         ranks, own = shape.ranks(), {"setting": setting, "precision": precision, "batch": shape.batch}
-        each = {rank: _field(_one(rows, "block", name, ranks=[rank], **own), field) for rank in set(ranks)}
+        each = {rank: _value(rows, "block", name, field, own | {"ranks": [rank]}) for rank in set(ranks)}
         return sum(each[rank] for rank in ranks) / len(ranks)
 
     def over_ours(name: str) -> float:
@@ -90,8 +82,8 @@ def module_targets(rows: Sequence[Row], device: str, setting: str, precision: st
     def share(reached: bool) -> float:
         chip = chip_of(device)
         if chip is None or ours not in PATHS:
-            raise _MissingError("no roofline for this chip")
-        return cost(ours, shape, [chip]).seconds(chip.name, reached) / mean(ours, "seconds")
+            raise NotRunError("no roofline for this chip")
+        return cost(ours, shape, [chip]).seconds(chip.name, reached) / mean(ours, "median")
 
     recompute = f"{ours}, recompute"
     return [
@@ -110,7 +102,7 @@ def step_target(rows: Sequence[Row], setting: str, precision: str) -> Target:
     where, ours = f"{SHAPES[setting].name}, {precision}: training step", CHOSEN[precision]
     own = {"setting": setting, "precision": precision, "batch": BATCHES[setting]}
     what = f"{ours} / the frozen model"
-    return _target(where, what, "≤", 1.03, lambda: _field(_one(rows, "model step", ours, **own), "ratio"))
+    return _target(where, what, "≤", 1.03, lambda: _value(rows, "model step", ours, "ratio", own))
 
 
 def mmd_targets(
@@ -119,12 +111,12 @@ def mmd_targets(
     layers, domains, each, width, _ = LARGE
 
     def of(name: str, case: tuple[Any, ...], field: str) -> float:
-        return _field(_one(rows, "mmd", name, **dict(zip(MMD, case, strict=True))), field)
+        return _value(rows, "mmd", name, field, dict(zip(MMD, case, strict=True)))
 
     def share() -> float:
         if not rates or "tf32" not in rates:
-            raise _MissingError("the matmul rate was not measured")
-        return 3 * layers * (domains * each) ** 2 * width / of("auto", LARGE, "seconds") / rates["tf32"]
+            raise NotRunError("the matmul rate was not measured")
+        return 3 * layers * (domains * each) ** 2 * width / of("auto", LARGE, "median") / rates["tf32"]
 
     def memory() -> float:
         features = 4 * layers * domains * each * width
@@ -132,7 +124,7 @@ def mmd_targets(
 
     def launches() -> float:
         if LAUNCHES not in profile:
-            raise _MissingError("no profile")
+            raise NotRunError("no profile")
         return float(sum(k["calls"] for k in profile[LAUNCHES]))
 
     paper, large = "12 layers × 36 × 768", "16,384 × 768"

@@ -8,6 +8,7 @@ R = T·H·r columns, for q and v.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from bench.base.towers import TARGETS, Shape
@@ -97,13 +98,11 @@ def _sdpa_backward(s: Shape) -> list[Pass]:
     ]
 
 
-def _gated(s: Shape) -> list[Pass]:
-    return [_sdpa(s), Pass("gate", 2 * s.row)]
-
-
-def _gated_backward(s: Shape) -> list[Pass]:
+def _adapted(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
+    """The module by PyTorch's operations, SDPA then the gate, with what adapts q and v after the projection."""
     gate = [Pass("gate: dO", 2 * s.row), Pass("gate: dO ∘ O", 3 * s.row), Pass("gate: its sum", s.row)]
-    return [*gate, *_sdpa_backward(s)]
+    attend = [_sdpa(s), Pass("gate", 2 * s.row)]
+    return _module(s, [_qkv(s), *forward, *attend], [*gate, *_sdpa_backward(s), *backward], saved)
 
 
 def floor(s: Shape, rank: int, arch: int = 80) -> Run:
@@ -121,13 +120,9 @@ def stock(s: Shape, rank: int, arch: int = 80) -> Run:
     into zeros of the size of all three, and these are summed. Copies that only some backends make are not counted.
     """
     copied = [Pass("bias add", 6 * s.row), Pass("q, k, v made contiguous", 6 * s.row)]
-    summed = [
-        Pass("dQ, dK, dV each into zeros", 3 * (3 + 2) * s.row),
-        Pass("their sum", 2 * 9 * s.row),
-        Pass("dQKV made contiguous", 6 * s.row),
-    ]
-    forward, backward = [_qkv(s), *copied, _sdpa(s)], [*_sdpa_backward(s), *summed, _qkv(s, DX)]
-    run = _module(s, forward, backward, 5 * s.row + s.lse)
+    summed = [Pass("dQ, dK, dV each into zeros", 3 * (3 + 2) * s.row), Pass("their sum", 2 * 9 * s.row)]
+    backward = [*_sdpa_backward(s), *summed, Pass("dQKV made contiguous", 6 * s.row), _qkv(s, DX)]
+    run = _module(s, [_qkv(s), *copied, _sdpa(s)], backward, 5 * s.row + s.lse)
     return run._replace(backward=[Pass("dO made contiguous", 2 * s.row), *run.backward])
 
 
@@ -153,20 +148,14 @@ def plain(s: Shape, rank: int, arch: int = 80) -> Run:
         _qkv(s, DX),
         Pass("dX summed", 3 * rows),
     ]
-    saved = 8 * s.row + low + images_up + s.lse
-    return _module(s, [_qkv(s), *forward, *_gated(s)], [*_gated_backward(s), *backward], saved)
+    return _adapted(s, forward, backward, 8 * s.row + low + images_up + s.lse)
 
 
 def merged(s: Shape, rank: int, arch: int = 80) -> Run:
     """W + s·B A formed under autograd, then the projection with a weight that wants its gradient."""
-    backward = [
-        Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv(s, DX),
-        _qkv(s, "dW"),
-        Pass("dA, dB from dW", 42 * s.weight, gemm=4 * TARGETS * s.weight * rank),
-    ]
-    saved = 6 * s.row + 6 * s.weight + s.lse
-    run = _module(s, [_qkv(s), *_gated(s)], [*_gated_backward(s), *backward], saved)
+    from_dw = Pass("dA, dB from dW", 42 * s.weight, gemm=4 * TARGETS * s.weight * rank)
+    backward = [Pass("dQ, dK, dV stacked", 6 * s.row), _qkv(s, DX), _qkv(s, "dW"), from_dw]
+    run = _adapted(s, [], backward, 6 * s.row + 6 * s.weight + s.lse)
     # delta of q and v, beside zeros for k, added, all in float32; rounded
     fold = Pass("W + s·B A", 82 * s.weight, gemm=2 * TARGETS * s.weight * rank)
     return run._replace(forward=[fold, *run.forward])
@@ -184,20 +173,16 @@ def factored(s: Shape, rank: int, arch: int = 80) -> Run:
         Pass("dB, each target", rows + low, gemm=up),
         Pass("dX += U A, each target", 2 * rows + low, gemm=up),
     ]
-    saved = 6 * s.row + low + s.lse
-    return _module(s, [_qkv(s), *forward, *_gated(s)], [*_gated_backward(s), *backward], saved)
+    return _adapted(s, forward, backward, 6 * s.row + low + s.lse)
 
 
 def peft(s: Shape, rank: int, arch: int = 80) -> Run:
     """PEFT 0.21's LoRA on nn.MultiheadAttention: weights merged before and unmerged after each call, dense dW."""
     forward, backward, saved = stock(s, rank)
     merging = [Pass("weights merged and unmerged", 240 * s.weight), Pass("x made contiguous", 2 * s.row)]
-    dw = [
-        _qkv(s, "dW"),
-        Pass("dW of out_proj", 2 * s.row + 2 * s.weight, gemm=s.product),
-        Pass("dA, dB from dW", 80 * s.weight),
-    ]
-    return Run([*merging, *forward], [*backward, *dw], saved + s.row + 8 * s.weight)
+    dw = [_qkv(s, "dW"), Pass("dW of out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)]
+    from_dw = Pass("dA, dB from dW", 80 * s.weight)
+    return Run([*merging, *forward], [*backward, *dw, from_dw], saved + s.row + 8 * s.weight)
 
 
 # Products [N, dh] × [dh, N] and exponentials [N, N] of attention's backward pass, as kernels/attention_bwd.py does it
@@ -217,8 +202,11 @@ def _project(s: Shape, rank: int) -> Pass:
     return Pass("projection and T, one product", bytes_, gemm=3 * s.product + s.low_product(rank))
 
 
-def _ours(s: Shape, rank: int, arch: int, delta: bool) -> Run:
-    """One product on `[W; A]`, then attention with the gate in its epilogue and, with `delta`, the deltas on chip."""
+def ours(s: Shape, rank: int, arch: int = 80, *, delta: bool) -> Run:
+    """One product, then attention with the gate in its epilogue.
+
+    stacked: on `[W'; A]`, the base stored in float32. delta: on `[W; A]`, stored in 16 bits, the deltas added on chip.
+    """
     low, deltas, dh, heads = s.low(rank), (DELTAS, rank) if delta else (), s.width // s.heads, s.batch * s.heads
     added, more = (low, s.low_product(rank)) if delta else (0, 0)
     work = loops.attention_fwd(arch, dh, s.tokens, *deltas) * heads
@@ -235,20 +223,10 @@ def _ours(s: Shape, rank: int, arch: int, delta: bool) -> Run:
     return _module(s, forward, backward, 5 * s.row + low + s.lse)
 
 
-def stacked(s: Shape, rank: int, arch: int = 80) -> Run:
-    """One product on `[W'; A]`, attention with the gate in its epilogue; the base stored in float32."""
-    return _ours(s, rank, arch, delta=False)
-
-
 def stacked_recompute(s: Shape, rank: int, arch: int = 80) -> Run:
     """`stacked`, keeping x, the projection's input and the log-sum-exp: the backward pass projects again."""
-    forward, backward, _ = stacked(s, rank, arch)
+    forward, backward, _ = ours(s, rank, arch, delta=False)
     return Run(forward, [_fold(s, rank, 4), _project(s, rank), *backward], 2 * s.row + s.lse)
-
-
-def delta(s: Shape, rank: int, arch: int = 80) -> Run:
-    """One product on `[W; A]`, W untouched; the attention kernel adds the delta on chip; the base stored in 16 bits."""
-    return _ours(s, rank, arch, delta=True)
 
 
 def one_pass(s: Shape, rank: int, arch: int = 80) -> Run:
@@ -259,11 +237,12 @@ def one_pass(s: Shape, rank: int, arch: int = 80) -> Run:
     kernel = Pass("projection, attention, gate", bytes_, attention=work.products, exp=work.exps, l2=l2)
     run = _module(s, [Pass("W, A in 16 bits", 18 * s.weight), kernel], [], 2 * s.row + s.lse)
     again = [_fold(s, rank, 4), _project(s, rank)]
-    return run._replace(backward=[*again, *delta(s, rank, arch).backward])
+    return run._replace(backward=[*again, *ours(s, rank, arch, delta=True).backward])
 
 
-EVERY = (floor, stock, plain, factored, merged, peft, stacked, stacked_recompute, delta, one_pass)
-PATHS = {path.__name__.replace("_recompute", ", recompute"): path for path in EVERY}
+PATHS = {path.__name__: path for path in (floor, stock, plain, factored, merged, peft)}
+PATHS |= {"stacked": partial(ours, delta=False), "stacked, recompute": stacked_recompute}
+PATHS |= {"delta": partial(ours, delta=True), "one_pass": one_pass}
 WORDS = {
     "floor": "frozen, no copies",
     "stock": "frozen, as OpenCLIP runs it",

@@ -71,15 +71,6 @@ def keops(x: Tensor, y: Tensor) -> Tensor:
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
-def _differences(n: int, D: int) -> int:
-    return 4 * (2 * n) ** 2 * D  # [2n, 2n, D], that their squares' backward needs
-
-
-def _blocks(n: int, D: int) -> int:
-    # three, of each its distances and exponentials, and in the backward pass as much again
-    return 4 * 3 * 2 * (len(DOMAINBED_GAMMAS) + 1) * n**2
-
-
 @dataclass(frozen=True)
 class Peer:
     """kernel: our preset that is the same. kept: the least bytes that a pair, `[n, D]` each, keeps at once."""
@@ -89,10 +80,12 @@ class Peer:
     kept: Callable[[int, int], int] = lambda n, D: 0  # not of concern
 
 
+# DomainBed keeps three blocks, of each its distances and exponentials, and in the backward pass as much again; the
+# other two differences, [2n, 2n, D], that their squares' backward needs.
 PEERS = {
-    "DomainBed": Peer(domainbed, "domainbed", _blocks),
-    "TLlib": Peer(tllib, "adaptive", lambda n, D: 5 * _differences(n, D)),
-    "DAN snippet": Peer(dan, "dan", _differences),
+    "DomainBed": Peer(domainbed, "domainbed", lambda n, D: 4 * 3 * 2 * (len(DOMAINBED_GAMMAS) + 1) * n**2),
+    "TLlib": Peer(tllib, "adaptive", lambda n, D: 5 * 4 * (2 * n) ** 2 * D),
+    "DAN snippet": Peer(dan, "dan", lambda n, D: 4 * (2 * n) ** 2 * D),
     "KeOps": Peer(keops, "domainbed"),
 }
 

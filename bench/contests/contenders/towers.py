@@ -67,9 +67,8 @@ def _with_peft(model: Any, ranks: Sequence[int]) -> Any:
     import peft
 
     pattern = {f"visual.transformer.resblocks.{i}.attn": rank for i, rank in enumerate(ranks)}
-    config = peft.LoraConfig(
-        r=min(ranks), lora_alpha=min(ranks), target_modules=list(pattern), rank_pattern=pattern, alpha_pattern=pattern
-    )
+    own = {"target_modules": list(pattern), "rank_pattern": pattern, "alpha_pattern": pattern}
+    config = peft.LoraConfig(r=min(ranks), lora_alpha=min(ranks), **own)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -94,8 +93,8 @@ def _missing(package: str) -> str:
 
 def xformers_why_not(case: Any) -> str:
     """Why xformers' attention cannot run here; empty where it can. It imports, with a warning, where it can't."""
-    if _missing("xformers"):
-        return _missing("xformers")
+    if missing := _missing("xformers"):
+        return missing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -109,11 +108,11 @@ def xformers_why_not(case: Any) -> str:
     return ""
 
 
+CLIP_LORA = "the backward pass reads a weight from which the delta was taken again"
 PEFT: dict[str, Any] = {"fault": "PEFT adds out_proj's delta twice", "why_not": lambda case: _missing("peft")}
 PLAIN = tower("plain", "plain-PyTorch HA-LoRA", "ha-lora", modules(attentions.Plain))
-XFORMERS = tower(
-    "xformers", "plain, with xformers' attention", "ha-lora", modules(attentions.XFormers), why_not=xformers_why_not
-)
+WITH_XFORMERS = modules(attentions.XFormers)
+XFORMERS = tower("xformers", "plain, with xformers' attention", "ha-lora", WITH_XFORMERS, why_not=xformers_why_not)
 COMPILED = tower("compiled", "torch.compile of the reference", "ha-lora", modules(attentions.Compiled), slow_start=True)
 TRAINING = (
     tower("stock", "stock OpenCLIP, frozen", "frozen", _stock),
@@ -123,13 +122,7 @@ TRAINING = (
     PLAIN,
     tower("peft", "PEFT LoRA (q, k, v, out)", "lora qkvo", _with_peft, **PEFT),
     tower("factored", "factored through cuBLAS, unsloth's way", "ha-lora", modules(attentions.Factored)),
-    tower(
-        "clip-lora",
-        "CLIP-LoRA's way (q, v), no dropout",
-        "lora qv",
-        modules(attentions.ClipLora),
-        fault="the backward pass reads a weight from which the delta was taken again",
-    ),
+    tower("clip-lora", "CLIP-LoRA's way (q, v), no dropout", "lora qv", modules(attentions.ClipLora), fault=CLIP_LORA),
     tower("merged", "merged weights through autograd", "ha-lora", modules(attentions.Merged)),
     XFORMERS,
     COMPILED,
