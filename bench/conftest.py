@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-import bench.base.checkout  # noqa: F401
 from bench.base import results
 from bench.base.results import Row
 from bench.base.tables import contest_table

@@ -1,8 +1,5 @@
 """The MMD on a CPU, forward and backward: times in turn, extra peak memory, growth with N and D, against other ways.
 
-    python -m bench.mmd --json bench/results/mmd-cpu.json --doc docs/results/mmd-cpu.md
-        --plot docs/results/mmd-growth.png
-
 Every ratio is of medians of the same run, the candidates taking turns. Memory is what a process of its own adds to its
 resident size at the most, gradient included, beyond the features. `--parts` measures some parts and leaves the file's
 others as they are.
@@ -10,6 +7,7 @@ others as they are.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -73,25 +71,20 @@ def product() -> Callable[[], Tensor]:
     return lambda: a @ a
 
 
-def rate_of(took: dict[str, float]) -> float:
-    """Operations per second of `product`."""
-    return 2 * PRODUCT**3 / took["median"]
-
-
-def reached(rate: float, seconds: float, shape: Shape) -> dict[str, Any]:
-    """The machine's rate, and what ours has of it: inner products of the pairs, their weights times the features."""
-    N, D, _, L = shape
+def reached(product: float, seconds: float, shape: Shape) -> dict[str, Any]:
+    """The rate of `product`, and what ours has of it: inner products of the pairs, their weights times the features."""
+    (N, D, _, L), rate = shape, 2 * PRODUCT**3 / product
     return {"matmul_rate": rate, "share_of_matmul": L * (2 * mmd_pairs(N) * D + 2 * N * N * D) / seconds / rate}
 
 
 def measure_alone(name: str, part: str) -> dict[str, float]:
-    """Bytes that one step adds at its peak in this process, its seconds, and the products' rate after it."""
+    """Bytes that one step adds at its peak in this process, its seconds, and those of `product` after it."""
     shape = N, D, S, L = PARTS[part][0]
     step(name, (12 * S, D, S, 1))()  # libraries, threads and code that any first call loads
     run, seconds = step(name, shape), list[float]()
     added = resident_bytes(lambda: seconds.append(seconds_of(run, 1, "cpu")))
-    rate = rate_of(compare({"": product()}, "cpu", rounds=3, sample_seconds=0.2)[""])
-    return {"bytes": added, "seconds": seconds[0], "rate": rate}
+    after = compare({"": product()}, "cpu", rounds=3, sample_seconds=0.2)[""]["median"]
+    return {"bytes": added, "seconds": seconds[0], "product": after}
 
 
 def in_process(name: str, part: str, threads: int) -> dict[str, float] | str:
@@ -107,27 +100,21 @@ def stages(run: Callable[[], Any], rounds: int = 3) -> dict[str, float]:
     """Seconds of each stage of our own step, the least of some rounds: where what the products don't take goes."""
     found: dict[str, list[float]] = defaultdict(lambda: [0.0] * rounds)
 
-    def timed(function: Callable[..., Any], name: str, at: int) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            started = time.perf_counter()
-            out = function(*args, **options)
-            found[name][at] += time.perf_counter() - started
-            return out
+    def timed(name: str, at: int, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        out = function(*args, **options)
+        found[name][at] += time.perf_counter() - started
+        return out
 
-        return call
-
-    names = {
-        (operator, "_samples"): "sort and centre",
-        (operator, "_run_tile"): "exponentials",
-        (operator, "_pull"): "gradient's products",
-        (torch, "bmm"): "inner products",
-    }
+    names = {"sort and centre": (operator, "_samples"), "exponentials": (operator, "_run_tile")}
+    names |= {"gradient's products": (operator, "_pull"), "inner products": (torch, "bmm")}
     for at in range(rounds):
         with contextlib.ExitStack() as stack:
-            for (owner, function), name in names.items():
-                stack.enter_context(mock.patch.object(owner, function, timed(getattr(owner, function), name, at)))
-            timed(run, "step", at)()
-    best = {name: min(found[name]) for name in names.values()}
+            for name, (owner, function) in names.items():
+                call = functools.partial(timed, name, at, getattr(owner, function))
+                stack.enter_context(mock.patch.object(owner, function, call))
+            timed("step", at, run)
+    best = {name: min(found[name]) for name in names}
     return best | {"the rest": min(found["step"]) - sum(best.values())}
 
 
@@ -137,7 +124,7 @@ def measure_in_turn(
     """Times of candidates and, since the product takes turns with them, what ours reaches; its stages."""
     runs = {name: step(name, shape) for name in names}
     times = compare({**runs, "": product()}, "cpu", rounds=rounds, sample_seconds=sample_seconds)
-    found = reached(rate_of(times.pop("")), times[OURS]["median"], shape) | {"stages": stages(runs[OURS])}
+    found = reached(times.pop("")["median"], times[OURS]["median"], shape) | {"stages": stages(runs[OURS])}
     said = f"{times[OURS]['median'] * 1e3:,.1f} ms, {found['share_of_matmul']:.0%} of the products' rate"
     print(f"  {shape[0]} × {shape[1]}, ours: {said}", flush=True)
     return times, found
@@ -162,7 +149,7 @@ def measure_part(part: str, rounds: int | None, threads: int) -> dict[str, Any]:
         print(f"{part}: {name}, in a process of its own: {said}", flush=True)
     if part == LARGE:
         times, ours = {name: summary([found["seconds"]]) for name, found in alone.items()}, alone[OURS]
-        beside = reached(ours["rate"], ours["seconds"], shape)
+        beside = reached(ours["product"], ours["seconds"], shape)
     else:
         times, beside = measure_in_turn(alone, shape, rounds or own_rounds, sample_seconds)
     rows += [Row(GROUP, part, n, seconds=t, peak_bytes=int(alone[n]["bytes"])) for n, t in times.items()]

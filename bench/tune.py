@@ -1,7 +1,5 @@
 """The search for tile rows on a GPU: each candidate is checked against the default's output, then timed.
 
-    python -m bench.tune --out DIR --seconds S [--rehearse]
-
 Writes tune.result.json problem by problem; started again, it goes on with those that are not there. Prints, where a
 candidate is faster, the row to paste: forward in `tiles_of` (kernels/attention_fwd.py), backward in WHOLE or LONG
 (kernels/attention_bwd.py). A new row is compiled for its chips first (`python -m bench.compile_report`): no spills.
@@ -21,7 +19,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import bench.base.checkout  # noqa: F401
 from bench.base.results import write_json
 from bench.base.timing import compare
 from bench.base.towers import SETTINGS
@@ -59,12 +56,11 @@ def problems(rehearse: bool) -> list[Problem]:
     if rehearse:
         each = (("forward", False), ("backward", True))
         return [Problem(d, "tiny", 1, 16, 20, 1, deltas, "cpu", torch.float32) for d, deltas in each]
-    heads = {tower: (SETTINGS[tower].heads, SETTINGS[tower].head_dim) for tower in TOWERS}
-    every = itertools.product(LENGTHS, TOWERS, ("backward", "forward"), (False, True))
-    return [
-        Problem(d, tower, *heads[tower], n, max(1, TOKENS // n), deltas, "cuda", torch.bfloat16)
-        for n, tower, d, deltas in every
-    ]
+    found = []
+    for n, tower, d, deltas in itertools.product(LENGTHS, TOWERS, ("backward", "forward"), (False, True)):
+        heads = SETTINGS[tower].heads, SETTINGS[tower].head_dim
+        found.append(Problem(d, tower, *heads, n, max(1, TOKENS // n), deltas, "cuda", torch.bfloat16))
+    return found
 
 
 def candidates(p: Problem) -> list[Any]:
@@ -113,11 +109,9 @@ def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:
 
 def off_by(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Largest difference over the largest value, of the output that is worst; NaN counts as infinite."""
-    worst = 0.0
-    for one, other in zip(found, right, strict=True):
-        scale = other.float().abs().max().clamp_min(1e-30)
-        worst = max(worst, float(torch.nan_to_num((one.float() - other.float()).abs().max() / scale, nan=float("inf"))))
-    return worst
+    each = [(one.float(), other.float()) for one, other in zip(found, right, strict=True)]
+    off = torch.stack([(one - other).abs().max() / other.abs().max().clamp_min(1e-30) for one, other in each])
+    return float(off.nan_to_num(nan=float("inf")).max())
 
 
 def search(p: Problem, candidates: Sequence[Any], until: float, **timing: Any) -> dict[str, Any]:
@@ -141,9 +135,9 @@ def search(p: Problem, candidates: Sequence[Any], until: float, **timing: Any) -
         else:
             runs[name] = lambda c=candidate: run(c)
     times = {name: took["median"] for name, took in compare(runs, p.device, **timing).items()}
-    best, default = min(times, key=lambda name: times[name]), times["default"]
-    gain = default / times[best]
-    return {"best": best, "gain": gain, "default_seconds": default, "times": times, "refused": refused}
+    best, default = min(times, key=times.get), times["default"]
+    found = {"best": best, "gain": default / times[best], "default_seconds": default}
+    return found | {"times": times, "refused": refused}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

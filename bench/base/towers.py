@@ -1,7 +1,5 @@
 """The image towers that are measured and modelled: their numbers, and the sizes that follow from them at a batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 TARGETS = 2  # q and v
@@ -31,7 +29,7 @@ class Setting:
     def ranks(self) -> tuple[int, ...]:
         return self.shape(1).ranks()
 
-    def shape(self, batch: int) -> Shape:
+    def shape(self, batch: int) -> "Shape":
         return Shape(f"{self.name}, batch {batch}", batch, self.tokens, self.width, self.heads, self.layers)
 
 

@@ -24,7 +24,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-import bench.base.checkout  # noqa: F401
 from fastheads.kernels.launch import launching
 
 # What one block may take, in bytes (CUDA C++ Programming Guide, table of compute capabilities).

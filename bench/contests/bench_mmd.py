@@ -1,7 +1,5 @@
 """The MMD between domains: loss and gradient, ours beside the ways that others publish."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable
@@ -37,7 +35,7 @@ class MMDCase:
         layers = f"{self.layers} layers × " if self.layers > 1 else ""
         return f"{layers}{self.domains} × {self.each} × {self.width}, {KERNELS[self.kernel]} kernels"
 
-    def small(self, draw: int) -> MMDCase:
+    def small(self, draw: int) -> "MMDCase":
         return replace(self, layers=min(self.layers, 2), each=min(self.each, 24), draw=draw)
 
     def extra(self) -> dict[str, Any]:

@@ -90,11 +90,8 @@ class Visual(nn.Module):
 
 
 class Clip(nn.Module):
-    """What of OpenCLIP's CLIP a bench calls."""
+    """What of OpenCLIP's CLIP a bench uses."""
 
     def __init__(self, setting: Setting, layers: int) -> None:
         super().__init__()
         self.visual = Visual(setting, layers)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.visual(images)

@@ -1,7 +1,5 @@
 """An image tower, or one attention module of it, as a case; and the trials of it."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
@@ -63,7 +61,7 @@ class VisionCase:
         parts += [f"rank {self.ranks[0]}"] if self.kind == "block" else []
         return ", ".join([*parts, PRECISIONS[self.precision][2]])
 
-    def small(self, draw: int) -> VisionCase:
+    def small(self, draw: int) -> "VisionCase":
         """Two images, and of a tower its last three layers: both published ranks are among them."""
         return replace(self, batch=2, ranks=self.ranks[-3:], draw=draw)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-import bench.base.checkout  # noqa: F401
 import fastheads.kernels
 from bench.base.checkout import ROOT
 from bench.gpu.run import Outcome, Part, Run

@@ -16,7 +16,6 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-import bench.base.checkout  # noqa: F401
 import fastheads
 from bench import sweeps as sweeping
 from bench.base.results import write_json
@@ -45,12 +44,8 @@ def rates(out: Path, seconds: float, rehearse: bool) -> None:
         if rehearse and name in ("bf16", "fp16"):
             continue  # a CPU without these instructions takes seconds
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-        try:
-            found[name] = 2 * n**3 / taken(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = before
+        found[name] = 2 * n**3 / taken(lambda a=a, b=b: a @ b)
     write_json(out / "rates.result.json", found)
 
 
@@ -112,11 +107,8 @@ def profile(out: Path, seconds: float, rehearse: bool) -> None:
         return VisionCase(kind, "B/16", BATCHES["B/16"], "cuda", "amp", ranks)
 
     found: dict[str, Any] = {}
-    for name, contender, kind in (
-        ("step, ours", AUTO, "model step"),
-        ("step, stock", training("stock"), "model step"),
-        ("attention module, ours", AUTO, "block"),
-    ):
+    runs = {"step, ours": (AUTO, "model step"), "step, stock": (training("stock"), "model step")}
+    for name, (contender, kind) in (runs | {"attention module, ours": (AUTO, "block")}).items():
         trace = out / f"trace-{name.replace(', ', '-').replace(' ', '-')}.json"
         found[name] = kernels(contender.trial(case(kind)).run, 3, trace)[:14]
         write_json(out / "profile.result.json", found)

@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 
-import bench.base.checkout  # noqa: F401
-
 NO_TIME = "no time left"
 # Contenders that a target names, in either of bench/'s precisions; what is measured first is measured for sure.
 FIRST = ("stock", "auto", "triton", "stacked", "delta", "plain", "peft", "merged", "sdpa", "sdpa, gate", "DomainBed")

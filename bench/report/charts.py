@@ -55,7 +55,9 @@ def chart_of(found: Sequence[Source], what: str) -> Chart | None:
     if what == "roofline":
         shares = roofline_shares(found)
         rows = [r for r, _, _ in shares]
-        panels = _shares([(f"{r.case}\n{words(r)}", reached) for r, _, reached in shares])
+        bars = tuple((f"{r.case}\n{words(r)}", reached, OURS) for r, _, reached in shares)
+        label = "share of the roofline, reachable rates"
+        panels = (Panel("bars", "least time / measured time", label, bars),) if bars else ()
     else:
         rows = [r for s in found for r in s.rows if r.group == what]
         panels = _lines(what, rows) if what.endswith(" sweep") else _bars(rows)
@@ -108,13 +110,6 @@ def _lines(sweep: str, rows: Sequence[Row]) -> tuple[Panel, ...]:
         label = "images per second" if speed else "ms, forward and backward"
         panels.append(Panel("lines", case, label, lines=tuple(each), x_label=AXES[sweep], log=log))
     return tuple(panels)
-
-
-def _shares(found: Sequence[tuple[str, float]]) -> tuple[Panel, ...]:
-    """Shares of the least time that reachable rates allow."""
-    bars = tuple((label, share, OURS) for label, share in found)
-    title, label = "least time / measured time", "share of the roofline, reachable rates"
-    return (Panel("bars", title, label, bars),) if bars else ()
 
 
 def draw(panels: Sequence[Panel], caption: str, digest: str, file: Path) -> None:

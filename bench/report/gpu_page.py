@@ -8,14 +8,6 @@ from bench.base.tables import contest_table, table
 from bench.report.targets import targets
 
 
-def where_line(where: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    commit = f"commit {where['commit'][:10]}{' with uncommitted changes' if where['changed'] else ''}"
-    driver = ", ".join(f"{k} {v}" for k, v in (where.get("driver") or {}).items())
-    parts = [where["device"], f"Python {where['python']}", versions, commit, where["date"][:10]]
-    return "; ".join([*parts, *([driver] if driver else [])])
-
-
 def _parts(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     cells = []
     for name, part in parts.items():
@@ -34,11 +26,13 @@ def summary(content: Mapping[str, Any]) -> str:
     """The whole report, of gpu.json's content with rows as `Row`."""
     where, rows = content["environment"], content["rows"]
     title = "A rehearsal on the CPU: no number here means anything" if content["rehearsal"] else where["device"]
-    lines = [f"# {title}", "", where_line(where), ""]
+    commit = f"commit {where['commit'][:10]}{' with uncommitted changes' if where['changed'] else ''}"
+    versions, driver = (", ".join(map(" ".join, (where.get(k) or {}).items())) for k in ("versions", "driver"))
+    told = [where["device"], f"Python {where['python']}", versions, commit, where["date"][:10], driver]
+    lines = [f"# {title}", "", "; ".join(filter(None, told)), ""]
     if where.get("missing"):
         lines += [f"Not installed: {', '.join(where['missing'])}.", ""]
-    if where.get("rates"):
-        rates = where["rates"]
+    if rates := where.get("rates"):
         shown = [f"copy {rates['copy'] / 1e9:,.0f} GB/s (read and written)"]
         shown += [f"{k} {v / 1e12:,.1f} TFLOP/s" for k, v in rates.items() if k in ("bf16", "fp16", "tf32", "fp32")]
         lines += [f"Measured: {', '.join(shown)} (products of {rates['n']}).", ""]

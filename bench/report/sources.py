@@ -56,12 +56,11 @@ def sources(files: Sequence[Path]) -> list[Source]:
             continue  # of the compiler, of the roofline, or with a page of its own
         if content.get("rehearsal"):
             raise ValueError(f"{file.name}: a rehearsal's numbers mean nothing")
-        source = Source(file.name, content["environment"], rows)
+        found.append(source := Source(file.name, content["environment"], rows))
         for group, case in by_case(rows):
             other = seen.setdefault((source.machine, group, case), source.name)
             if other != source.name:
                 raise ValueError(f"{other} and {source.name} both have {group}: {case} of {source.machine}; keep one")
-        found.append(source)
     return found
 
 
@@ -110,9 +109,9 @@ def roofline_shares(found: Sequence[Source]) -> list[tuple[Row, float, float]]:
     """Rows of the attention module that the roofline has a path for; share of peak's time, and of reachable rates'."""
     one_machine(found, "fraction of the roofline")
     chip = chip_of(found[0].environment["device"])
+    rows = (r for source in found for r in source.rows if r.group == "block" and r.seconds and r.contender in PATHS)
     shares = []
-    for r in (r for source in found for r in source.rows) if chip else ():
-        if r.group == "block" and r.seconds and r.contender in PATHS and r.extra:
-            shape = SETTINGS[r.extra["setting"]].shape(r.extra["batch"])
-            shares.append((r, *shares_of(r.contender, shape, r.extra["ranks"][0], chip, r.seconds["median"])))
+    for r in rows if chip else ():
+        shape, rank = SETTINGS[r.extra["setting"]].shape(r.extra["batch"]), r.extra["ranks"][0]
+        shares.append((r, *shares_of(r.contender, shape, rank, chip, r.median)))
     return shares

@@ -4,6 +4,7 @@ A ratio of two contenders is a ratio of their ratios to the baseline, with which
 are means over a tower's layers at their published ranks.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,8 +143,6 @@ def targets(content: Mapping[str, Any]) -> list[Target]:
     """Of gpu.json's content: rows as `Row`, environment with its rates, profile."""
     rows, device = content["rows"], content["environment"]["device"]
     found = []
-    for setting in BATCHES:
-        for precision in CHOSEN:
-            found += module_targets(rows, device, setting, precision)
-            found.append(step_target(rows, setting, precision))
+    for which in itertools.product(BATCHES, CHOSEN):
+        found += [*module_targets(rows, device, *which), step_target(rows, *which)]
     return found + mmd_targets(rows, content["environment"].get("rates"), content.get("profile", {}))

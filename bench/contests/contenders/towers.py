@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import bench.base.checkout  # noqa: F401
 import fastheads
 from bench.contests import attentions
 from bench.contests.attentions import adapters, modules, trained

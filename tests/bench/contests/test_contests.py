@@ -217,7 +217,7 @@ def test_the_tower_written_out_is_openclips():
     ours.load_state_dict(weights)
     images = torch.randn(2, 3, setting.image, setting.image)
     with torch.no_grad():
-        assert torch.equal(ours.encode_image(images), original.encode_image(images))
+        assert torch.equal(ours.visual(images), original.encode_image(images))
 
 
 # ------------------------------------------------------------------------------------------------- the whole command
