@@ -1,9 +1,7 @@
 """`pytest bench/`: options, contenders taken in turn with their baseline, and a table per case at the end.
 
-pytest bench/                     quick on a CPU (minutes, no compiled contenders), everything on a GPU
-pytest bench/ --full              everything
-pytest bench/ --rehearse          tiny shapes, in seconds: that it runs, and that ours is right
-pytest bench/ -k mmd --rows FILE  one group; its rows, as `bench.base.results` has them, to FILE
+On a CPU the quick set, without compiled contenders, on a GPU everything. `-k mmd` is one group; a rehearsal shows in
+seconds that it runs, and that ours is right.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from bench.base import results
 from bench.base.results import Row
 from bench.base.tables import contest_table
 from bench.base.timing import compare
-from bench.contests.contest import SLOW_START, Contender, Group, Judge, NotRunError, Trial, free
+from bench.contests.contest import SLOW_START, Contender, Group, NotRunError, Trial, free
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS, ROUNDS = 1.0, 40  # of a contender's calls and its baseline's, and how many of them at most
@@ -45,19 +43,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Contests:
-    """The rows so far; of each group its judge, of the case at hand its baseline's trial."""
+    """The rows so far; of the case at hand its baseline's trial."""
 
     def __init__(self, size: str) -> None:
         self.size, self.rows = size, list[Row]()
         self.words: dict[tuple[str, str], str] = {}
-        self._judges: dict[str, Judge] = {}
         self._baseline: dict[Any, Trial] = {}  # of one case: models don't lie beside each other
 
     def row(self, group: Group, case: Any, contender: Contender) -> Row:
         """Checks a contender and times it in turn with the group's baseline; raises NotRunError."""
         if contender.slow_start and self.size != "full":
             raise NotRunError(SLOW_START)
-        verdict = self._judges.setdefault(group.name, Judge(group)).check(contender, case)
+        verdict = group.check(contender, case)
         if (group.name, case) not in self._baseline:
             self._baseline.clear()
             free()

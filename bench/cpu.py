@@ -1,7 +1,5 @@
 """A patched ViT-B/32's image tower beside the frozen stock one on a CPU: training step and inference.
 
-    python -m bench.cpu --json bench/results/cpu.json [--doc docs/performance.md]
-
 Stock runs as OpenCLIP runs it, `nn.MultiheadAttention`'s own inference path included; a training step goes back to the
 images. They take turns. Some five minutes on one core without bfloat16 instructions, where bfloat16 is slow.
 """

@@ -29,7 +29,7 @@ from bench.base.timing import compare, seconds_of, summary
 from bench.contests import bench_mmd
 from bench.contests.bench_mmd import MMDCase
 from bench.contests.contenders.mmd import PEERS
-from bench.contests.contest import Contender, Judge
+from bench.contests.contest import Contender
 from bench.report import mmd_page as page
 from bench.report.mmd_page import OURS
 from bench.roofline.loops import mmd_pairs
@@ -60,7 +60,6 @@ def candidate(name: str, shape: Shape) -> tuple[Contender, MMDCase]:
 
 
 def step(name: str, shape: Shape) -> Callable[[], Any]:
-    """Forward and backward of one candidate."""
     contender, case = candidate(name, shape)
     return contender.trial(case).run
 
@@ -137,7 +136,7 @@ def measure_part(part: str, rounds: int | None, threads: int) -> dict[str, Any]:
     for name in names:
         contender, case = candidate(name, shape)
         why = contender.why_not(case)
-        if not why and Judge(bench_mmd.GROUP).check(contender, case).status != "ok":
+        if not why and bench_mmd.GROUP.check(contender, case).status != "ok":
             raise SystemExit(f"{name} is not the same formula as ours")
         found = why or in_process(name, part, threads)
         if isinstance(found, str):

@@ -1,9 +1,9 @@
 """What happens along a line: ours, stock OpenCLIP and plain-PyTorch HA-LoRA, against one quantity.
 
-    python -m bench.sweeps batch  --json FILE    a training step of whole models, until memory ends: the largest batch
-    python -m bench.sweeps length --json FILE    one attention module, sequences of N tokens, tokens in all fixed
-    python -m bench.sweeps rank   --json FILE    one attention module, the deltas' rank
-    python -m bench.sweeps closed --json FILE    one attention module, the share of heads whose gate is 0
+    batch     a training step of whole models, until memory ends: the largest batch
+    length    one attention module, sequences of N tokens, tokens in all fixed
+    rank      one attention module, the deltas' rank
+    closed    one attention module, the share of heads whose gate is 0
 
 Contenders of one x take turns; in `batch` each has the memory, and so the machine, to itself. What `--seconds` leaves
 no time for is in the file as not run.
@@ -206,7 +206,6 @@ def points_of(kind: str, case: VisionCase, rehearse: bool) -> list[tuple[float, 
 
 
 def run(kind: str, sweep: Sweep, settings: Sequence[str], rehearse: bool = False) -> None:
-    """Fills `sweep.rows`."""
     if kind == "batch":
         sweep_batch(sweep, settings, (*CONTENDERS, AUTO_RECOMPUTE), start=8 if sweep.budget is None else 2)
         return
@@ -232,11 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     cpu = given.device == "cpu"
     default = ("tiny",) if given.rehearse else ("B/32",) if cpu else REAL if given.kind == "batch" else ("B/16", "L/14")
-    budget = None if given.memory_gb is None else int(given.memory_gb * 1e9)
-    if budget is None and given.rehearse:
+    budget = available_bytes() // 2 if cpu else None
+    if given.memory_gb is not None:
+        budget = int(given.memory_gb * 1e9)
+    elif given.rehearse:
         budget = 2_000_000 if cpu else 20_000_000
-    elif budget is None and cpu:
-        budget = available_bytes() // 2
     quick: dict[str, Any] = {"rounds": 2, "sample_seconds": 0.002} if given.rehearse else {}
     sweep = Sweep(given.device, "fp32" if cpu else "amp", given.seconds, budget, **quick)
     run(given.kind, sweep, given.setting or default, given.rehearse)

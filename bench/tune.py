@@ -11,9 +11,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -32,8 +31,7 @@ ALLOWED = 2.0**-6
 GAIN = 1.03  # by so much a candidate must be faster, or the row is not worth changing
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """direction: "forward" or "backward". deltas: with low-rank deltas of q and v (`delta`), else without."""
 
     direction: str

@@ -60,7 +60,6 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         warnings.simplefilter("ignore")  # of the profiler's cycles, of which there is one
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             run()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -59,12 +59,10 @@ class Row:
 
     @property
     def median(self) -> float:
-        """Of its seconds, which it must have."""
         return self.seconds["median"]
 
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each group and case, in the order in which they come."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row.group, row.case), []).append(row)

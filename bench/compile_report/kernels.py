@@ -53,7 +53,6 @@ class Kernel:
 
 
 def read(file: Path) -> list[Kernel]:
-    """What the command wrote."""
     return [Kernel.from_dict(row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
 
 
@@ -73,7 +72,6 @@ def compile_case(job: tuple[Case, int]) -> list[Kernel]:
 
 
 def compile_all(cases: Iterable[Case], jobs: int) -> list[Kernel]:
-    """Of all cases, for both architectures."""
     work = [(case, arch) for case in cases for arch in SHARED_NAME]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = (map if jobs == 1 else pool.map)(compile_case, work)
@@ -125,7 +123,6 @@ def tile_text(constexprs: dict[str, Any]) -> str:
 
 
 def report(kernels: Iterable[Kernel], arch: int) -> str:
-    """The markdown table of one architecture."""
     header = ["kernel", "shape", "tile", "warps", "stages", "registers", "spilled B", "shared KB", "blocks per SM"]
     rows = []
     for kernel in (k for k in kernels if k.arch == arch):

@@ -1,7 +1,5 @@
 """Attention modules to be measured against, written from their definitions; each stands in OpenCLIP's block as its own.
 
-Four mathematics are among them:
-
 - `frozen`, `full`: the model's attention, its weights frozen or trained.
 - `ha-lora`: a low-rank delta of its own for each head's query and value, and a gate per head. What fastheads computes.
 - `lora qkvo`: plain LoRA on the input and the output projection, which is what PEFT documents for this module.
@@ -139,8 +137,6 @@ class Plain(Attention):
 
 
 class XFormers(Plain):
-    """`Plain` with xformers' memory_efficient_attention."""
-
     attend = staticmethod(xformers_attention)
 
 
@@ -153,8 +149,6 @@ class Reference(Plain):
 
 
 class Compiled(Reference):
-    """torch.compile of the reference."""
-
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.compiled = torch.compile(super().heads, fullgraph=True)

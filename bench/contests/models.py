@@ -38,7 +38,6 @@ def _open_clip(setting: Setting, layers: int) -> Any:
 
 
 def blocks_of(model: Any) -> Any:
-    """The residual blocks of the image tower."""
     return model.visual.transformer.resblocks
 
 

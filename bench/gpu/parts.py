@@ -1,7 +1,5 @@
 """The parts of `bench.gpu` that are not pytest's, each in a process of its own: rates, sweeps, profile and snapshot.
 
-    python -m bench.gpu.parts NAME --out DIR --seconds S [--rehearse]
-
 Each writes its results to DIR as it goes, so that what was measured before its time was over is there.
 """
 

@@ -1,8 +1,6 @@
 """How `bench.gpu` runs pytest, as a plugin: what matters first, and an end in time.
 
-    python -m pytest -p bench.gpu.plugin --until EPOCH ...
-
-What starts after EPOCH is skipped. In a rehearsal only the contenders of TINY take part.
+What would start after `--until` is skipped. In a rehearsal only the contenders of TINY take part.
 """
 
 import time

@@ -11,7 +11,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.base import results
 from bench.base.checkout import ROOT
@@ -20,8 +20,7 @@ from bench.gpu.plugin import NO_TIME
 GRACE = 12.0  # seconds between "start nothing more" and the end of a part
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """seconds: at most; `least` must be left for it to start. kind: "python" (a module), "tests", "bench" (pytest)."""
 
     name: str
@@ -96,7 +95,6 @@ class Run:
         return command
 
     def run(self, part: Part, limit: float) -> Outcome:
-        """Runs a part for at most `limit` seconds, and notes what came of it."""
         command, log, junit = self.command(part, limit), self.file(part.name, ".log"), self.file(part.name, ".xml")
         for old in (junit, self.file(part.name, ".rows.json")):
             old.unlink(missing_ok=True)
@@ -162,7 +160,6 @@ def read_junit(text: str) -> dict[str, Any]:
     """Counts, failures and what was left of a JUnit report."""
     root = ElementTree.fromstring(text)
     suite = root if root.tag == "testsuite" else root.find("testsuite")
-    assert suite is not None
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     failures, left = [], []

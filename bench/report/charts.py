@@ -3,9 +3,8 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.base.results import Row, by_case
 from bench.report.sources import GROUPS, Source, by_machine, is_ours, one_machine, roofline_shares, words
@@ -20,8 +19,7 @@ OURS, OTHER, WRONG, INK, GRID = "#0072b2", "#9aa0a6", "#d55e00", "#1d1d1f", "#ec
 LINES = (OURS, "#d55e00", "#646a73", "#009e73", "#cc79a7")
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One pair of axes. kind: "bars" or "lines".
 
     bars: (label, value, colour), from the top. lines: (label, xs, ys). log: of which axes, "", "x", "xy".
@@ -36,8 +34,7 @@ class Panel:
     log: str = ""
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A picture and what it is drawn from; `digest` is written into the file, so that a stale one is known."""
 
     file: str

@@ -6,13 +6,13 @@ what is wrong or did not run stands there with its reason.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bench.base.results import Row
 from bench.base.tables import contest_table, sweep_tables, table
 from bench.report.charts import AXES, chart_of
+from bench.report.gpu_page import CHOSEN
 from bench.report.sources import Source, by_machine, cases, is_ours, one_machine, roofline_shares, words
-from bench.report.targets import CHOSEN
 
 TITLES = {
     "attention": "Attention alone: from q, k, v to gated heads, and back",
@@ -39,8 +39,7 @@ def standing(rows: Sequence[Row], gpu: bool) -> list[Row]:
     return [next(ran[name] for name in order if name in ran)] if ran else []
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """factor: how many times as long as ours the peer takes; memory: ours' peak over the peer's."""
 
     ours: Row

@@ -4,9 +4,8 @@ import functools
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.base.results import Row, by_case
 from bench.base.towers import SETTINGS
@@ -18,10 +17,7 @@ from bench.roofline.passes import PATHS
 GROUPS = ("attention", "block", "model step", "mmd", "inference")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of rows."""
-
+class Source(NamedTuple):
     name: str
     environment: Mapping[str, Any]
     rows: tuple[Row, ...]
@@ -90,7 +86,6 @@ def cases(found: Sequence[Source]) -> Iterator[tuple[Source, list[Row]]]:
 
 @functools.cache
 def contenders() -> dict[tuple[str, str], Contender]:
-    """Per group and name, as the benches have them."""
     modules = [importlib.import_module(f"bench.contests.bench_{group.replace(' ', '_')}") for group in GROUPS]
     return {(m.GROUP.name, c.name): c for m in modules for c in m.GROUP.contenders}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from bench.base.towers import TARGETS, Shape
+from bench.base.towers import TARGETS, Setting
 from bench.roofline import loops
 from bench.roofline.chips import Rates
 
@@ -49,14 +49,14 @@ class Run(NamedTuple):
     saved: float
 
 
-def _around(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float = 0) -> Run:
+def _around(s: Setting, forward: Sequence[Pass], backward: Sequence[Pass], saved: float = 0) -> Run:
     """Half of a block: its LayerNorm and residual around what is inside."""
     gradients = [Pass("LayerNorm backward", 3 * s.row), Pass("residual's gradient add", 3 * s.row)]
     residual = Pass("residual add", 3 * s.row)
     return Run([Pass("LayerNorm", 2 * s.row), *forward, residual], [*backward, *gradients], saved)
 
 
-def mlp(s: Shape) -> list[Pass]:
+def mlp(s: Setting) -> list[Pass]:
     """The block's other half, frozen, forward and backward: the same in every path, needed for the whole step."""
 
     def product(name: str) -> Pass:
@@ -68,27 +68,27 @@ def mlp(s: Shape) -> list[Pass]:
     return run.forward + run.backward
 
 
-def _module(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
+def _module(s: Setting, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
     """The attention module around what lies between its LayerNorm and out_proj."""
     out = Pass("out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)
     return _around(s, [*forward, out], [out, *backward], saved)
 
 
-def _qkv(s: Shape, name: str = "q, k, v projection") -> Pass:
+def _qkv(s: Setting, name: str = "q, k, v projection") -> Pass:
     return Pass(name, 4 * s.row + 6 * s.weight, gemm=3 * s.product)
 
 
-def _waste(s: Shape) -> float:
+def _waste(s: Setting) -> float:
     """Scores for each one needed in FlashAttention-2 as torch has it: at head size 64 its tiles are 128 × 128."""
     return (-(-s.tokens // 128) * 128) ** 2 / s.tokens**2
 
 
-def _sdpa(s: Shape) -> Pass:
+def _sdpa(s: Setting) -> Pass:
     waste = _waste(s)
     return Pass("SDPA", 4 * s.row + s.lse, attention=2 * s.attention * waste, exp=s.scores * waste)
 
 
-def _sdpa_backward(s: Shape) -> list[Pass]:
+def _sdpa_backward(s: Setting) -> list[Pass]:
     """Its dQ is summed in a float32 buffer (2 rows): zeroed beside dO ∘ O, added to, rounded in a pass of its own."""
     waste = _waste(s)
     return [
@@ -98,14 +98,14 @@ def _sdpa_backward(s: Shape) -> list[Pass]:
     ]
 
 
-def _adapted(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
+def _adapted(s: Setting, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
     """The module by PyTorch's operations, SDPA then the gate, with what adapts q and v after the projection."""
     gate = [Pass("gate: dO", 2 * s.row), Pass("gate: dO ∘ O", 3 * s.row), Pass("gate: its sum", s.row)]
     attend = [_sdpa(s), Pass("gate", 2 * s.row)]
     return _module(s, [_qkv(s), *forward, *attend], [*gate, *_sdpa_backward(s), *backward], saved)
 
 
-def floor(s: Shape, rank: int, arch: int = 80) -> Run:
+def floor(s: Setting, rank: int, arch: int = 80) -> Run:
     """The frozen model without a copy or a separate bias: less than this, no path with these products can need."""
     attend = Pass("attention", 4 * s.row + s.lse, attention=2 * s.attention, exp=s.scores)
     # five products; reads q, k, v, o, dO, writes dQ, dK, dV
@@ -113,7 +113,7 @@ def floor(s: Shape, rank: int, arch: int = 80) -> Run:
     return _module(s, [_qkv(s), attend], [back, _qkv(s, DX)], 5 * s.row + s.lse)
 
 
-def stock(s: Shape, rank: int, arch: int = 80) -> Run:
+def stock(s: Setting, rank: int, arch: int = 80) -> Run:
     """The frozen model as OpenCLIP 3.3 runs it: nn.MultiheadAttention(batch_first=True), in training.
 
     Its transposed input keeps the bias out of the product; q, k, v are made contiguous; each part's gradient is written
@@ -126,7 +126,7 @@ def stock(s: Shape, rank: int, arch: int = 80) -> Run:
     return run._replace(backward=[Pass("dO made contiguous", 2 * s.row), *run.backward])
 
 
-def plain(s: Shape, rank: int, arch: int = 80) -> Run:
+def plain(s: Setting, rank: int, arch: int = 80) -> Run:
     """HA-LoRA and gates as one writes them in PyTorch: projection, low-rank path beside it, SDPA, gate."""
     low, images_up = s.low(rank), 2 * s.batch * TARGETS * s.width * rank
     rows, up, down = TARGETS * s.row, s.up_product(rank), s.low_product(rank)
@@ -151,7 +151,7 @@ def plain(s: Shape, rank: int, arch: int = 80) -> Run:
     return _adapted(s, forward, backward, 8 * s.row + low + images_up + s.lse)
 
 
-def merged(s: Shape, rank: int, arch: int = 80) -> Run:
+def merged(s: Setting, rank: int, arch: int = 80) -> Run:
     """W + s·B A formed under autograd, then the projection with a weight that wants its gradient."""
     from_dw = Pass("dA, dB from dW", 42 * s.weight, gemm=4 * TARGETS * s.weight * rank)
     backward = [Pass("dQ, dK, dV stacked", 6 * s.row), _qkv(s, DX), _qkv(s, "dW"), from_dw]
@@ -161,7 +161,7 @@ def merged(s: Shape, rank: int, arch: int = 80) -> Run:
     return run._replace(forward=[fold, *run.forward])
 
 
-def factored(s: Shape, rank: int, arch: int = 80) -> Run:
+def factored(s: Setting, rank: int, arch: int = 80) -> Run:
     """The deltas through cuBLAS, in place, in one autograd.Function; the heads' up-projections block-diagonal."""
     rows, low, up = TARGETS * s.row, s.low(rank), s.low_product(rank)
     forward = [Pass("T = x Aᵀ", s.row + low, gemm=up), Pass("y += T Bᵀ, each target", 2 * rows + low, gemm=up)]
@@ -176,7 +176,7 @@ def factored(s: Shape, rank: int, arch: int = 80) -> Run:
     return _adapted(s, forward, backward, 6 * s.row + low + s.lse)
 
 
-def peft(s: Shape, rank: int, arch: int = 80) -> Run:
+def peft(s: Setting, rank: int, arch: int = 80) -> Run:
     """PEFT 0.21's LoRA on nn.MultiheadAttention: weights merged before and unmerged after each call, dense dW."""
     forward, backward, saved = stock(s, rank)
     merging = [Pass("weights merged and unmerged", 240 * s.weight), Pass("x made contiguous", 2 * s.row)]
@@ -191,18 +191,18 @@ BACKWARD_PRODUCTS, BACKWARD_EXPS = 9, 3
 ATTENTION_BACKWARD = "attention backward with the gate's gradient"
 
 
-def _fold(s: Shape, rank: int, stored: int) -> Pass:
+def _fold(s: Setting, rank: int, stored: int) -> Pass:
     """`[W'; A]` or `[W; A]` in 16 bits, from a base stored in `stored` bytes."""
     adapters = 4 * TARGETS * s.width * rank + (4 + 2) * s.columns(rank) * s.width
     return Pass("[W; A] formed", 3 * s.weight * (stored + 2) + adapters)
 
 
-def _project(s: Shape, rank: int) -> Pass:
+def _project(s: Setting, rank: int) -> Pass:
     bytes_ = 4 * s.row + s.low(rank) + 6 * s.weight
     return Pass("projection and T, one product", bytes_, gemm=3 * s.product + s.low_product(rank))
 
 
-def ours(s: Shape, rank: int, arch: int = 80, *, delta: bool) -> Run:
+def ours(s: Setting, rank: int, arch: int = 80, *, delta: bool) -> Run:
     """One product, then attention with the gate in its epilogue.
 
     stacked: on `[W'; A]`, the base stored in float32. delta: on `[W; A]`, stored in 16 bits, the deltas added on chip.
@@ -223,13 +223,13 @@ def ours(s: Shape, rank: int, arch: int = 80, *, delta: bool) -> Run:
     return _module(s, forward, backward, 5 * s.row + low + s.lse)
 
 
-def stacked_recompute(s: Shape, rank: int, arch: int = 80) -> Run:
+def stacked_recompute(s: Setting, rank: int, arch: int = 80) -> Run:
     """`stacked`, keeping x, the projection's input and the log-sum-exp: the backward pass projects again."""
     forward, backward, _ = ours(s, rank, arch, delta=False)
     return Run(forward, [_fold(s, rank, 4), _project(s, rank), *backward], 2 * s.row + s.lse)
 
 
-def one_pass(s: Shape, rank: int, arch: int = 80) -> Run:
+def one_pass(s: Setting, rank: int, arch: int = 80) -> Run:
     """A program per image and head projects too: each reads the whole x of its image and its head's weights from L2."""
     l2 = s.heads * s.row + s.batch * 6 * s.weight
     work = loops.one_pass_fwd(arch, s.width // s.heads, s.tokens, s.heads, DELTAS, rank) * (s.batch * s.heads)

@@ -79,7 +79,6 @@ def _with_peft(model: Any, ranks: Sequence[int]) -> Any:
 
 
 def _peft_merged(model: Any, ranks: Sequence[int]) -> Any:
-    """PEFT's own merge_and_unload."""
     _with_peft(model, ranks)
     for block in blocks_of(model):
         block.attn = block.attn.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
