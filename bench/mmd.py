@@ -117,9 +117,7 @@ def stages(run: Callable[[], Any], rounds: int = 3) -> dict[str, float]:
     return best | {"the rest": min(found["step"]) - sum(best.values())}
 
 
-def measure_in_turn(
-    names: Iterable[str], shape: Shape, rounds: int, sample_seconds: float
-) -> tuple[Any, dict[str, Any]]:
+def measure_in_turn(names: Iterable[str], shape: Shape, rounds: int, sample_seconds: float) -> tuple[Any, Any]:
     """Times of candidates and, since the product takes turns with them, what ours reaches; its stages."""
     runs = {name: step(name, shape) for name in names}
     times = compare({**runs, "": product()}, "cpu", rounds=rounds, sample_seconds=sample_seconds)
@@ -187,9 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.alone:
         print(json.dumps(measure_alone(*options.alone)))
         return 0
-    content: dict[str, Any] = {}
-    if options.json and options.json.exists():
-        content = json.loads(options.json.read_text(encoding="utf-8"))
+    content: dict[str, Any] = options.json and results.read_json(options.json) or {}
     for part in (p for p in every if p in options.parts):
         if part == "growth":
             content[part] = measure_growth(options.rounds)

@@ -36,6 +36,7 @@ LENGTHS = {"cuda": (50, 65, 128, 197, 257, 401, 577, 730, 1024, 2048), "cpu": (2
 TOKENS = {"cuda": 256 * 197, "cpu": 1600}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0, 0.25, 0.5, 0.75, 0.9)
+Points = list[tuple[float, VisionCase]]
 FINEST = 8  # the largest batch is found to within an eighth
 
 
@@ -158,9 +159,7 @@ def _point(sweep: Sweep, case: VisionCase, contender: Contender, where: str) -> 
     return time.monotonic() - started, row
 
 
-def sweep_module(
-    sweep: Sweep, kind: str, where: str, points: Sequence[tuple[float, VisionCase]], contenders: Sequence[Contender]
-) -> None:
+def sweep_module(sweep: Sweep, kind: str, where: str, points: Points, contenders: Sequence[Contender]) -> None:
     """Forward and backward of one module, contenders in turn at each x."""
     group = f"{kind} sweep"
     last = 0.0  # seconds of a point's timed calls
@@ -192,7 +191,7 @@ def sweep_module(
         free()
 
 
-def points_of(kind: str, case: VisionCase, rehearse: bool) -> list[tuple[float, VisionCase]]:
+def points_of(kind: str, case: VisionCase, rehearse: bool) -> Points:
     """What a sweep of one module goes through."""
     if kind == "length":
         lengths = (8, 17) if rehearse else LENGTHS[case.device]
@@ -215,8 +214,7 @@ def run(kind: str, sweep: Sweep, settings: Sequence[str], rehearse: bool = False
         batch = 256 if sweep.device == "cuda" else 8
         case = VisionCase("block", setting, 2 if rehearse else batch, sweep.device, sweep.precision, (8,))
         varied = {"length": f", batch {case.batch}", "rank": ", rank 8"}.get(kind, "")
-        points = points_of(kind, case, rehearse)
-        sweep_module(sweep, kind, case.name.replace(varied, ""), points, CONTENDERS)
+        sweep_module(sweep, kind, case.name.replace(varied, ""), points_of(kind, case, rehearse), CONTENDERS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,6 @@ candidate is faster, the row to paste: forward in `tiles_of` (kernels/attention_
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.base.results import write_json
+from bench.base.results import read_json, write_json
 from bench.base.timing import compare
 from bench.base.towers import SETTINGS
 from bench.contests.contest import first_line
@@ -146,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     until = time.monotonic() + given.seconds
     file = given.out / "tune.result.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found: dict[str, Any] = read_json(file) or {}
     timing: dict[str, Any] = {"rounds": 1, "sample_seconds": 0.001} if given.rehearse else {"rounds": 9}
     todo = [p for p in problems(given.rehearse) if p.name not in found]
     for i, p in enumerate(todo):

@@ -96,13 +96,18 @@ def write(file: Path, environment: Mapping[str, Any], rows: Iterable[Row], **bes
     write_lines(file, map(fields, rows), environment=environment, **beside)
 
 
+def read_json(file: Path) -> Any:
+    """None where there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
 def rows_of(content: Mapping[str, Any]) -> list[Row]:
     return [Row(**row) for row in content["rows"]]
 
 
 def read(file: Path) -> tuple[dict[str, Any], list[Row]]:
     """Environment and rows of a file that `write` wrote."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     return content["environment"], rows_of(content)
 
 
@@ -112,21 +117,15 @@ def environment(device: str) -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    cuda = device == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "capability": list(torch.cuda.get_device_capability()) if cuda else None,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if cuda else None,
-        "driver": _smi("driver_version", "clocks.sm", "clocks.max.sm", "power.limit") if cuda else None,
-        "versions": versions,
-        "commit": _output("git", "rev-parse", "HEAD") or "unknown: not a git checkout",
-        "changed": bool(_output("git", "status", "--porcelain")),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    cuda, load = device == "cuda", list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    capability = list(torch.cuda.get_device_capability()) if cuda else None
+    found = {"device": torch.cuda.get_device_name() if cuda else _cpu_name(), "capability": capability}
+    found |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    driver = _smi("driver_version", "clocks.sm", "clocks.max.sm", "power.limit") if cuda else None
+    found |= {"cuda": torch.version.cuda if cuda else None, "driver": driver, "versions": versions}
+    commit, changed = _output("git", "rev-parse", "HEAD"), bool(_output("git", "status", "--porcelain"))
+    found |= {"commit": commit or "unknown: not a git checkout", "changed": changed, "load": load}
+    return found | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _cpu_name() -> str:

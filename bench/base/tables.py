@@ -65,19 +65,19 @@ def sweep_tables(rows: Sequence[Row], group: str) -> list[str]:
     return lines
 
 
-def _block(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<=<!-- {re.escape(name)} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+def _around(text: str, name: str) -> tuple[str, str, str]:
+    """What stands before, in and after the block between `<!-- name -->` and the next `<!-- end -->`."""
+    before, mark, rest = text.partition(f"<!-- {name} -->\n")
+    inside, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError(f"no block <!-- {name} --> … <!-- end -->")
+    return before + mark, inside, end + after
 
 
 def read_block(text: str, name: str) -> str:
-    """What stands in `text` between `<!-- name -->` and the next `<!-- end -->`."""
-    found = _block(name).search(text)
-    if found is None:
-        raise ValueError(f"no block <!-- {name} --> … <!-- end -->")
-    return found.group(0)
+    return _around(text, name)[1]
 
 
 def write_block(file: Path, name: str, content: str) -> None:
-    text = file.read_text(encoding="utf-8")
-    read_block(text, name)
-    file.write_text(_block(name).sub(lambda _: content.rstrip() + "\n", text, count=1), encoding="utf-8")
+    before, _, after = _around(file.read_text(encoding="utf-8"), name)
+    file.write_text(f"{before}{content.rstrip()}\n{after}", encoding="utf-8")

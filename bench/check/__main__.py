@@ -1,6 +1,6 @@
 """Has the CPU path become slower? Two commits side by side, and each beside itself, which is the noise.
 
-Base: `--base`; else where this branch left origin/main; where that is this commit, or there is no origin/main: the commit
+Base: `--base`; else where this branch left origin/main; where that is this commit, or there is none: the commit
 itself if the working tree differs from it, else its parent. Head is the working tree as it stands. Both are copied to a
 folder of their own and csrc/ is built there in the same way; the cases (`bench.check.cases`) are head's.
 

@@ -24,10 +24,6 @@ MARGIN = 3.0
 PASSES = 3
 
 
-class MissingError(Exception):
-    """A tree cannot run a case; the text says why."""
-
-
 class Worker:
     """A process of `bench.check.worker` on one tree."""
 
@@ -40,17 +36,17 @@ class Worker:
         self.process = subprocess.Popen(command, cwd=tree, env=env, text=True, **pipes)
 
     def seconds(self, case: str, calls: int) -> float:
-        """Of a call, in the mean over `calls`."""
+        """Of a call, in the mean over `calls`. Raises RuntimeError where the tree can't run the case: it says why."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"case": case, "calls": calls}) + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
-            raise MissingError(f"the process ended: {(self.log.read().strip().splitlines() or ['without a word'])[-1]}")
+            raise RuntimeError(f"the process ended: {(self.log.read().strip().splitlines() or ['without a word'])[-1]}")
         answer = json.loads(line)
         if "missing" in answer:
-            raise MissingError(answer["missing"])
+            raise RuntimeError(answer["missing"])
         return float(answer["seconds"])
 
     def close(self) -> None:
@@ -122,7 +118,7 @@ def measure(
             for side in ("base", "head"):
                 try:
                     running[side].seconds(name, 1)
-                except MissingError as error:
+                except RuntimeError as error:
                     result.missing[side] = str(error)
             if not result.missing:
                 once = running["head"].seconds(name, 1)

@@ -84,28 +84,15 @@ class Case:
             return f"D {self.width}, rank {self.rank}, {self.base}, {'merged' if self.merge else 'beside'}"
         if self.launcher.startswith("mmd"):
             small = self.launcher == "mmd_small"
-            words = {
-                f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.width}": True,
-                "gated" if self.gate else "features": small,
-                self.preset: self.preset != "adaptive",
-                f"{self.domains} domains": self.domains != 3,
-                "sums only": not self.backward,
-                "tf32": self.tf32,
-            }
+            words = {f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.width}": True}
+            words |= {"gated" if self.gate else "features": small, self.preset: self.preset != "adaptive"}
+            words |= {f"{self.domains} domains": self.domains != 3, "sums only": not self.backward, "tf32": self.tf32}
         else:
-            words = {
-                f"head {self.head_dim}": True,
-                f"N {self.length}": True,
-                "one head": self.one_head,
-                f"rank {self.rank}": self.rank,
-                f"of {self.targets}": self.targets != "qv",
-                "shared": self.shared,
-                f"{self.mask} mask": self.mask,
-                "causal": self.causal,
-                "no gate": not self.gate,
-                {None: "no pool", "mean": "mean pool", "tokens": "pool per image"}.get(self.pool): self.pool != 0,
-                self.dtype: self.dtype != "bfloat16",
-            }
+            words = {f"head {self.head_dim}": True, f"N {self.length}": True, "one head": self.one_head}
+            words |= {f"rank {self.rank}": self.rank, f"of {self.targets}": self.targets != "qv", "shared": self.shared}
+            words |= {f"{self.mask} mask": self.mask, "causal": self.causal, "no gate": not self.gate}
+            pools = {None: "no pool", "mean": "mean pool", "tokens": "pool per image"}
+            words |= {pools.get(self.pool): self.pool != 0, self.dtype: self.dtype != "bfloat16"}
         return ", ".join(word for word, said in words.items() if said)
 
     def title(self) -> str:

@@ -1,6 +1,5 @@
 """What the compiler made of the cases' kernels: compiled in several processes, judged, and shown in tables."""
 
-import json
 import multiprocessing
 import re
 from collections.abc import Iterable, Sequence
@@ -10,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from bench.base.results import read_json
 from bench.base.tables import table
 from bench.compile_report.cases import LAUNCHERS, Case, quick_cases
 from bench.compile_report.offline import Compiled, compiling
@@ -53,7 +53,7 @@ class Kernel:
 
 
 def read(file: Path) -> list[Kernel]:
-    return [Kernel.from_dict(row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    return [Kernel.from_dict(row) for row in read_json(file)["rows"]]
 
 
 def compile_case(job: tuple[Case, int]) -> list[Kernel]:

@@ -110,10 +110,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Heads `[B, N, D]`, concatenated, of x `[B, N, D]`."""
-        return joined(self.attend(*self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))))
-
-    def split(self, qkv: Tensor) -> list[Tensor]:
-        return split(qkv, self.num_heads)
+        return joined(self.attend(*split(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads)))
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -128,7 +125,7 @@ class Plain(Attention):
         return gated(self.attend(*self.project(x)), softmax_gate(self.theta))
 
     def project(self, x: Tensor) -> list[Tensor]:
-        each = self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))
+        each = split(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads)
         dtype = each[0].dtype
         for t, part in enumerate(PARTS):
             low = torch.einsum("bnd,hrd->bhnr", x, self.lora_A[t].to(dtype))
@@ -165,7 +162,7 @@ class Merged(Plain):
         with torch.autocast(x.device.type, enabled=False):
             for_q, for_v = torch.einsum("thdr,thrk->thdk", self.lora_B, self.lora_A).flatten(1, 2).unbind(0)
             weight = self.in_proj_weight + torch.cat((for_q, torch.zeros_like(for_q), for_v))
-        return self.split(F.linear(x, weight.to(dtype), self.in_proj_bias.to(dtype)))
+        return split(F.linear(x, weight.to(dtype), self.in_proj_bias.to(dtype)), self.num_heads)
 
 
 class _Factored(torch.autograd.Function):
@@ -211,7 +208,7 @@ class Factored(Plain):
         weights = (t.to(dtype) for t in (self.in_proj_weight, self.in_proj_bias, self.lora_A.flatten(1, 2)))
         with torch.autocast(x.device.type, enabled=False):
             y = _Factored.apply(x.to(dtype).reshape(B * N, D), *weights, up)
-        return self.split(y.view(B, N, 3 * D))
+        return split(y.view(B, N, 3 * D), H)
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -227,7 +224,7 @@ class LoraQKVO(Attention):
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias) + low_rank(query, self.in_A, self.in_B)
-        o = joined(self.attend(*self.split(qkv)))
+        o = joined(self.attend(*split(qkv, self.num_heads)))
         return self.out_proj(o) + low_rank(o, self.out_A, self.out_B), None
 
 
@@ -240,7 +237,7 @@ class LoraQV(Attention):
         each = list(F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         for t, part in enumerate(PARTS):
             each[part] = each[part] + low_rank(x, self.lora_A[t], self.lora_B[t])
-        return joined(self.attend(*self.split(torch.cat(each, -1))))
+        return joined(self.attend(*split(torch.cat(each, -1), self.num_heads)))
 
 
 class ClipLora(LoraQV):

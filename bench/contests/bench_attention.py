@@ -16,6 +16,7 @@ from fastheads import reference
 from fastheads.ops import cpu
 from fastheads.ops.dispatch import IMPLEMENTATIONS, Problem
 
+compile_once = functools.cache(torch.compile)
 Attend = Callable[[Tensor, Tensor, int], Tensor]  # qkv [B, N, 3D], gate [H], heads → [B, N, D]
 
 
@@ -41,19 +42,14 @@ def formula(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
     return reference.gate_heads(each, gate, qkv.dtype)
 
 
-@functools.cache
-def _compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    return torch.compile(function, **options)
-
-
 def compiled(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    return _compiled(formula)(qkv, gate, heads)
+    return compile_once(formula)(qkv, gate, heads)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return _compiled(flex_attention, dynamic=False)(q, k, v)
+    return compile_once(flex_attention, dynamic=False)(q, k, v)
 
 
 class _Kernels(torch.autograd.Function):

@@ -74,12 +74,8 @@ def ours(x: Tensor, ids: Tensor, case: MMDCase, impl: str) -> Tensor:
 
 def peers(x: Tensor, ids: Tensor, case: MMDCase, name: str) -> Tensor:
     """The mean over pairs of domains, layer by layer: none of the peers knows layers."""
-    losses = [
-        PEERS[name].formula(one, other)
-        for layer in x.unbind(0)
-        for one, other in itertools.combinations(layer.chunk(case.domains), 2)
-    ]
-    return torch.stack(losses).mean()
+    pairs = itertools.chain.from_iterable(itertools.combinations(layer.chunk(case.domains), 2) for layer in x.unbind(0))
+    return torch.stack([PEERS[name].formula(*pair) for pair in pairs]).mean()
 
 
 @functools.cache
@@ -105,15 +101,10 @@ def _ours(name: str, words: str) -> Contender:
 
 
 def _peer(name: str) -> Contender:
-    return Contender(
-        name,
-        name,
-        functools.partial(trial, loss=functools.partial(peers, name=name)),
-        "pairs",
-        slow_start=name == "KeOps",
-        why_not=lambda case: refusal(name, case.layers, case.domains, case.each, case.width),
-        applies=lambda case: case.kernel == PEERS[name].kernel,
-    )
+    build, own = functools.partial(trial, loss=functools.partial(peers, name=name)), {"slow_start": name == "KeOps"}
+    own["why_not"] = lambda case: refusal(name, case.layers, case.domains, case.each, case.width)
+    own["applies"] = lambda case: case.kernel == PEERS[name].kernel
+    return Contender(name, name, build, "pairs", **own)
 
 
 COMPILED = functools.partial(trial, loss=compiled)

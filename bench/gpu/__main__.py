@@ -51,14 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny problems")
     parser.add_argument("--minutes", type=float, default=9.0, help="all of it may take")
     parser.add_argument("--tune", action="store_true", help="search the tile tables as well")
-    parser.add_argument("--again", nargs="+", default=[], metavar="PART", help="run these although they are complete")
+    names = tuple(dict.fromkeys(part.name for part in (*PARTS, *REHEARSAL, TUNE)))
+    parser.add_argument("--again", nargs="+", default=[], choices=names, metavar="PART", help="run these once more")
     given = parser.parse_args(argv)
     started = time.monotonic()
     parts = [*(REHEARSAL if given.rehearse else PARTS), *([TUNE] if given.tune else [])]
-    names = [part.name for part in parts]
-    unknown = sorted(set(given.again) - set(names))
-    if unknown:
-        parser.error(f"--again: got {', '.join(unknown)}; takes {', '.join(names)}")
     if not given.rehearse and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --rehearse runs the same on the CPU")
     for module in (fastheads, fastheads.kernels):

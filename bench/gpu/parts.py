@@ -78,11 +78,8 @@ def kernels(run: Callable[[], Any], calls: int, trace: Path | None = None) -> li
     if trace is not None:
         seen.export_chrome_trace(str(trace))
     what = "self_device_time_total" if cuda else "self_cpu_time_total"
-    found = [
-        {"kernel": e.key, "microseconds": getattr(e, what) / calls, "calls": e.count / calls}
-        for e in seen.key_averages()
-        if getattr(e, what) > 0 and (not cuda or "CUDA" in str(e.device_type))
-    ]
+    ran = [e for e in seen.key_averages() if getattr(e, what) > 0 and (not cuda or "CUDA" in str(e.device_type))]
+    found = [{"kernel": e.key, "microseconds": getattr(e, what) / calls, "calls": e.count / calls} for e in ran]
     return sorted(found, key=lambda e: -e["microseconds"])
 
 

@@ -1,7 +1,6 @@
 """A folder of parts: each a process under a time limit of its own, whose state is the files it leaves there."""
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -55,8 +54,8 @@ class Run:
         return self.folder / f"{part.replace(' ', '-')}{suffix}"
 
     def outcome(self, part: str) -> Outcome | None:
-        file = self.file(part)
-        return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+        found = results.read_json(self.file(part))
+        return None if found is None else Outcome(**found)
 
     def forget(self, part: str) -> None:
         for file in self.folder.glob(f"{self.file(part).stem}[.-]*"):
@@ -64,17 +63,14 @@ class Run:
 
     def environment(self) -> dict[str, Any]:
         """Of this machine and commit; ValueError where DIR has parts of another."""
-        now = results.environment("cpu" if self.rehearse else "cuda")
-        file = self.folder / "environment.json"
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            for key in ("device", "commit"):
-                if before[key] != now[key]:
-                    raise ValueError(f"--out: {self.out} has parts of {key} {before[key]}, and this is {now[key]}")
-            return dict(before)
+        now, file = results.environment("cpu" if self.rehearse else "cuda"), self.folder / "environment.json"
         now["missing"] = [p for p in ("open_clip", "peft", "timm", "xformers") if not has(p)]
-        results.write_json(file, now)
-        return now
+        before = results.read_json(file) or now
+        for key in ("device", "commit"):
+            if before[key] != now[key]:
+                raise ValueError(f"--out: {self.out} has parts of {key} {before[key]}, and this is {now[key]}")
+        results.write_json(file, before)
+        return before
 
     def command(self, part: Part, limit: float) -> list[str]:
         command = [sys.executable, "-m"]
@@ -124,8 +120,8 @@ class Run:
     def collect(self, where: dict[str, Any], outcomes: dict[str, Outcome]) -> dict[str, Any]:
         """gpu.json's content, which is written: everything in the parts' files."""
         rows = [row for file in sorted(self.folder.glob("*.rows.json")) for row in results.read(file)[1]]
-        files = {file.name.split(".")[0]: file for file in self.folder.glob("*.result.json")}
-        beside = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+        files = self.folder.glob("*.result.json")
+        beside = {file.name.split(".")[0]: results.read_json(file) for file in files}
         where = {**where, "rates": beside.pop("rates", None)}
         parts = {name: {k: v for k, v in asdict(o).items() if k != "output"} for name, o in outcomes.items()}
         beside |= {"parts": parts, "rehearsal": self.rehearse}

@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1 if wrong else 0
         write(found)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        parser.error(str(error))
     print(f"{len(found)} files, {sum(len(s.rows) for s in found)} rows, {len(all_charts(found))} charts")
     return 0
 

@@ -103,9 +103,7 @@ def step_target(rows: Sequence[Row], setting: str, precision: str) -> Target:
     return _target(where, what, "≤", 1.03, lambda: _value(rows, "model step", ours, "ratio", own))
 
 
-def mmd_targets(
-    rows: Sequence[Row], rates: Mapping[str, float] | None, profile: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[Target]:
+def mmd_targets(rows: Sequence[Row], rates: Mapping[str, float] | None, profile: Mapping[str, Any]) -> list[Target]:
     layers, domains, each, width, _ = LARGE
     features = 4 * layers * domains * each * width  # bytes
 

@@ -2,12 +2,11 @@
 
 import functools
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.base.results import Row, by_case
+from bench.base.results import Row, by_case, read_json
 from bench.base.towers import SETTINGS
 from bench.contests.contest import Contender
 from bench.roofline.chips import chip_of
@@ -45,7 +44,7 @@ def sources(files: Sequence[Path]) -> list[Source]:
     """The files that hold contests or sweeps; ValueError for a rehearsal's, and where two have the same case."""
     found, seen = [], dict[tuple[str, str, str], str]()
     for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         groups = ((row.get("group", ""), row) for row in content.get("rows", ()))
         rows = tuple(Row(**row) for group, row in groups if group in GROUPS or group.endswith(" sweep"))
         if not rows:

@@ -161,7 +161,7 @@ def test_without_a_gpu_it_says_how_to_rehearse(capsys, tmp_path, monkeypatch):
 def test_an_unknown_part_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--rehearse", "--again", "nothing"])
-    assert "--again: got nothing; takes rates" in capsys.readouterr().err
+    assert "--again: invalid choice: 'nothing' (choose from" in capsys.readouterr().err
 
 
 def uninstalled(folder: Path) -> dict[str, str]:
