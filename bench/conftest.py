@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.base import results
-from bench.base.results import Row
+from bench.base.results import Row, by_case, environment, write
 from bench.base.tables import contest_table
 from bench.base.timing import compare
 from bench.contests.contest import SLOW_START, Contender, Group, NotRunError, Trial, free
@@ -96,10 +95,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if found is None or not found.rows:
         return
     terminalreporter.section("contests")
-    for (group, case), rows in results.by_case(found.rows).items():
+    for (group, case), rows in by_case(found.rows).items():
         words = {r.contender: found.words[group, r.contender] for r in rows}
         terminalreporter.write_line(f"{group}: {case}\n\n{contest_table(rows, words, errors=True)}\n")
     file = config.getoption("--rows")
     if file is not None:
-        results.write(file, results.environment(DEVICE), found.rows)
+        write(file, environment(DEVICE), found.rows)
         terminalreporter.write_line(f"rows in {file}")

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.base import results
-from bench.base.results import Row, by_case
+from bench.base.results import Row, by_case, environment, read, write
 from bench.base.tables import table, write_block
 from bench.base.timing import compare
 from bench.base.towers import SETTINGS
@@ -59,13 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bf16-batch", type=int, nargs="*", default=[1], metavar="N", help="under bfloat16 autocast")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each case's turns")
     given = parser.parse_args(argv)
-    if given.source:
-        where, rows = results.read(given.source)
-    else:
-        where, rows = results.environment("cpu"), measure(given.batch, given.bf16_batch, given.seconds)
+    asked = given.batch, given.bf16_batch, given.seconds
+    where, rows = read(given.source) if given.source else (environment("cpu"), measure(*asked))
     print(report(rows))
     if given.json:
-        results.write(given.json, where, rows)
+        write(given.json, where, rows)
     if given.doc:
         write_block(given.doc, "cpu", report(rows))
     return 0

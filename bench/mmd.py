@@ -127,7 +127,7 @@ def measure_in_turn(names: Iterable[str], shape: Shape, rounds: int, sample_seco
     return times, found
 
 
-def measure_part(part: str, rounds: int | None, threads: int) -> dict[str, Any]:
+def measure_part(part: str, threads: int, rounds: int | None) -> dict[str, Any]:
     """Environment, rows, and what of the machine's rate ours reaches."""
     shape, names, own_rounds, sample_seconds = PARTS[part]
     rows, alone = [], dict[str, dict[str, float]]()
@@ -185,12 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.alone:
         print(json.dumps(measure_alone(*options.alone)))
         return 0
-    content: dict[str, Any] = options.json and results.read_json(options.json) or {}
+    content: dict[str, Any] = (options.json and results.read_json(options.json)) or {}
     for part in (p for p in every if p in options.parts):
-        if part == "growth":
-            content[part] = measure_growth(options.rounds)
-        else:
-            content[part] = measure_part(part, options.rounds, options.threads)
+        measure = measure_growth if part == "growth" else functools.partial(measure_part, part, options.threads)
+        content[part] = measure(options.rounds)
         if options.json:  # after every part: what is measured is kept
             results.write_json(options.json, content)
     if options.plot and "growth" in content:

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.base import results
 from bench.base.memory import available_bytes, peak_bytes
-from bench.base.results import Row
+from bench.base.results import Row, environment, write
 from bench.base.tables import sweep_tables
 from bench.base.timing import compare
 from bench.base.towers import SETTINGS
@@ -87,10 +86,7 @@ def largest(fits: Callable[[int], bool], start: int = 1) -> int:
         good, bad = bad, bad * 2
     while bad - good > max(1, good // FINEST):
         middle = (good + bad) // 2
-        if fits(middle):
-            good = middle
-        else:
-            bad = middle
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 
 
@@ -239,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run(given.kind, sweep, given.setting or default, given.rehearse)
     print("\n".join(sweep_tables(sweep.rows, f"{given.kind} sweep")))
     if given.json is not None:
-        results.write(given.json, results.environment(given.device), sweep.rows)
+        write(given.json, environment(given.device), sweep.rows)
     return 0
 
 

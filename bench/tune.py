@@ -143,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rehearse", action="store_true", help="tiny problems on the CPU, in the interpreter")
     given = parser.parse_args(argv)
-    until = time.monotonic() + given.seconds
-    file = given.out / "tune.result.json"
+    until, file = time.monotonic() + given.seconds, given.out / "tune.result.json"
     found: dict[str, Any] = read_json(file) or {}
     timing: dict[str, Any] = {"rounds": 1, "sample_seconds": 0.001} if given.rehearse else {"rounds": 9}
     todo = [p for p in problems(given.rehearse) if p.name not in found]

@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"base {base[:10]}, head {head}: {git('log', '-1', '--format=%s', base)!r} and what came since", flush=True)
     with trees_of(base) as trees:
         for side, tree in trees.items():
-            problem = build_native(tree)
-            if problem:
+            if problem := build_native(tree):
                 print(f"{side} {problem}")
         text, well = check(trees, CASES, deadline, rounds=given.rounds)
     print(text)

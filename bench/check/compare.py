@@ -50,10 +50,7 @@ class Worker:
         return float(answer["seconds"])
 
     def close(self) -> None:
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        self.process.wait()
+        self.process.communicate()  # ends what it reads, and waits for it
         self.log.close()
 
 

@@ -55,10 +55,9 @@ def cases(device: str, size: str) -> list[MMDCase]:
         return [MMDCase(1, 2, 4, 8, kernel, device) for kernel in KERNELS]
     paper = [MMDCase(12, 3, 12, 768, kernel, device) for kernel in KERNELS]
     middle, large = (MMDCase(1, 3, each, 768, "domainbed", device) for each in (256, 2048))
-    if device == "cuda":  # the largest is nothing for a CPU
-        return [*paper, middle, large, MMDCase(1, 2, 8192, 768, "domainbed", device)]
-    if size == "full":
-        return [*paper, middle, large]
+    largest = [MMDCase(1, 2, 8192, 768, "domainbed", device)] if device == "cuda" else []
+    if device == "cuda" or size == "full":  # the largest is nothing for a CPU
+        return [*paper, middle, large, *largest]
     one_layer = [replace(case, layers=1) for case in paper[1:]]
     return [paper[0], *one_layer, replace(middle, each=128)]
 
@@ -86,10 +85,6 @@ def _compiled(domains: int, kernel: str) -> Any:
     return torch.compile(loss)
 
 
-def compiled(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
-    return _compiled(case.domains, case.kernel)(x, ids)
-
-
 def _ours(name: str, words: str) -> Contender:
     def build(case: MMDCase) -> Trial:
         made = trial(case, functools.partial(ours, impl=name))
@@ -107,7 +102,7 @@ def _peer(name: str) -> Contender:
     return Contender(name, name, build, "pairs", **own)
 
 
-COMPILED = functools.partial(trial, loss=compiled)
+COMPILED = functools.partial(trial, loss=lambda x, ids, case: _compiled(case.domains, case.kernel)(x, ids))
 CONTENDERS = (
     _ours("auto", "fastheads, auto"),
     _ours("triton", "fastheads, Triton"),

@@ -207,8 +207,7 @@ def _errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
 @functools.cache  # since all contenders of a case are held to it
 def _standard(group: Group, case: Any, maths: str) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
     """Exact outputs of the first draw, and plain PyTorch's errors, the largest over all draws."""
-    first: dict[str, Tensor] = {}
-    errors: dict[str, tuple[float, ...]] = {}
+    first, errors = dict[str, Tensor](), dict[str, tuple[float, ...]]()
     for draw in range(group.draws):
         small = case.small(draw)
         exact = group.standard(replace(small, exact=True), maths).outputs()

@@ -64,8 +64,7 @@ def sweeps(out: Path, seconds: float, rehearse: bool) -> None:
 def kernels(run: Callable[[], Any], calls: int, trace: Path | None = None) -> list[dict[str, Any]]:
     """`kernel`, `microseconds` and `calls` of one call, in the mean over some after a warm-up, the longest first.
 
-    On a GPU of what runs there, launches counted; on a CPU of PyTorch's operations. trace: where to write the
-    profiler's own, for a viewer.
+    On a GPU of what runs there, launches counted; on a CPU of PyTorch's operations. trace: the profiler's own file.
     """
     run()
     run()

@@ -1,5 +1,6 @@
 """A folder of parts: each a process under a time limit of its own, whose state is the files it leaves there."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -139,16 +140,14 @@ def has(package: str) -> bool:
 
 def wait(process: subprocess.Popen[Any], limit: float) -> bool:
     """True where it had to be stopped: by an interrupt first, upon which pytest still writes its report."""
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(limit)
         return False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    try:
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    process.kill()
+    process.wait()
     return True
 
 

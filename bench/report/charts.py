@@ -96,12 +96,11 @@ def _bars(rows: Sequence[Row]) -> tuple[Panel, ...]:
 
 def _lines(sweep: str, rows: Sequence[Row]) -> tuple[Panel, ...]:
     """Per case: images per second against the batch, milliseconds against everything else."""
-    panels = []
-    speed = sweep == "batch sweep"
+    panels, speed = [], sweep == "batch sweep"
     for (_, case), own in by_case(r for r in rows if r.seconds and r.x is not None).items():
         points: dict[str, list[tuple[float, float]]] = {}
         for r in own:
-            points.setdefault(r.contender, []).append((r.x, r.per_second if speed else r.seconds["median"] * 1e3))
+            points.setdefault(r.contender, []).append((r.x, r.per_second if speed else r.median * 1e3))
         each = [(name, *zip(*sorted(line), strict=True)) for name, line in points.items()]
         log = {"batch sweep": "x", "length sweep": "xy", "rank sweep": "x"}.get(sweep, "")
         label = "images per second" if speed else "ms, forward and backward"

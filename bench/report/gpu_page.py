@@ -78,8 +78,7 @@ def module_targets(rows: Sequence[Row], device: str, setting: str, precision: st
         return (mean(name, "saved_bytes") + shape.row) / (mean("plain", "saved_bytes") + shape.row)
 
     def share(reached: bool) -> float:
-        chip = chip_of(device)
-        if chip is None:
+        if (chip := chip_of(device)) is None:
             raise NotRunError("no roofline for this chip")
         return cost(ours, shape, [chip]).seconds(chip.name, reached) / mean(ours, "median")
 

@@ -89,8 +89,8 @@ def _part(content: Mapping[str, Any]) -> list[str]:
         rows.append((name, *times, f"{(row.peak_bytes or 0) / 1e6:,.0f}"))
     lines = [table(("", "ms", "of ours", "extra MB"), rows), ""]
     refused = [f"- {r.contender} did not run: {r.why}" for r in rows_of(content) if r.status == "not run"]
-    lines += [*refused, ""] if refused else []
     rate, share = f"{content['matmul_rate'] / 1e9:.0f} GFLOP/s", content["share_of_matmul"]
+    lines += [*refused, ""] if refused else []
     lines.append(f"The products' rate is {rate}; ours (domainbed) reaches {share:.0%} of it.")
     if "stages" in content:
         lines += ["", _where(content["stages"], share)]

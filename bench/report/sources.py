@@ -61,8 +61,8 @@ def sources(files: Sequence[Path]) -> list[Source]:
 
 def one_machine(found: Sequence[Source], what: str) -> None:
     """Raises ValueError where the sources are of more than one machine."""
-    first = found[0]
-    for other in (s for s in found if s.machine != first.machine):
+    first, other = found[0], next((s for s in found if s.machine != found[0].machine), None)
+    if other is not None:
         one, another = f"{first.name} was measured on {first.machine}", f"{other.name} on {other.machine}"
         raise ValueError(f"{what}: {one}, {another}; times of different machines do not go into one table")
 

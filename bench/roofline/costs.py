@@ -67,8 +67,7 @@ def cost(path: str, shape: Setting, chips: Sequence[Chip]) -> Cost:
             f"{name}_seconds": {c.name: (peak[c.name], reached[c.name]) for c in chips},
         }
 
-    found = {**side("forward"), **side("backward")}
-    block = {}
+    found, block = side("forward") | side("backward"), {}
     for c in chips:
         forward, backward = (found[f"{name}_seconds"][c.name] for name in ("forward", "backward"))
         other = [seconds(mlp(shape), rates) for rates in (c.peak, c.reached)]

@@ -98,11 +98,16 @@ def _sdpa_backward(s: Setting) -> list[Pass]:
     ]
 
 
-def _adapted(s: Setting, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
-    """The module by PyTorch's operations, SDPA then the gate, with what adapts q and v after the projection."""
+def _adapted(s: Setting, forward: Sequence[Pass], back: Sequence[Pass], after: Sequence[Pass], saved: float) -> Run:
+    """The module by PyTorch's operations, SDPA then the gate, and what adapts q and v.
+
+    forward: after the projection; back, after: before and after the projection's own backward pass.
+    """
     gate = [Pass("gate: dO", 2 * s.row), Pass("gate: dO ∘ O", 3 * s.row), Pass("gate: its sum", s.row)]
     attend = [_sdpa(s), Pass("gate", 2 * s.row)]
-    return _module(s, [_qkv(s), *forward, *attend], [*gate, *_sdpa_backward(s), *backward], saved)
+    projection = [Pass("dQ, dK, dV stacked", 6 * s.row), _qkv(s, DX)]
+    backward = [*gate, *_sdpa_backward(s), *back, *projection, *after]
+    return _module(s, [_qkv(s), *forward, *attend], backward, saved)
 
 
 def floor(s: Setting, rank: int, arch: int = 80) -> Run:
@@ -137,25 +142,20 @@ def plain(s: Setting, rank: int, arch: int = 80) -> Run:
         Pass("scale, each target", 2 * rows),
         Pass("add, each target", 3 * rows),
     ]
-    backward = [
+    back = [
         Pass("scale's gradient, each target", 2 * rows),
         Pass("its gradient by heads, each target", 2 * rows),
         Pass("dT = dY B, each target", rows + images_up + low, gemm=up),
         Pass("dB, each target", rows + low + 2 * images_up, gemm=up),
-        Pass("dA, each target", rows + low, gemm=down),
-        Pass("dX of the low-rank path, each target", rows + low, gemm=down),
-        Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv(s, DX),
-        Pass("dX summed", 3 * rows),
+        *(Pass(f"{name}, each target", rows + low, gemm=down) for name in ("dA", "dX of the low-rank path")),
     ]
-    return _adapted(s, forward, backward, 8 * s.row + low + images_up + s.lse)
+    return _adapted(s, forward, back, [Pass("dX summed", 3 * rows)], 8 * s.row + low + images_up + s.lse)
 
 
 def merged(s: Setting, rank: int, arch: int = 80) -> Run:
     """W + s·B A formed under autograd, then the projection with a weight that wants its gradient."""
     from_dw = Pass("dA, dB from dW", 42 * s.weight, gemm=4 * TARGETS * s.weight * rank)
-    backward = [Pass("dQ, dK, dV stacked", 6 * s.row), _qkv(s, DX), _qkv(s, "dW"), from_dw]
-    run = _adapted(s, [], backward, 6 * s.row + 6 * s.weight + s.lse)
+    run = _adapted(s, [], [], [_qkv(s, "dW"), from_dw], 6 * s.row + 6 * s.weight + s.lse)
     # delta of q and v, beside zeros for k, added, all in float32; rounded
     fold = Pass("W + s·B A", 82 * s.weight, gemm=2 * TARGETS * s.weight * rank)
     return run._replace(forward=[fold, *run.forward])
@@ -165,15 +165,9 @@ def factored(s: Setting, rank: int, arch: int = 80) -> Run:
     """The deltas through cuBLAS, in place, in one autograd.Function; the heads' up-projections block-diagonal."""
     rows, low, up = TARGETS * s.row, s.low(rank), s.low_product(rank)
     forward = [Pass("T = x Aᵀ", s.row + low, gemm=up), Pass("y += T Bᵀ, each target", 2 * rows + low, gemm=up)]
-    backward = [
-        Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv(s, DX),
-        Pass("U = dY B, each target", rows + low, gemm=up),
-        Pass("dA, each target", rows + low, gemm=up),
-        Pass("dB, each target", rows + low, gemm=up),
-        Pass("dX += U A, each target", 2 * rows + low, gemm=up),
-    ]
-    return _adapted(s, forward, backward, 6 * s.row + low + s.lse)
+    after = [Pass(f"{name}, each target", rows + low, gemm=up) for name in ("U = dY B", "dA", "dB")]
+    after.append(Pass("dX += U A, each target", 2 * rows + low, gemm=up))
+    return _adapted(s, forward, [], after, 6 * s.row + low + s.lse)
 
 
 def peft(s: Setting, rank: int, arch: int = 80) -> Run:

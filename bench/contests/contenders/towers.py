@@ -26,12 +26,8 @@ def tower(name: str, words: str, maths: str, dress: Dress, **options: Any) -> Co
     return Contender(name, words, functools.partial(trial, dress=dress, maths=maths), maths, **options)
 
 
-def _stock(model: Any, ranks: Sequence[int]) -> Any:
-    return model
-
-
-def _unfrozen(model: Any, ranks: Sequence[int]) -> Any:
-    model.visual.requires_grad_(True)
+def _stock(model: Any, ranks: Sequence[int], full: bool = False) -> Any:
+    model.visual.requires_grad_(full)
     return model
 
 
@@ -116,7 +112,7 @@ TRAINING = (
     tower("stock", "stock OpenCLIP, frozen", "frozen", _stock),
     *(ours(impl) for impl in IMPLEMENTATIONS),
     *(ours(impl, recompute=True) for impl in ("stacked", "delta", "cpu")),
-    tower("full", "full fine-tuning", "full", _unfrozen),
+    tower("full", "full fine-tuning", "full", functools.partial(_stock, full=True)),
     PLAIN,
     tower("peft", "PEFT LoRA (q, k, v, out)", "lora qkvo", _with_peft, **PEFT),
     tower("factored", "factored through cuBLAS, unsloth's way", "ha-lora", modules(attentions.Factored)),
