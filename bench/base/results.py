@@ -107,7 +107,7 @@ def rows_of(content: Mapping[str, Any]) -> list[Row]:
 
 def read(file: Path) -> tuple[dict[str, Any], list[Row]]:
     """Environment and rows of a file that `write` wrote."""
-    content = read_json(file)
+    content = json.loads(file.read_text(encoding="utf-8"))
     return content["environment"], rows_of(content)
 
 
