@@ -1,9 +1,7 @@
 """`pytest bench/`: options, contenders taken in turn with their baseline, and a table per case at the end.
 
-pytest bench/                     quick on a CPU (minutes, no compiled contenders), everything on a GPU
-pytest bench/ --full              everything
-pytest bench/ --rehearse          tiny shapes, in seconds: that it runs, and that ours is right
-pytest bench/ -k mmd --rows FILE  one group; its rows, as `bench.base.results` has them, to FILE
+On a CPU the quick set, without compiled contenders, on a GPU everything. `-k mmd` is one group; a rehearsal shows in
+seconds that it runs, and that ours is right.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-import bench.base.checkout  # noqa: F401
-from bench.base import results
-from bench.base.results import Row
+from bench.base.results import Row, by_case, environment, write
 from bench.base.tables import contest_table
 from bench.base.timing import compare
-from bench.contests.contest import SLOW_START, Contender, Group, Judge, NotRunError, Trial, free
+from bench.contests.contest import SLOW_START, Contender, Group, NotRunError, Trial, free
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS, ROUNDS = 1.0, 40  # of a contender's calls and its baseline's, and how many of them at most
@@ -46,68 +42,48 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Contests:
-    """The rows so far; of each group its judge, and of the case at hand its baseline's trial."""
+    """The rows so far; of the case at hand its baseline's trial."""
 
     def __init__(self, size: str) -> None:
         self.size, self.rows = size, list[Row]()
         self.words: dict[tuple[str, str], str] = {}
-        self._judges: dict[str, Judge] = {}
-        self._baseline: tuple[Any, Trial] | None = None
-
-    def baseline(self, group: Group, case: Any) -> Trial:
-        """Kept while the case lasts."""
-        key = (group.name, case)
-        if self._baseline is None or self._baseline[0] != key:
-            self._baseline = None
-            free()
-            self._baseline = key, group.named(group.baseline).tried(case)
-        return self._baseline[1]
+        self._baseline: dict[Any, Trial] = {}  # of one case: models don't lie beside each other
 
     def row(self, group: Group, case: Any, contender: Contender) -> Row:
         """Checks a contender and times it in turn with the group's baseline; raises NotRunError."""
         if contender.slow_start and self.size != "full":
             raise NotRunError(SLOW_START)
-        verdict = self._judges.setdefault(group.name, Judge(group)).check(contender, case)
-        baseline, trial = self.baseline(group, case), contender.tried(case)
-        rounds = 1 if self.size == "rehearsal" else ROUNDS
-        runs = {"": trial.run, group.baseline: baseline.run}
-        times = compare(runs, case.device, rounds=rounds, sample_seconds=0, seconds=SECONDS)
-        median = times[""]["median"]
-        return Row(
-            group.name,
-            case.name,
-            contender.name,
-            **verdict._asdict(),
-            seconds=times[""],
-            baseline=group.baseline,
-            ratio=median / times[group.baseline]["median"],
-            per_second=trial.samples / median if trial.samples else None,
-            extra=case.extra(),
-            **trial.memory(case.device),
-        )
+        verdict = group.check(contender, case)
+        if (group.name, case) not in self._baseline:
+            self._baseline.clear()
+            free()
+            self._baseline[group.name, case] = group.named(group.baseline).tried(case)
+        trial, rounds = contender.tried(case), 1 if self.size == "rehearsal" else ROUNDS
+        runs = {"": trial.run, "baseline": self._baseline[group.name, case].run}
+        took, beside = compare(runs, case.device, rounds=rounds, sample_seconds=0, seconds=SECONDS).values()
+        found = {"seconds": took, "baseline": group.baseline, "ratio": took["median"] / beside["median"]}
+        found |= trial.memory(case.device) | {"extra": case.extra()} | verdict._asdict()
+        per_second = trial.samples / took["median"] if trial.samples else None
+        return Row(group.name, case.name, contender.name, per_second=per_second, **found)
 
 
 KEY = pytest.StashKey[Contests]()
 
 
-@pytest.fixture(scope="session")
-def _contests(request: pytest.FixtureRequest) -> Contests:
-    return request.config.stash.setdefault(KEY, Contests(_size(request.config)))
-
-
 @pytest.fixture
-def compete(_contests: Contests) -> Iterator[Callable[[Group, Any, Contender], None]]:
+def compete(request: pytest.FixtureRequest) -> Iterator[Callable[[Group, Any, Contender], None]]:
     """Notes the row of a contender, which fails the test where ours is wrong."""
+    contests = request.config.stash.setdefault(KEY, Contests(_size(request.config)))
 
     def run(group: Group, case: Any, contender: Contender) -> None:
-        _contests.words[group.name, contender.name] = contender.words
+        contests.words[group.name, contender.name] = contender.words
         try:
-            row = _contests.row(group, case, contender)
+            row = contests.row(group, case, contender)
         except NotRunError as error:
-            why = str(error)
-            _contests.rows.append(Row(group.name, case.name, contender.name, "not run", why, extra=case.extra()))
-            pytest.skip(why)
-        _contests.rows.append(row)
+            row = Row(group.name, case.name, contender.name, "not run", str(error), extra=case.extra())
+        contests.rows.append(row)
+        if row.status == "not run":
+            pytest.skip(row.why)
         assert row.status == "ok" or not contender.ours, f"{contender.name}: {row.why}"
 
     yield run
@@ -119,10 +95,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if found is None or not found.rows:
         return
     terminalreporter.section("contests")
-    for (group, case), rows in results.by_case(found.rows).items():
+    for (group, case), rows in by_case(found.rows).items():
         words = {r.contender: found.words[group, r.contender] for r in rows}
         terminalreporter.write_line(f"{group}: {case}\n\n{contest_table(rows, words, errors=True)}\n")
     file = config.getoption("--rows")
     if file is not None:
-        results.write(file, results.environment(DEVICE), found.rows)
+        write(file, environment(DEVICE), found.rows)
         terminalreporter.write_line(f"rows in {file}")

@@ -1,8 +1,5 @@
 """The MMD on a CPU, forward and backward: times in turn, extra peak memory, growth with N and D, against other ways.
 
-    python -m bench.mmd --json bench/results/mmd-cpu.json --doc docs/results/mmd-cpu.md
-        --plot docs/results/mmd-growth.png
-
 Every ratio is of medians of the same run, the candidates taking turns. Memory is what a process of its own adds to its
 resident size at the most, gradient included, beyond the features. `--parts` measures some parts and leaves the file's
 others as they are.
@@ -10,13 +7,14 @@ others as they are.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +29,7 @@ from bench.base.timing import compare, seconds_of, summary
 from bench.contests import bench_mmd
 from bench.contests.bench_mmd import MMDCase
 from bench.contests.contenders.mmd import PEERS
-from bench.contests.contest import Contender, Judge
+from bench.contests.contest import Contender
 from bench.report import mmd_page as page
 from bench.report.mmd_page import OURS
 from bench.roofline.loops import mmd_pairs
@@ -40,8 +38,9 @@ from fastheads.ops import native
 
 GROUP = "mmd on a CPU"
 CANDIDATES = (OURS, "ours: adaptive", "ours: dan", *PEERS, "reference")
-# A part: samples of all domains, width, domains, layers; the candidates; rounds, and seconds of one sample of a round.
-PARTS: dict[str, tuple[tuple[int, int, int, int], tuple[str, ...], int, float]] = {
+Shape = tuple[int, int, int, int]  # samples of all domains, width, domains, layers
+# A part: its shape; the candidates; rounds, and seconds of one sample of a round.
+PARTS: dict[str, tuple[Shape, tuple[str, ...], int, float]] = {
     "12 × 36 × 768": ((36, 768, 3, 12), CANDIDATES, 15, 0.1),
     "3 × 2048 × 768": ((6144, 768, 3, 1), CANDIDATES, 5, 0.0),
     "3 × 256 × 768": ((768, 768, 3, 1), (OURS, "DomainBed", "KeOps"), 5, 0.0),
@@ -53,20 +52,15 @@ DOMAINBED_UP_TO = 4096  # samples, in the growth part
 PRODUCT = 2048
 
 
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
-
-
-def candidate(name: str, N: int, D: int, S: int, L: int = 1) -> tuple[Contender, MMDCase]:
+def candidate(name: str, shape: Shape) -> tuple[Contender, MMDCase]:
     """A peer, the reference, or "ours: " and a preset, on `[L, N, D]` of S domains."""
-    ours = name.startswith("ours: ")
+    (N, D, S, L), ours = shape, name.startswith("ours: ")
     preset = name.removeprefix("ours: ") if ours else PEERS[name].kernel if name in PEERS else "domainbed"
     return bench_mmd.GROUP.named("cpu" if ours else name), MMDCase(L, S, N // S, D, preset, "cpu")
 
 
-def step(name: str, *shape: int) -> Callable[[], Any]:
-    """Forward and backward of one candidate."""
-    contender, case = candidate(name, *shape)
+def step(name: str, shape: Shape) -> Callable[[], Any]:
+    contender, case = candidate(name, shape)
     return contender.trial(case).run
 
 
@@ -76,24 +70,20 @@ def product() -> Callable[[], Tensor]:
     return lambda: a @ a
 
 
-def rate_of(took: dict[str, float]) -> float:
-    """Operations per second of `product`."""
-    return 2 * PRODUCT**3 / took["median"]
-
-
-def flops(N: int, D: int, L: int = 1) -> int:
-    """Of the two products: inner products of the pairs, and their weights times the features, 2 N²D."""
-    return L * (2 * mmd_pairs(N) * D + 2 * N * N * D)
+def reached(product: float, seconds: float, shape: Shape) -> dict[str, Any]:
+    """The rate of `product`, and what ours has of it: inner products of the pairs, their weights times the features."""
+    (N, D, _, L), rate = shape, 2 * PRODUCT**3 / product
+    return {"matmul_rate": rate, "share_of_matmul": L * (2 * mmd_pairs(N) * D + 2 * N * N * D) / seconds / rate}
 
 
 def measure_alone(name: str, part: str) -> dict[str, float]:
-    """Bytes that one step adds at its peak in this process, its seconds, and the products' rate after it."""
-    N, D, S, L = PARTS[part][0]
-    step(name, 12 * S, D, S)()  # libraries, threads and code that any first call loads
-    run, seconds = step(name, N, D, S, L), list[float]()
+    """Bytes that one step adds at its peak in this process, its seconds, and those of `product` after it."""
+    shape = N, D, S, L = PARTS[part][0]
+    step(name, (12 * S, D, S, 1))()  # libraries, threads and code that any first call loads
+    run, seconds = step(name, shape), list[float]()
     added = resident_bytes(lambda: seconds.append(seconds_of(run, 1, "cpu")))
-    found = compare({"product": product()}, "cpu", rounds=3, sample_seconds=0.2)
-    return {"bytes": added, "seconds": seconds[0], "rate": rate_of(found["product"])}
+    after = compare({"": product()}, "cpu", rounds=3, sample_seconds=0.2)[""]["median"]
+    return {"bytes": added, "seconds": seconds[0], "product": after}
 
 
 def in_process(name: str, part: str, threads: int) -> dict[str, float] | str:
@@ -102,85 +92,77 @@ def in_process(name: str, part: str, threads: int) -> dict[str, float] | str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return f"broke: {(done.stderr.strip().splitlines() or ['killed'])[-1][:200]}"
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def stages(run: Callable[[], Any], rounds: int = 3) -> dict[str, float]:
     """Seconds of each stage of our own step, the least of some rounds: where what the products don't take goes."""
     found: dict[str, list[float]] = defaultdict(lambda: [0.0] * rounds)
 
-    def timed(function: Callable[..., Any], name: str, at: int) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            started = time.perf_counter()
-            out = function(*args, **options)
-            found[name][at] += time.perf_counter() - started
-            return out
+    def timed(name: str, at: int, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        out = function(*args, **options)
+        found[name][at] += time.perf_counter() - started
+        return out
 
-        return call
-
-    names = {
-        (operator, "_samples"): "sort and centre",
-        (operator, "_run_tile"): "exponentials",
-        (operator, "_pull"): "gradient's products",
-        (torch, "bmm"): "inner products",
-    }
+    names = {"sort and centre": (operator, "_samples"), "exponentials": (operator, "_run_tile")}
+    names |= {"gradient's products": (operator, "_pull"), "inner products": (torch, "bmm")}
     for at in range(rounds):
         with contextlib.ExitStack() as stack:
-            for (owner, function), name in names.items():
-                stack.enter_context(mock.patch.object(owner, function, timed(getattr(owner, function), name, at)))
-            timed(run, "step", at)()
-    best = {name: min(found[name]) for name in names.values()}
+            for name, (owner, function) in names.items():
+                call = functools.partial(timed, name, at, getattr(owner, function))
+                stack.enter_context(mock.patch.object(owner, function, call))
+            timed("step", at, run)
+    best = {name: min(found[name]) for name in names}
     return best | {"the rest": min(found["step"]) - sum(best.values())}
 
 
-def measure_part(part: str, rounds: int | None, threads: int) -> dict[str, Any]:
+def measure_in_turn(names: Iterable[str], shape: Shape, rounds: int, sample_seconds: float) -> tuple[Any, Any]:
+    """Times of candidates and, since the product takes turns with them, what ours reaches; its stages."""
+    runs = {name: step(name, shape) for name in names}
+    times = compare({**runs, "": product()}, "cpu", rounds=rounds, sample_seconds=sample_seconds)
+    found = reached(times.pop("")["median"], times[OURS]["median"], shape) | {"stages": stages(runs[OURS])}
+    said = f"{times[OURS]['median'] * 1e3:,.1f} ms, {found['share_of_matmul']:.0%} of the products' rate"
+    print(f"  {shape[0]} × {shape[1]}, ours: {said}", flush=True)
+    return times, found
+
+
+def measure_part(part: str, threads: int, rounds: int | None) -> dict[str, Any]:
     """Environment, rows, and what of the machine's rate ours reaches."""
-    (N, D, S, L), names, own_rounds, sample_seconds = PARTS[part]
+    shape, names, own_rounds, sample_seconds = PARTS[part]
     rows, alone = [], dict[str, dict[str, float]]()
-    say(f"{part}: {', '.join(names)}")
     for name in names:
-        contender, case = candidate(name, N, D, S, L)
+        contender, case = candidate(name, shape)
         why = contender.why_not(case)
-        if not why and Judge(bench_mmd.GROUP).check(contender, case).status != "ok":
+        if not why and bench_mmd.GROUP.check(contender, case).status != "ok":
             raise SystemExit(f"{name} is not the same formula as ours")
         found = why or in_process(name, part, threads)
         if isinstance(found, str):
             rows.append(Row(GROUP, part, name, "not run", found))
-            say(f"  {name}: {found}")
-        else:
-            alone[name] = found
-            say(f"  {name}, in a process of its own: {found['bytes'] / 1e6:,.0f} MB, {found['seconds']:.2f} s")
-    content: dict[str, Any] = {}
+            print(f"{part}: {name}: {found}", flush=True)
+            continue
+        alone[name] = found
+        said = f"{found['bytes'] / 1e6:,.0f} MB, {found['seconds']:.2f} s"
+        print(f"{part}: {name}, in a process of its own: {said}", flush=True)
     if part == LARGE:
-        times, rate = {name: summary([found["seconds"]]) for name, found in alone.items()}, alone[OURS]["rate"]
+        times, ours = {name: summary([found["seconds"]]) for name, found in alone.items()}, alone[OURS]
+        beside = reached(ours["product"], ours["seconds"], shape)
     else:
-        runs = {name: step(name, N, D, S, L) for name in alone}
-        times = compare({**runs, "": product()}, "cpu", rounds=rounds or own_rounds, sample_seconds=sample_seconds)
-        rate, content["stages"] = rate_of(times.pop("")), stages(runs[OURS])
+        times, beside = measure_in_turn(alone, shape, rounds or own_rounds, sample_seconds)
     rows += [Row(GROUP, part, n, seconds=t, peak_bytes=int(alone[n]["bytes"])) for n, t in times.items()]
-    content |= {"matmul_rate": rate, "share_of_matmul": flops(N, D, L) / times[OURS]["median"] / rate}
-    say(f"  ours: {times[OURS]['median'] * 1e3:,.1f} ms, {content['share_of_matmul']:.0%} of the products' rate")
-    return {"environment": machine(), "rows": list(map(results.fields, rows)), **content}
+    return {"environment": machine(), "rows": list(map(results.fields, rows)), **beside}
 
 
 def measure_growth(rounds: int | None) -> dict[str, Any]:
-    """Ours against N and D, in turn with DomainBed's and with the product that the rate is taken of."""
-    say("growth with N and D")
+    """Ours against N and D, in turn with DomainBed's."""
     rows = []
     shapes = [(n, page.GROWTH_WIDTH) for n in GROWTH_N] + [(page.GROWTH_SAMPLES, d) for d in GROWTH_D]
     for N, D in dict.fromkeys(shapes):
-        runs = {OURS: step(OURS, N, D, 2), "": product()}
-        if N <= DOMAINBED_UP_TO:
-            runs["DomainBed"] = step("DomainBed", N, D, 2)
-        times = compare(runs, "cpu", rounds=rounds or (3 if N * D > 2**21 else 5), sample_seconds=0.1)
-        rate = rate_of(times.pop(""))
-        share = flops(N, D) / times[OURS]["median"] / rate
-        extra = {"N": N, "D": D, "matmul_rate": rate, "share_of_matmul": share, "stages": stages(runs[OURS])}
-        rows += [
-            Row(GROUP, f"N {N}, D {D}", n, seconds=t, extra=extra if n == OURS else None) for n, t in times.items()
-        ]
-        say(f"  N {N}, D {D}: {times[OURS]['median'] * 1e3:,.1f} ms, {share:.0%} of the products' rate")
+        names = (OURS, "DomainBed") if N <= DOMAINBED_UP_TO else (OURS,)
+        times, found = measure_in_turn(names, (N, D, 2, 1), rounds or (3 if N * D > 2**21 else 5), 0.1)
+        for name, took in times.items():
+            extra = {"N": N, "D": D, **found} if name == OURS else None
+            rows.append(Row(GROUP, f"N {N}, D {D}", name, seconds=took, extra=extra))
     return {"environment": machine(), "rows": list(map(results.fields, rows))}
 
 
@@ -203,14 +185,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.alone:
         print(json.dumps(measure_alone(*options.alone)))
         return 0
-    content: dict[str, Any] = {}
-    if options.json and options.json.exists():
-        content = json.loads(options.json.read_text(encoding="utf-8"))
+    content: dict[str, Any] = (options.json and results.read_json(options.json)) or {}
     for part in (p for p in every if p in options.parts):
-        if part == "growth":
-            content[part] = measure_growth(options.rounds)
-        else:
-            content[part] = measure_part(part, options.rounds, options.threads)
+        measure = measure_growth if part == "growth" else functools.partial(measure_part, part, options.threads)
+        content[part] = measure(options.rounds)
         if options.json:  # after every part: what is measured is kept
             results.write_json(options.json, content)
     if options.plot and "growth" in content:

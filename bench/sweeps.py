@@ -1,9 +1,9 @@
 """What happens along a line: ours, stock OpenCLIP and plain-PyTorch HA-LoRA, against one quantity.
 
-    python -m bench.sweeps batch  --json FILE    a training step of whole models, until memory ends: the largest batch
-    python -m bench.sweeps length --json FILE    one attention module, sequences of N tokens, tokens in all fixed
-    python -m bench.sweeps rank   --json FILE    one attention module, the deltas' rank
-    python -m bench.sweeps closed --json FILE    one attention module, the share of heads whose gate is 0
+    batch     a training step of whole models, until memory ends: the largest batch
+    length    one attention module, sequences of N tokens, tokens in all fixed
+    rank      one attention module, the deltas' rank
+    closed    one attention module, the share of heads whose gate is 0
 
 Contenders of one x take turns; in `batch` each has the memory, and so the machine, to itself. What `--seconds` leaves
 no time for is in the file as not run.
@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from bench.base import results
 from bench.base.memory import available_bytes, peak_bytes
-from bench.base.results import Row
+from bench.base.results import Row, environment, write
 from bench.base.tables import sweep_tables
 from bench.base.timing import compare
 from bench.base.towers import SETTINGS
@@ -36,15 +35,8 @@ LENGTHS = {"cuda": (50, 65, 128, 197, 257, 401, 577, 730, 1024, 2048), "cpu": (2
 TOKENS = {"cuda": 256 * 197, "cpu": 1600}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0, 0.25, 0.5, 0.75, 0.9)
+Points = list[tuple[float, VisionCase]]
 FINEST = 8  # the largest batch is found to within an eighth
-
-
-class OutOfMemoryError(Exception):
-    """Of the budget; its text says how much was asked for."""
-
-
-class NoTimeError(Exception):
-    """What is left of the sweep's time is not enough."""
 
 
 @dataclass
@@ -80,7 +72,7 @@ class Sweep:
 def memory_error(error: BaseException) -> str | None:
     """What an error says of memory that ended; None where it is about something else."""
     text = first_line(error)
-    if isinstance(error, (OutOfMemoryError, torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return text or "out of memory"
     return text if "out of memory" in str(error) or "ALLOC_FAILED" in str(error) else None
 
@@ -94,10 +86,7 @@ def largest(fits: Callable[[int], bool], start: int = 1) -> int:
         good, bad = bad, bad * 2
     while bad - good > max(1, good // FINEST):
         middle = (good + bad) // 2
-        if fits(middle):
-            good = middle
-        else:
-            bad = middle
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 
 
@@ -120,10 +109,10 @@ def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, sta
         nonlocal ended
         before = max(seen, default=0)
         if seen and time.monotonic() + seen[before][0] * batch / before > deadline:
-            raise NoTimeError
+            raise NotRunError(sweep.no_time)
         try:
             if seen:
-                _within(sweep.budget, (seen[before][1].extra or {})["bytes"] * batch / before)
+                _within(sweep.budget, seen[before][1].extra["bytes"] * batch / before)
             seen[batch] = _point(sweep, replace(case, batch=batch), contender, where)
             sweep.say(f"  {where}, {contender.name}: batch {batch}, {seen[batch][1].per_second:,.1f} images/s")
         except Exception as error:
@@ -134,24 +123,21 @@ def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, sta
         free()
         return batch in seen
 
-    known = True
     try:
         largest(fits, start)
     except NotRunError as error:
         ended = str(error)
-    except NoTimeError:
-        ended, known = sweep.no_time, False
     free()
     for batch, (_, row) in sorted(seen.items()):
-        note = {"largest": known, "ended": ended} if batch == max(seen) else {}
-        sweep.rows.append(replace(row, extra={**(row.extra or {}), **note}))
+        note = {"largest": ended != sweep.no_time, "ended": ended} if batch == max(seen) else {}
+        sweep.rows.append(replace(row, extra={**row.extra, **note}))
     if not seen:
         sweep.left_out("batch sweep", where, [contender.name], start, ended)
 
 
 def _within(budget: int | None, needed: float) -> None:
     if budget is not None and needed > budget:
-        raise OutOfMemoryError(f"a step would take {needed / 1e9:.3g} GB, of {budget / 1e9:.3g} GB")
+        raise MemoryError(f"a step would take {needed / 1e9:.3g} GB, of {budget / 1e9:.3g} GB")
 
 
 def _point(sweep: Sweep, case: VisionCase, contender: Contender, where: str) -> tuple[float, Row]:
@@ -164,14 +150,12 @@ def _point(sweep: Sweep, case: VisionCase, contender: Contender, where: str) -> 
     needed = peak + sum(beside.values())
     _within(sweep.budget, needed)
     took = sweep.compare({"": made}, rounds=5)[""]
-    row = Row("batch sweep", where, contender.name, seconds=took, peak_bytes=peak, x=case.batch)
-    per_second, extra = case.batch / took["median"], {**case.extra(), "bytes": needed}
-    return time.monotonic() - started, replace(row, per_second=per_second, extra=extra)
+    own = {"per_second": case.batch / took["median"], "extra": {**case.extra(), "bytes": needed}}
+    row = Row("batch sweep", where, contender.name, seconds=took, peak_bytes=peak, x=case.batch, **own)
+    return time.monotonic() - started, row
 
 
-def sweep_module(
-    sweep: Sweep, kind: str, where: str, points: Sequence[tuple[float, VisionCase]], contenders: Sequence[Contender]
-) -> None:
+def sweep_module(sweep: Sweep, kind: str, where: str, points: Points, contenders: Sequence[Contender]) -> None:
     """Forward and backward of one module, contenders in turn at each x."""
     group = f"{kind} sweep"
     last = 0.0  # seconds of a point's timed calls
@@ -195,15 +179,15 @@ def sweep_module(
         last = time.monotonic() - started
         for name, took in times.items():
             ratio = took["median"] / times["stock"]["median"] if "stock" in times else None
-            peak = peak_bytes(trials[name].run, sweep.device)
-            row = Row(group, where, name, seconds=took, baseline="stock", ratio=ratio, peak_bytes=peak, x=x)
-            sweep.rows.append(replace(row, per_second=case.batch / took["median"], extra=case.extra()))
+            peak, per_second = peak_bytes(trials[name].run, sweep.device), case.batch / took["median"]
+            own = {"seconds": took, "baseline": "stock", "ratio": ratio, "peak_bytes": peak, "per_second": per_second}
+            sweep.rows.append(Row(group, where, name, x=x, extra=case.extra(), **own))
         sweep.say(f"  {where}, x = {x:g}: " + ", ".join(f"{n} {t['median'] * 1e3:.2f} ms" for n, t in times.items()))
         del trials
         free()
 
 
-def points_of(kind: str, case: VisionCase, rehearse: bool) -> list[tuple[float, VisionCase]]:
+def points_of(kind: str, case: VisionCase, rehearse: bool) -> Points:
     """What a sweep of one module goes through."""
     if kind == "length":
         lengths = (8, 17) if rehearse else LENGTHS[case.device]
@@ -217,7 +201,6 @@ def points_of(kind: str, case: VisionCase, rehearse: bool) -> list[tuple[float, 
 
 
 def run(kind: str, sweep: Sweep, settings: Sequence[str], rehearse: bool = False) -> None:
-    """Fills `sweep.rows`."""
     if kind == "batch":
         sweep_batch(sweep, settings, (*CONTENDERS, AUTO_RECOMPUTE), start=8 if sweep.budget is None else 2)
         return
@@ -227,8 +210,7 @@ def run(kind: str, sweep: Sweep, settings: Sequence[str], rehearse: bool = False
         batch = 256 if sweep.device == "cuda" else 8
         case = VisionCase("block", setting, 2 if rehearse else batch, sweep.device, sweep.precision, (8,))
         varied = {"length": f", batch {case.batch}", "rank": ", rank 8"}.get(kind, "")
-        points = points_of(kind, case, rehearse)
-        sweep_module(sweep, kind, case.name.replace(varied, ""), points, CONTENDERS)
+        sweep_module(sweep, kind, case.name.replace(varied, ""), points_of(kind, case, rehearse), CONTENDERS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,17 +225,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     cpu = given.device == "cpu"
     default = ("tiny",) if given.rehearse else ("B/32",) if cpu else REAL if given.kind == "batch" else ("B/16", "L/14")
-    budget = None if given.memory_gb is None else int(given.memory_gb * 1e9)
-    if budget is None and given.rehearse:
+    budget = available_bytes() // 2 if cpu else None
+    if given.memory_gb is not None:
+        budget = int(given.memory_gb * 1e9)
+    elif given.rehearse:
         budget = 2_000_000 if cpu else 20_000_000
-    elif budget is None and cpu:
-        budget = available_bytes() // 2
     quick: dict[str, Any] = {"rounds": 2, "sample_seconds": 0.002} if given.rehearse else {}
     sweep = Sweep(given.device, "fp32" if cpu else "amp", given.seconds, budget, **quick)
     run(given.kind, sweep, given.setting or default, given.rehearse)
     print("\n".join(sweep_tables(sweep.rows, f"{given.kind} sweep")))
     if given.json is not None:
-        results.write(given.json, results.environment(given.device), sweep.rows)
+        write(given.json, environment(given.device), sweep.rows)
     return 0
 
 

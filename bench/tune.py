@@ -1,7 +1,5 @@
 """The search for tile rows on a GPU: each candidate is checked against the default's output, then timed.
 
-    python -m bench.tune --out DIR --seconds S [--rehearse]
-
 Writes tune.result.json problem by problem; started again, it goes on with those that are not there. Prints, where a
 candidate is faster, the row to paste: forward in `tiles_of` (kernels/attention_fwd.py), backward in WHOLE or LONG
 (kernels/attention_bwd.py). A new row is compiled for its chips first (`python -m bench.compile_report`): no spills.
@@ -9,20 +7,17 @@ candidate is faster, the row to paste: forward in `tiles_of` (kernels/attention_
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-import bench.base.checkout  # noqa: F401
-from bench.base.results import write_json
+from bench.base.results import read_json, write_json
 from bench.base.timing import compare
 from bench.base.towers import SETTINGS
 from bench.contests.contest import first_line
@@ -35,8 +30,7 @@ ALLOWED = 2.0**-6
 GAIN = 1.03  # by so much a candidate must be faster, or the row is not worth changing
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """direction: "forward" or "backward". deltas: with low-rank deltas of q and v (`delta`), else without."""
 
     direction: str
@@ -59,12 +53,11 @@ def problems(rehearse: bool) -> list[Problem]:
     if rehearse:
         each = (("forward", False), ("backward", True))
         return [Problem(d, "tiny", 1, 16, 20, 1, deltas, "cpu", torch.float32) for d, deltas in each]
-    heads = {tower: (SETTINGS[tower].heads, SETTINGS[tower].head_dim) for tower in TOWERS}
-    every = itertools.product(LENGTHS, TOWERS, ("backward", "forward"), (False, True))
-    return [
-        Problem(d, tower, *heads[tower], n, max(1, TOKENS // n), deltas, "cuda", torch.bfloat16)
-        for n, tower, d, deltas in every
-    ]
+    found = []
+    for n, tower, d, deltas in itertools.product(LENGTHS, TOWERS, ("backward", "forward"), (False, True)):
+        heads = SETTINGS[tower].heads, SETTINGS[tower].head_dim
+        found.append(Problem(d, tower, *heads, n, max(1, TOKENS // n), deltas, "cuda", torch.bfloat16))
+    return found
 
 
 def candidates(p: Problem) -> list[Any]:
@@ -113,11 +106,9 @@ def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:
 
 def off_by(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Largest difference over the largest value, of the output that is worst; NaN counts as infinite."""
-    worst = 0.0
-    for one, other in zip(found, right, strict=True):
-        scale = other.float().abs().max().clamp_min(1e-30)
-        worst = max(worst, float(torch.nan_to_num((one.float() - other.float()).abs().max() / scale, nan=float("inf"))))
-    return worst
+    each = [(one.float(), other.float()) for one, other in zip(found, right, strict=True)]
+    off = torch.stack([(one - other).abs().max() / other.abs().max().clamp_min(1e-30) for one, other in each])
+    return float(off.nan_to_num(nan=float("inf")).max())
 
 
 def search(p: Problem, candidates: Sequence[Any], until: float, **timing: Any) -> dict[str, Any]:
@@ -141,9 +132,9 @@ def search(p: Problem, candidates: Sequence[Any], until: float, **timing: Any) -
         else:
             runs[name] = lambda c=candidate: run(c)
     times = {name: took["median"] for name, took in compare(runs, p.device, **timing).items()}
-    best, default = min(times, key=lambda name: times[name]), times["default"]
-    gain = default / times[best]
-    return {"best": best, "gain": gain, "default_seconds": default, "times": times, "refused": refused}
+    best, default = min(times, key=times.get), times["default"]
+    found = {"best": best, "gain": default / times[best], "default_seconds": default}
+    return found | {"times": times, "refused": refused}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,9 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rehearse", action="store_true", help="tiny problems on the CPU, in the interpreter")
     given = parser.parse_args(argv)
-    until = time.monotonic() + given.seconds
-    file = given.out / "tune.result.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    until, file = time.monotonic() + given.seconds, given.out / "tune.result.json"
+    found: dict[str, Any] = read_json(file) or {}
     timing: dict[str, Any] = {"rounds": 1, "sample_seconds": 0.001} if given.rehearse else {"rounds": 9}
     todo = [p for p in problems(given.rehearse) if p.name not in found]
     for i, p in enumerate(todo):

@@ -1,8 +1,8 @@
 """Makes `fastheads.kernels` the kernels/ of this checkout, also where the checkout was never installed.
 
 setup.py maps the folder to that name; on a machine where the repository was only copied, nobody has. And where another
-checkout is installed beside, its kernels must not answer for this one's. Also a pytest plugin:
-`-p bench.base.checkout`. Standard library only: `bench.check` uses it in trees that have no bench/.
+checkout is installed beside, its kernels must not answer for this one's. Whatever imports `bench` has it. Standard
+library only: `bench.check` uses it in trees that have no bench/.
 """
 
 import importlib.util

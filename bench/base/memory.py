@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-
-
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, (tuple, list)):
-        for item in found:
-            yield from _tensors(item)
+from torch.utils._pytree import tree_leaves
 
 
 class _Allocations(TorchDispatchMode):
@@ -31,7 +24,7 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
+        for tensor in (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
             storage = tensor.untyped_storage()
             self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out
@@ -67,7 +60,6 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
         warnings.simplefilter("ignore")  # of the profiler's cycles, of which there is one
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             run()
-    assert seen.profiler is not None and seen.profiler.kineto_results is not None
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

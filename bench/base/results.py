@@ -1,8 +1,6 @@
-"""What a bench writes: one row per contender and case, and where, when and with what it was measured.
+"""What every bench writes and `bench.report` reads: a row per contender and case; where, when, with what it was taken.
 
-    {"environment": {...}, "rows": [{"group": ..., "case": ..., "contender": ..., ...}, ...]}
-
-Every bench writes this form, and `bench.report` reads it.
+{"environment": {...}, "rows": [{"group": ..., "case": ..., "contender": ..., ...}, ...]}
 """
 
 import contextlib
@@ -22,7 +20,6 @@ import torch
 from bench.base.checkout import ROOT
 
 PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "peft", "xformers", "pykeops", "pytest")
-STATUSES = ("ok", "wrong", "not run")
 
 
 @dataclass(frozen=True)
@@ -57,14 +54,15 @@ class Row:
     extra: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.status not in STATUSES:
-            raise ValueError(f"status: got {self.status!r}; takes {', '.join(map(repr, STATUSES))}")
         if self.status != "ok" and not self.why:
             raise ValueError(f"why: a contender that is {self.status!r} needs a reason")
 
+    @property
+    def median(self) -> float:
+        return self.seconds["median"]
+
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each group and case, in the order in which they come."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row.group, row.case), []).append(row)
@@ -98,6 +96,11 @@ def write(file: Path, environment: Mapping[str, Any], rows: Iterable[Row], **bes
     write_lines(file, map(fields, rows), environment=environment, **beside)
 
 
+def read_json(file: Path) -> Any:
+    """None where there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
 def rows_of(content: Mapping[str, Any]) -> list[Row]:
     return [Row(**row) for row in content["rows"]]
 
@@ -114,21 +117,15 @@ def environment(device: str) -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    cuda = device == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "capability": list(torch.cuda.get_device_capability()) if cuda else None,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if cuda else None,
-        "driver": _smi("driver_version", "clocks.sm", "clocks.max.sm", "power.limit") if cuda else None,
-        "versions": versions,
-        "commit": _output("git", "rev-parse", "HEAD") or "unknown: not a git checkout",
-        "changed": bool(_output("git", "status", "--porcelain")),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
+    cuda, load = device == "cuda", list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    capability = list(torch.cuda.get_device_capability()) if cuda else None
+    found = {"device": torch.cuda.get_device_name() if cuda else _cpu_name(), "capability": capability}
+    found |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()}
+    driver = _smi("driver_version", "clocks.sm", "clocks.max.sm", "power.limit") if cuda else None
+    found |= {"cuda": torch.version.cuda if cuda else None, "driver": driver, "versions": versions}
+    commit, changed = _output("git", "rev-parse", "HEAD"), bool(_output("git", "status", "--porcelain"))
+    found |= {"commit": commit or "unknown: not a git checkout", "changed": changed, "load": load}
+    return found | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _cpu_name() -> str:

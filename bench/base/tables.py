@@ -30,17 +30,14 @@ def contest_table(rows: Sequence[Row], words: Mapping[str, str] | None = None, e
     words: a contender's, where they are not its name. errors: whether what is right says by how much it is off.
     """
     baseline = next((r.baseline for r in rows if r.baseline), "")
-    ran = sorted((r for r in rows if r.seconds), key=lambda r: (r.ratio or 1, (r.seconds or {})["median"]))
+    ran = sorted((r for r in rows if r.seconds), key=lambda r: (r.ratio or 1, r.median))
     cells = []
     for r in [*ran, *(r for r in rows if not r.seconds)]:
         times = [f"{r.seconds['median'] * 1e3:,.2f}" if r.seconds else "–", f"{r.ratio:.2f}" if r.ratio else "–"]
         memory = ["" if b is None else f"{b / 1e6:,.1f}" for b in (r.peak_bytes, r.saved_bytes)]
-        note = f"right, off by {r.error:.0e}" if errors and r.error is not None else ""
-        if r.status != "ok":
-            note = f"{r.status}: {r.why}"
+        right = f"right, off by {r.error:.0e}" if errors and r.error is not None else ""
+        note = {"ok": right, "wrong": f"**wrong: {r.why}**", "not run": f"not run: {r.why}"}[r.status]
         cells.append([(words or {}).get(r.contender, r.contender), *times, *memory, note])
-        if r.status == "wrong":
-            cells[-1][-1] = f"**{note}**"
     return table(["", "ms", f"/ {baseline}" if baseline else "ratio", "peak MB", "saved MB", ""], cells)
 
 
@@ -51,15 +48,14 @@ def sweep_tables(rows: Sequence[Row], group: str) -> list[str]:
     for (_, case), own in by_case(r for r in rows if r.group == group).items():
         ran = [r for r in own if r.seconds]
         names = list(dict.fromkeys(r.contender for r in ran))
-        at = {(r.x, r.contender): r for r in ran}
-        xs = sorted({r.x for r in ran if r.x is not None})
-        cells = [[f"{x:g}", *(_speed(at.get((x, name))) for name in names)] for x in xs]
+        at = {(r.x, r.contender): f"{r.per_second:,.1f}" for r in ran}
+        cells = [[f"{x:g}", *(at.get((x, name), "") for name in names)] for x in sorted({r.x for r in ran})]
         if cells:
             lines += [f"{case}, images per second:", "", table([label, *names], cells), ""]
         for r in ran:
             if r.extra and "ended" in r.extra:
                 word = "largest batch" if r.extra["largest"] else "largest batch tried"
-                lines.append(f"- {r.contender}: {word} {r.x:g}, {_speed(r)} images/s; {r.extra['ended']}")
+                lines.append(f"- {r.contender}: {word} {r.x:g}, {at[r.x, r.contender]} images/s; {r.extra['ended']}")
         reasons: dict[str, list[str]] = {}
         for r in own:
             if r.status != "ok":
@@ -69,25 +65,19 @@ def sweep_tables(rows: Sequence[Row], group: str) -> list[str]:
     return lines
 
 
-def _speed(row: Row | None) -> str:
-    return "" if row is None or row.per_second is None else f"{row.per_second:,.1f}"
-
-
-def _block(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+def _around(text: str, name: str) -> tuple[str, str, str]:
+    """What stands before, in and after the block between `<!-- name -->` and the next `<!-- end -->`."""
+    before, mark, rest = text.partition(f"<!-- {name} -->\n")
+    inside, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise ValueError(f"no block <!-- {name} --> … <!-- end -->")
+    return before + mark, inside, end + after
 
 
 def read_block(text: str, name: str) -> str:
-    """What stands in `text` between `<!-- name -->` and the next `<!-- end -->`."""
-    found = _block(name).search(text)
-    if found is None:
-        raise ValueError(f"no block <!-- {name} --> … <!-- end -->")
-    return found.group(0)[len(found.group(1)) : -len(found.group(2))]
+    return _around(text, name)[1]
 
 
 def write_block(file: Path, name: str, content: str) -> None:
-    """Puts `content` into the block `name` of `file`."""
-    text = file.read_text(encoding="utf-8")
-    read_block(text, name)
-    filled = _block(name).sub(lambda m: m.group(1) + content.rstrip() + "\n" + m.group(2), text)
-    file.write_text(filled, encoding="utf-8")
+    before, _, after = _around(file.read_text(encoding="utf-8"), name)
+    file.write_text(f"{before}{content.rstrip()}\n{after}", encoding="utf-8")

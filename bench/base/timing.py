@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+Runs = Mapping[str, Callable[[], Any]]
 FEW = 5  # rounds at least, where `seconds` allow it; of so few samples low and high are the extremes
 
 
@@ -50,12 +51,7 @@ def summary(samples: list[float]) -> dict[str, float]:
 
 
 def compare(
-    runs: Mapping[str, Callable[[], Any]],
-    device: str,
-    *,
-    rounds: int = 15,
-    sample_seconds: float = 0.03,
-    seconds: float | None = None,
+    runs: Runs, device: str, *, rounds: int = 15, sample_seconds: float = 0.03, seconds: float | None = None
 ) -> dict[str, dict[str, float]]:
     """The `summary` of each run's seconds, taken in turn after a warm-up.
 

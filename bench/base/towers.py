@@ -1,20 +1,13 @@
 """The image towers that are measured and modelled: their numbers, and the sizes that follow from them at a batch."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TARGETS = 2  # q and v
 
 
-def published_ranks(layers: int) -> tuple[int, ...]:
-    """One per layer: 2, and 8 in the last two."""
-    return (2,) * (layers - 2) + (8,) * 2
-
-
 @dataclass(frozen=True)
 class Setting:
-    """A model's image tower. config: OpenCLIP's name of it; "" where it is ours."""
+    """A model's image tower. config: OpenCLIP's name of it; "" where it is ours. batch: of a `shape`."""
 
     name: str
     config: str
@@ -24,6 +17,7 @@ class Setting:
     head_dim: int
     layers: int
     embed_dim: int = 512
+    batch: int = 0
 
     @property
     def tokens(self) -> int:
@@ -34,25 +28,11 @@ class Setting:
         return self.width // self.head_dim
 
     def ranks(self) -> tuple[int, ...]:
-        return published_ranks(self.layers)
+        """The published ones, one per layer: 2, and 8 in the last two."""
+        return (2,) * (self.layers - 2) + (8,) * 2
 
-    def shape(self, batch: int) -> Shape:
-        return Shape(f"{self.name}, batch {batch}", batch, self.tokens, self.width, self.heads, self.layers)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A tower's attention: batch, tokens, width, heads, layers."""
-
-    name: str
-    batch: int
-    tokens: int
-    width: int
-    heads: int
-    layers: int
-
-    def ranks(self) -> tuple[int, ...]:
-        return published_ranks(self.layers)
+    def shape(self, batch: int) -> "Setting":
+        return replace(self, name=f"{self.name}, batch {batch}", batch=batch)
 
     @property
     def row(self) -> int:
@@ -83,7 +63,6 @@ class Shape:
         return self.width**2
 
     def columns(self, rank: int) -> int:
-        """R."""
         return TARGETS * self.heads * rank
 
     def low(self, rank: int) -> int:

@@ -1,8 +1,6 @@
 """Has the CPU path become slower? Two commits side by side, and each beside itself, which is the noise.
 
-    python -m bench.check [--base REV] [--minutes M]
-
-Base: REV; else where this branch left origin/main; where that is this commit, or there is no origin/main: the commit
+Base: `--base`; else where this branch left origin/main; where that is this commit, or there is none: the commit
 itself if the working tree differs from it, else its parent. Head is the working tree as it stands. Both are copied to a
 folder of their own and csrc/ is built there in the same way; the cases (`bench.check.cases`) are head's.
 
@@ -87,14 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         base = git("rev-parse", "--verify", f"{given.base}^{{commit}}") if given.base else default_base()
     except ValueError as error:
-        print(f"No commit to compare with: {error}", file=sys.stderr)
-        return 2
+        parser.error(f"no commit to compare with: {error}")
     head = git("rev-parse", "--short=10", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
     print(f"base {base[:10]}, head {head}: {git('log', '-1', '--format=%s', base)!r} and what came since", flush=True)
     with trees_of(base) as trees:
         for side, tree in trees.items():
-            problem = build_native(tree)
-            if problem:
+            if problem := build_native(tree):
                 print(f"{side} {problem}")
         text, well = check(trees, CASES, deadline, rounds=given.rounds)
     print(text)

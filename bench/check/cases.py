@@ -10,15 +10,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 Run = Callable[[], Any]
-
-
-def _torch() -> Any:
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("FASTHEADS_CHECK_THREADS", "1")))
-    torch.manual_seed(0)
-    return torch
+torch.set_num_threads(int(os.environ.get("FASTHEADS_CHECK_THREADS", "1")))
 
 
 def _import() -> float:
@@ -30,7 +25,6 @@ def _import() -> float:
 
 def importing() -> Run:
     """`import fastheads` where torch is there already, in a fork of this process."""
-    _torch()
     if "fastheads" in sys.modules:
         raise RuntimeError("fastheads is imported already; this case must be the first")
 
@@ -43,9 +37,9 @@ def importing() -> Run:
 
 def operator(backward: bool) -> Run:
     """`fastheads::head_attention`, impl "cpu": 8 × 50 tokens, width 384, 6 heads, rank 8."""
-    torch = _torch()
     from fastheads.ops import head_attention
 
+    torch.manual_seed(0)
     B, N, D, H, r = 8, 50, 384, 6, 8
     x = torch.randn(B, N, D, requires_grad=True)
     w, b = torch.randn(3 * D, D) / D**0.5, torch.zeros(3 * D)
@@ -65,11 +59,11 @@ def operator(backward: bool) -> Run:
 
 def tower(training: bool) -> Run:
     """The image tower of a small OpenCLIP, 4 layers of width 256, 8 images of 50 tokens, patched."""
-    torch = _torch()
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     import fastheads
 
+    torch.manual_seed(0)
     text = CLIPTextCfg(context_length=8, vocab_size=64, width=64, heads=2, layers=1)
     model = CLIP(64, CLIPVisionCfg(4, 256, 64, patch_size=8, image_size=56), text)
     fastheads.patch(model)
@@ -87,9 +81,9 @@ def tower(training: bool) -> Run:
 
 def mmd(layers: int, samples: int, width: int) -> Run:
     """The adaptive MMD of three domains, forward and backward, by the native kernels."""
-    torch = _torch()
     import fastheads
 
+    torch.manual_seed(0)
     x = torch.randn(layers, samples, width, requires_grad=True)
     domains = torch.arange(3).repeat_interleave(samples // 3)
 

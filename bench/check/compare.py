@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,6 @@ from bench.check.worker import load
 SIDES = ("base", "head", "base again", "head again")
 MARGIN = 3.0
 PASSES = 3
-
-
-class MissingError(Exception):
-    """A tree cannot run a case; the text says why."""
 
 
 class Worker:
@@ -40,35 +36,22 @@ class Worker:
         self.process = subprocess.Popen(command, cwd=tree, env=env, text=True, **pipes)
 
     def seconds(self, case: str, calls: int) -> float:
-        """Of a call, in the mean over `calls`."""
+        """Of a call, in the mean over `calls`. Raises RuntimeError where the tree can't run the case: it says why."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"case": case, "calls": calls}) + "\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
-            raise MissingError(f"the process ended: {(self.log.read().strip().splitlines() or ['without a word'])[-1]}")
+            raise RuntimeError(f"the process ended: {(self.log.read().strip().splitlines() or ['without a word'])[-1]}")
         answer = json.loads(line)
         if "missing" in answer:
-            raise MissingError(answer["missing"])
+            raise RuntimeError(answer["missing"])
         return float(answer["seconds"])
 
     def close(self) -> None:
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        self.process.wait()
+        self.process.communicate()  # ends what it reads, and waits for it
         self.log.close()
-
-
-@contextlib.contextmanager
-def workers(trees: Mapping[str, Path], cases: Path) -> Iterator[dict[str, Worker]]:
-    """Two for each of "base" and "head"."""
-    with contextlib.ExitStack() as stack:
-        started = {side: Worker(trees[side.split()[0]], cases) for side in SIDES}
-        for worker in started.values():
-            stack.callback(worker.close)
-        yield started
 
 
 @dataclass
@@ -124,13 +107,15 @@ def measure(
 ) -> list[Result]:
     """Each case in turn by two processes per tree."""
     found = []
-    with workers(trees, cases) as running:
+    with contextlib.ExitStack() as stack:
+        started = {side: Worker(trees[side.split()[0]], cases) for side in SIDES}
+        running = {side: stack.enter_context(contextlib.closing(worker)) for side, worker in started.items()}
         for name in names:
             result = Result(name)
             for side in ("base", "head"):
                 try:
                     running[side].seconds(name, 1)
-                except MissingError as error:
+                except RuntimeError as error:
                     result.missing[side] = str(error)
             if not result.missing:
                 once = running["head"].seconds(name, 1)
@@ -154,10 +139,10 @@ def check(trees: Mapping[str, Path], cases: Path, deadline: float = math.inf, **
     lines = [table(["case", "base ms", "head ms", "head / base", "noise", ""], [r.row() for r in latest])]
     for r in latest:
         lines += [f"{r.case}: {side} cannot run it: {why}" for side, why in r.missing.items()]
-    lines += [
-        f"{r.case}: head takes {r.ratio():.3f} × base's time, beyond the {r.noise():.3f} × that the same commit shows "
-        f"against itself, in {sum(r.case in [x.case for x in p] for p in passes)} of {len(passes)} passes"
-        for r in latest
-        if r.slower()
-    ]
+    for r in (r for r in latest if r.slower()):
+        beyond = (
+            f"{r.ratio():.3f} × base's time, beyond the {r.noise():.3f} × that the same commit shows against itself"
+        )
+        in_passes = sum(r.case in [x.case for x in p] for p in passes)
+        lines.append(f"{r.case}: head takes {beyond}, in {in_passes} of {len(passes)} passes")
     return "\n".join(lines), not any(r.verdict() in ("slower", "broken") for r in latest)

@@ -1,7 +1,5 @@
 """One tree's side of `bench.check`: a process that imports fastheads from that tree and runs cases when it is told to.
 
-    python bench/check/worker.py TREE CASES.py
-
 Reads JSON lines, `{"case": NAME, "calls": N}`, and answers each with one: `{"seconds": S}`, of one call in the mean of
 N, or `{"missing": WHY}` where this tree cannot run the case. Standard library only: the cases import the rest.
 """
@@ -22,7 +20,6 @@ PACKAGE = "fastheads"
 def load(file: Path) -> ModuleType:
     """A module by its file; what it starts finds it by its name."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
     sys.modules[file.stem] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

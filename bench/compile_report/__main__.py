@@ -1,7 +1,5 @@
 """Every kernel as it is compiled for an A100 (sm_80) and an H100 or H200 (sm_90): registers, spills, shared memory.
 
-    python -m bench.compile_report [--quick] [--check] [--jobs 2] [--json FILE] [--doc FILE]
-
 Needs no GPU, but Triton without its interpreter. The launchers choose their tiles as they would on the GPU, and the
 shapes are such that they reach every row. `--check` exits with 1 where a default row spills, needs more shared memory
 than a block has, or multiplies without tensor cores; `--quick` is a representative part for CI. `--doc` puts the tables

@@ -52,15 +52,11 @@ class Case:
         deltas on heads wider than 80, of ranks that nobody published, of other targets than q and v or with a shared
         down-projection; lengths that no model has at that head size.
         """
-        if self.launcher.startswith("mmd"):
-            return True
-        if self.launcher == "one_pass" or self.dtype == "float32" or self.shared or self.targets != "qv":
-            return False
-        if self.mask and (self.length != 77 or self.causal):
-            return False
-        if self.rank > 16 or (self.rank and self.head_dim > 80 and self.launcher.startswith("attention")):
-            return False
-        return self.length in OPENCLIP_LENGTHS.get(self.head_dim, LENGTHS)
+        other = self.launcher == "one_pass" or self.dtype == "float32" or self.shared or self.targets != "qv"
+        masked = self.mask and (self.length != 77 or self.causal)
+        large = self.rank > 16 or (self.rank and self.head_dim > 80 and self.launcher.startswith("attention"))
+        there = self.length in OPENCLIP_LENGTHS.get(self.head_dim, LENGTHS)
+        return self.launcher.startswith("mmd") or (there and not (other or masked or large))
 
     @property
     def heads(self) -> int:
@@ -84,33 +80,19 @@ class Case:
         return max(1, 256 * 197 // self.length)
 
     def shape(self) -> str:
-        """The problem in a few words."""
         if self.launcher == "fold":
             return f"D {self.width}, rank {self.rank}, {self.base}, {'merged' if self.merge else 'beside'}"
         if self.launcher.startswith("mmd"):
             small = self.launcher == "mmd_small"
-            words = {
-                f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.width}": True,
-                "gated" if self.gate else "features": small,
-                self.preset: self.preset != "adaptive",
-                f"{self.domains} domains": self.domains != 3,
-                "sums only": not self.backward,
-                "tf32": self.tf32,
-            }
+            words = {f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.width}": True}
+            words |= {"gated" if self.gate else "features": small, self.preset: self.preset != "adaptive"}
+            words |= {f"{self.domains} domains": self.domains != 3, "sums only": not self.backward, "tf32": self.tf32}
         else:
-            words = {
-                f"head {self.head_dim}": True,
-                f"N {self.length}": True,
-                "one head": self.one_head,
-                f"rank {self.rank}": self.rank,
-                f"of {self.targets}": self.targets != "qv",
-                "shared": self.shared,
-                f"{self.mask} mask": self.mask,
-                "causal": self.causal,
-                "no gate": not self.gate,
-                {None: "no pool", "mean": "mean pool", "tokens": "pool per image"}.get(self.pool): self.pool != 0,
-                self.dtype: self.dtype != "bfloat16",
-            }
+            words = {f"head {self.head_dim}": True, f"N {self.length}": True, "one head": self.one_head}
+            words |= {f"rank {self.rank}": self.rank, f"of {self.targets}": self.targets != "qv", "shared": self.shared}
+            words |= {f"{self.mask} mask": self.mask, "causal": self.causal, "no gate": not self.gate}
+            pools = {None: "no pool", "mean": "mean pool", "tokens": "pool per image"}
+            words |= {pools.get(self.pool): self.pool != 0, self.dtype: self.dtype != "bfloat16"}
         return ", ".join(word for word, said in words.items() if said)
 
     def title(self) -> str:
@@ -235,8 +217,7 @@ def quick_cases() -> list[Case]:
     cases += [Case("one_pass", 64, 50, rank=2), Case("one_pass", 64, 197, rank=8)]
     # As every layer runs outside of `capture_heads`.
     cases += [Case("attention_fwd", 64, n, pool=None) for n in (197, 577)] + [Case("one_pass", 64, 50, pool=None)]
-    cases += [Case("mmd_small"), Case("mmd_small", gate=False), Case("mmd_tile"), Case("mmd_tile", tf32=True)]
-    return cases
+    return [*cases, Case("mmd_small"), Case("mmd_small", gate=False), Case("mmd_tile"), Case("mmd_tile", tf32=True)]
 
 
 def all_cases() -> list[Case]:
@@ -246,8 +227,7 @@ def all_cases() -> list[Case]:
         for dh in HEADS:
             cases += [Case(launcher, dh, n, rank=r) for n in LENGTHS for r in (0, 8)]  # rank 2 has rank 8's tiles
             cases += [Case(launcher, dh, 77, causal=True, rank=r) for r in (0, 8)]
-            cases += [Case(launcher, dh, 77, mask="additive", rank=8)]
-            cases += [Case(launcher, dh, 4096, causal=True)]
+            cases += [Case(launcher, dh, 77, mask="additive", rank=8), Case(launcher, dh, 4096, causal=True)]
             cases += [Case(launcher, dh, n, mask=m) for n in (77, 197, 577) for m in ("bool", "additive")]
             cases += [Case(launcher, dh, 257, gate=False, pool=None)]
         cases += [Case(launcher, dh, n, rank=r) for dh in OTHER_HEADS for n in (257, 577) for r in (0, 8)]
@@ -256,8 +236,8 @@ def all_cases() -> list[Case]:
         cases += [Case(launcher, 64, n, rank=r) for n in (197, 577) for r in (32, 64)]
     cases += [Case("attention_fwd", 64, 197, pool="mean")]
     cases += [Case("low_rank_bwd", dh, n, rank=r) for dh in (64, 80, 72, 128) for n in (197, 4096) for r in (2, 16)]
+    bases = (("float32", True), ("bfloat16", False))
     for dh in HEADS:
-        bases = (("float32", True), ("bfloat16", False))
         cases += [Case("fold", dh, rank=r, base=base, merge=merge) for r in (2, 8, 16) for base, merge in bases]
         cases += [Case("one_pass", dh, n, rank=r) for n in ONE_PASS_LENGTHS for r in (0, 8)]
         cases += [Case("one_pass", dh, 77, causal=True, rank=2)]
@@ -276,13 +256,14 @@ def _corners() -> list[Case]:
         cases += [Case(launcher, 128, 197, rank=r, dtype="float32") for r in (8, 64)]
         cases += [Case(launcher, 64, 77, rank=8, mask="bool", causal=True, pool="mean")]
     cases += [Case("fold", 16, rank=1, one_head=True), Case("fold", 64, rank=8, targets="vkq", shared=True)]
-    cases += [Case("one_pass", 16, 1, rank=1, one_head=True, pool="tokens")]
-    cases += [Case("one_pass", 72, 20, rank=3, mask="bool"), Case("one_pass", 128, 192, rank=32, targets="qkv")]
-    cases += [Case("one_pass", 64, 272, rank=32, pool="mean")]
+    cases += [
+        Case("one_pass", 16, 1, rank=1, one_head=True, pool="tokens"),
+        Case("one_pass", 72, 20, rank=3, mask="bool"),
+    ]
+    cases += [Case("one_pass", 128, 192, rank=32, targets="qkv"), Case("one_pass", 64, 272, rank=32, pool="mean")]
     cases += [Case("one_pass", dh, n, rank=32, dtype="float32") for dh, n in ((64, 192), (128, 96))]
     cases += [Case("mmd_small", length=n, gate=g) for n in (12, 128) for g in (True, False)]
     cases += [Case("mmd_small", preset=p, domains=d) for p, d in (("dan", 3), ("domainbed", 3), ("dan", 64))]
     cases += [Case("mmd_small", head_dim=72, backward=False), Case("mmd_tile", preset="domainbed")]
     cases += [Case("mmd_tile", domains=d, tf32=t) for d in (20, 64) for t in (False, True)]
-    cases += [Case("mmd_tile", preset="domainbed", tf32=True), Case("mmd_tile", backward=False)]
-    return cases
+    return [*cases, Case("mmd_tile", preset="domainbed", tf32=True), Case("mmd_tile", backward=False)]

@@ -1,14 +1,15 @@
 """What the compiler made of the cases' kernels: compiled in several processes, judged, and shown in tables."""
 
-import json
 import multiprocessing
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from bench.base.results import read_json
 from bench.base.tables import table
 from bench.compile_report.cases import LAUNCHERS, Case, quick_cases
 from bench.compile_report.offline import Compiled, compiling
@@ -52,8 +53,7 @@ class Kernel:
 
 
 def read(file: Path) -> list[Kernel]:
-    """What the command wrote."""
-    return [Kernel.from_dict(row) for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    return [Kernel.from_dict(row) for row in read_json(file)["rows"]]
 
 
 def compile_case(job: tuple[Case, int]) -> list[Kernel]:
@@ -64,38 +64,28 @@ def compile_case(job: tuple[Case, int]) -> list[Kernel]:
             LAUNCHERS[case.launcher](case)
         return [Kernel(case, arch, c) for c in compiled]
     except Exception as error:  # one kernel that doesn't compile must not hide the others
-        return [Kernel(case, arch, error=_innermost(error))]
-
-
-def _innermost(error: BaseException) -> str:
-    """An error in one line; Triton wraps one into another for every function that is inlined."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip(" ^")]
-    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
+        inner: BaseException = error
+        while inner.__cause__ is not None:  # Triton wraps one into another for every function that is inlined
+            inner = inner.__cause__
+        lines = [line.strip() for line in str(inner).splitlines() if line.strip(" ^")]
+        return [Kernel(case, arch, error=f"{type(inner).__name__}: {lines[-1] if lines else ''}")]
 
 
 def compile_all(cases: Iterable[Case], jobs: int) -> list[Kernel]:
-    """Of all cases, for both architectures."""
     work = [(case, arch) for case in cases for arch in SHARED_NAME]
-    if jobs == 1:
-        found = map(compile_case, work)
-        return merged(kernel for kernels in found for kernel in kernels)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return merged(kernel for kernels in pool.map(compile_case, work) for kernel in kernels)
+        found = (map if jobs == 1 else pool.map)(compile_case, work)
+        return merged(chain.from_iterable(found))
 
 
 def merged(kernels: Iterable[Kernel]) -> list[Kernel]:
     """Each specialisation once, with all cases that share it."""
-    by_hash: dict[str, Kernel] = {}
-    found = []
+    found: dict[Any, Kernel] = {}
     for kernel in kernels:
-        first = by_hash.setdefault(kernel.compiled.hash, kernel) if kernel.compiled else kernel
-        if first is kernel or not kernel.compiled.hash:
-            found.append(kernel)
-        else:
+        first = found.setdefault(kernel.compiled.hash if kernel.compiled else id(kernel), kernel)
+        if first is not kernel:
             first.also.append(kernel.case)
-    return found
+    return list(found.values())
 
 
 def failures(kernels: Iterable[Kernel]) -> list[str]:
@@ -123,25 +113,23 @@ def tile_text(constexprs: dict[str, Any]) -> str:
     for name, value in constexprs.items():
         if name in PROBLEM or value in (None, False, 0, "()"):
             continue
-        words.append(tile_text(value) if isinstance(value, dict) else f"{name}={_short(value)}")
+        if isinstance(value, dict):
+            words.append(tile_text(value))
+        else:
+            # a tuple of (first, size) as its sizes: ((0, 128), (128, 64)) as 128+64
+            pairs = re.findall(r"\(\d+, (\d+)\)", str(value))
+            words.append(f"{name}={'+'.join(pairs) if pairs else str(value).replace(' ', '')}")
     return " ".join(words)
 
 
-def _short(value: Any) -> str:
-    """A tuple of (first, size) as its sizes: ((0, 128), (128, 64)) as 128+64."""
-    pairs = re.findall(r"\(\d+, (\d+)\)", str(value))
-    return "+".join(pairs) if pairs else str(value).replace(" ", "")
-
-
 def report(kernels: Iterable[Kernel], arch: int) -> str:
-    """The markdown table of one architecture."""
     header = ["kernel", "shape", "tile", "warps", "stages", "registers", "spilled B", "shared KB", "blocks per SM"]
     rows = []
-    for kernel in kernels:
+    for kernel in (k for k in kernels if k.arch == arch):
         c = kernel.compiled
-        if kernel.arch == arch and c is None:
+        if c is None:
             rows.append([kernel.case.launcher, kernel.shape(), kernel.error[:120], *[""] * 7])
-        elif kernel.arch == arch:
+        else:
             cores = f"{c.wgmma} wgmma" if c.wgmma else f"{c.mma} mma" if c.mma else "none"
             resident = blocks_per_sm(arch, c.registers, c.shared, c.num_warps)
             used = [c.num_warps, c.num_stages, c.registers, c.spills, f"{c.shared / 1024:.1f}", resident, cores]
@@ -156,11 +144,9 @@ def summary(kernels: Sequence[Kernel]) -> str:
         own = [k for k in kernels if k.arch == arch and k.compiled]
         spilled = [k.case.default for k in own if k.compiled.spills]
         others = f" and {len(spilled) - sum(spilled)} others" if not all(spilled) else ""
-        most = max((k.compiled.shared for k in own), default=0)
-        lines.append(
-            f"sm_{arch} ({SHARED_NAME[arch]}): {len(own)} kernels compiled, {sum(spilled)} default rows spill{others}; "
-            f"most shared memory {most / 1024:.1f} KB"
-        )
+        most = f"most shared memory {max((k.compiled.shared for k in own), default=0) / 1024:.1f} KB"
+        counted = f"{len(own)} kernels compiled, {sum(spilled)} default rows spill{others}"
+        lines.append(f"sm_{arch} ({SHARED_NAME[arch]}): {counted}; {most}")
     return "\n".join(lines)
 
 

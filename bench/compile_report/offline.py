@@ -24,7 +24,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-import bench.base.checkout  # noqa: F401
 from fastheads.kernels.launch import launching
 
 # What one block may take, in bytes (CUDA C++ Programming Guide, table of compute capabilities).
@@ -67,16 +66,6 @@ class Compiled:
         return found
 
 
-def _no_gpu(arch: int) -> SimpleNamespace:
-    """A Triton driver that knows what to compile for and has nothing to run it on."""
-    return SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        set_current_device=lambda device: None,
-    )
-
-
 @contextmanager
 def compiling(arch: int) -> Iterator[list[Compiled]]:
     """Inside, every launch is compiled for sm_`arch` and added to the list instead of being run.
@@ -98,7 +87,13 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
             kernel.device_caches = defaultdict(kernel.create_binder)
         out.append(_describe(kernel, arch, kernel.run(*args, grid=grid, warmup=True, **meta)))
 
-    driver.set_active(_no_gpu(arch))
+    # A driver that knows what to compile for and has nothing to run it on.
+    none = {
+        "get_current_device": lambda: 0,
+        "get_current_stream": lambda device: 0,
+        "set_current_device": lambda _: None,
+    }
+    driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", arch, 32), **none))
     try:
         with launching(run):
             yield out
@@ -109,29 +104,14 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
 
 
 def _describe(kernel: Any, arch: int, compiled: Any) -> Compiled:
-    ptx = compiled.asm["ptx"]
-    usage = resource_usage(compiled.asm["cubin"])
-    return Compiled(
-        kernel=kernel.fn.__name__,
-        arch=arch,
-        constexprs=_constexprs(kernel, compiled.src.constants),
-        num_warps=compiled.metadata.num_warps,
-        num_stages=compiled.metadata.num_stages,
-        registers=usage["REG"],
-        stack=usage["STACK"],
-        local=usage["LOCAL"],
-        shared=compiled.metadata.shared,
-        mma=len(re.findall(r"\bmma\.sync", ptx)),
-        wgmma=len(re.findall(r"\bwgmma\.mma_async", ptx)),
-        dots="tt.dot " in compiled.asm["ttir"],
-        hash=compiled.hash,
-    )
-
-
-def _constexprs(kernel: Any, constants: dict[tuple[int, ...], Any]) -> dict[str, Any]:
-    """The kernel's `tl.constexpr` arguments by name; not those that Triton made constants of itself (None, 1)."""
-    own = {kernel.params[path[0]]: value for path, value in constants.items() if len(path) == 1}
-    return {param.name: _plain(value) for param, value in own.items() if param.is_constexpr}
+    """constexprs: the kernel's `tl.constexpr` arguments; not what Triton made constants of itself (None, 1)."""
+    own = {kernel.params[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
+    ptx, usage, made = compiled.asm["ptx"], resource_usage(compiled.asm["cubin"]), compiled.metadata
+    found = {name: usage[key] for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))}
+    found |= {name: getattr(made, name) for name in ("num_warps", "num_stages", "shared")}
+    found |= {"mma": len(re.findall(r"\bmma\.sync", ptx)), "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx))}
+    found["constexprs"] = {param.name: _plain(value) for param, value in own.items() if param.is_constexpr}
+    return Compiled(kernel.fn.__name__, arch, dots="tt.dot " in compiled.asm["ttir"], hash=compiled.hash, **found)
 
 
 def _plain(value: Any) -> Any:

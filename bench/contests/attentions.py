@@ -1,7 +1,5 @@
 """Attention modules to be measured against, written from their definitions; each stands in OpenCLIP's block as its own.
 
-Four mathematics are among them:
-
 - `frozen`, `full`: the model's attention, its weights frozen or trained.
 - `ha-lora`: a low-rank delta of its own for each head's query and value, and a gate per head. What fastheads computes.
 - `lora qkvo`: plain LoRA on the input and the output projection, which is what PEFT documents for this module.
@@ -112,10 +110,7 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Heads `[B, N, D]`, concatenated, of x `[B, N, D]`."""
-        return joined(self.attend(*self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))))
-
-    def split(self, qkv: Tensor) -> list[Tensor]:
-        return split(qkv, self.num_heads)
+        return joined(self.attend(*split(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads)))
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -125,15 +120,12 @@ class Plain(Attention):
     """HA-LoRA as one writes it in PyTorch: projection, the low-rank path beside it, SDPA, gate."""
 
     maths = "ha-lora"
-    lora_A: Tensor
-    lora_B: Tensor
-    theta: Tensor
 
     def heads(self, x: Tensor) -> Tensor:
         return gated(self.attend(*self.project(x)), softmax_gate(self.theta))
 
     def project(self, x: Tensor) -> list[Tensor]:
-        each = self.split(F.linear(x, self.in_proj_weight, self.in_proj_bias))
+        each = split(F.linear(x, self.in_proj_weight, self.in_proj_bias), self.num_heads)
         dtype = each[0].dtype
         for t, part in enumerate(PARTS):
             low = torch.einsum("bnd,hrd->bhnr", x, self.lora_A[t].to(dtype))
@@ -142,8 +134,6 @@ class Plain(Attention):
 
 
 class XFormers(Plain):
-    """`Plain` with xformers' memory_efficient_attention."""
-
     attend = staticmethod(xformers_attention)
 
 
@@ -156,8 +146,6 @@ class Reference(Plain):
 
 
 class Compiled(Reference):
-    """torch.compile of the reference."""
-
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.compiled = torch.compile(super().heads, fullgraph=True)
@@ -174,8 +162,7 @@ class Merged(Plain):
         with torch.autocast(x.device.type, enabled=False):
             for_q, for_v = torch.einsum("thdr,thrk->thdk", self.lora_B, self.lora_A).flatten(1, 2).unbind(0)
             weight = self.in_proj_weight + torch.cat((for_q, torch.zeros_like(for_q), for_v))
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.to(dtype)
-        return self.split(F.linear(x, weight.to(dtype), bias))
+        return split(F.linear(x, weight.to(dtype), self.in_proj_bias.to(dtype)), self.num_heads)
 
 
 class _Factored(torch.autograd.Function):
@@ -185,7 +172,7 @@ class _Factored(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor, a: Tensor, up: Tensor) -> Tensor:
         """x `[M, D]`; a `[T, H·r, D]`, up `[T, D, H·r]` block-diagonal, both in x's dtype."""
         D = w.shape[1]
         y = F.linear(x, w, bias)
@@ -218,11 +205,10 @@ class Factored(Plain):
         dtype, (T, H, dh, r) = self.compute_dtype(x), self.lora_B.shape
         diagonal = torch.eye(H, device=x.device).view(1, H, 1, H, 1)
         up = (self.lora_B.unsqueeze(3) * diagonal).reshape(T, H * dh, H * r).to(dtype)
-        bias = None if self.in_proj_bias is None else self.in_proj_bias.to(dtype)
-        flat = x.to(dtype).reshape(B * N, D)
+        weights = (t.to(dtype) for t in (self.in_proj_weight, self.in_proj_bias, self.lora_A.flatten(1, 2)))
         with torch.autocast(x.device.type, enabled=False):
-            y = _Factored.apply(flat, self.in_proj_weight.to(dtype), bias, self.lora_A.flatten(1, 2).to(dtype), up)
-        return self.split(y.view(B, N, 3 * D))
+            y = _Factored.apply(x.to(dtype).reshape(B * N, D), *weights, up)
+        return split(y.view(B, N, 3 * D), H)
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -235,14 +221,10 @@ class LoraQKVO(Attention):
     """y = (W + B A) x for the input and the output projection."""
 
     maths = "lora qkvo"
-    in_A: Tensor
-    in_B: Tensor
-    out_A: Tensor
-    out_B: Tensor
 
     def forward(self, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias) + low_rank(query, self.in_A, self.in_B)
-        o = joined(self.attend(*self.split(qkv)))
+        o = joined(self.attend(*split(qkv, self.num_heads)))
         return self.out_proj(o) + low_rank(o, self.out_A, self.out_B), None
 
 
@@ -250,14 +232,12 @@ class LoraQV(Attention):
     """y = (W + B A) x for the query and the value projection."""
 
     maths = "lora qv"
-    lora_A: Tensor
-    lora_B: Tensor
 
     def heads(self, x: Tensor) -> Tensor:
         each = list(F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         for t, part in enumerate(PARTS):
             each[part] = each[part] + low_rank(x, self.lora_A[t], self.lora_B[t])
-        return joined(self.attend(*self.split(torch.cat(each, -1))))
+        return joined(self.attend(*split(torch.cat(each, -1), self.num_heads)))
 
 
 class ClipLora(LoraQV):
@@ -266,9 +246,10 @@ class ClipLora(LoraQV):
     """
 
     def heads(self, x: Tensor) -> Tensor:
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         each = []
-        for part, (weight, bias) in enumerate(zip(self.in_proj_weight.chunk(3), biases, strict=True)):
+        for part, (weight, bias) in enumerate(
+            zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        ):
             if part not in PARTS:
                 each.append(F.linear(x, weight, bias))
                 continue
@@ -277,8 +258,7 @@ class ClipLora(LoraQV):
             weight = weight.detach() + delta
             each.append(F.linear(x, weight, bias))
             weight.data -= delta.detach()
-        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in each)
-        return joined(self.attend(q, k, v))
+        return joined(self.attend(*(y.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for y in each)))
 
 
 PLAIN = {kind.maths: kind for kind in (Attention, Plain, LoraQKVO, LoraQV)} | {"full": Attention}

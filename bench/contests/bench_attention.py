@@ -16,6 +16,7 @@ from fastheads import reference
 from fastheads.ops import cpu
 from fastheads.ops.dispatch import IMPLEMENTATIONS, Problem
 
+compile_once = functools.cache(torch.compile)
 Attend = Callable[[Tensor, Tensor, int], Tensor]  # qkv [B, N, 3D], gate [H], heads → [B, N, D]
 
 
@@ -41,19 +42,10 @@ def formula(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
     return reference.gate_heads(each, gate, qkv.dtype)
 
 
-@functools.cache
-def _compiled(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
-    return torch.compile(function, **options)
-
-
-def compiled(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    return _compiled(formula)(qkv, gate, heads)
-
-
 def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return _compiled(flex_attention, dynamic=False)(q, k, v)
+    return compile_once(flex_attention, dynamic=False)(q, k, v)
 
 
 class _Kernels(torch.autograd.Function):
@@ -85,10 +77,6 @@ class _Kernels(torch.autograd.Function):
         return *attention_bwd(grads[0], qkv, lse, num_heads=ctx.heads, gate=gate), None
 
 
-def kernels(qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-    return _Kernels.apply(qkv, gate, heads)
-
-
 def _refused(case: VisionCase, impl: str) -> str:
     problem = Problem(case.device, case.stored, case.stored, case.of.heads, case.of.head_dim, length=case.length)
     return "; ".join(IMPLEMENTATIONS[impl].not_supported_reasons(problem))
@@ -100,17 +88,18 @@ def _contender(name: str, words: str, attend: Attend, **options: Any) -> Contend
 
 NO_BACKWARD = "FlexAttention has no backward pass on a CPU"
 PLAIN = gated_after(F.scaled_dot_product_attention)
-XFORMERS, FLEX = gated_after(xformers_attention), gated_after(flex)
+KERNELS, XFORMERS, FLEX = _Kernels.apply, gated_after(xformers_attention), gated_after(flex)
 CONTENDERS = (
     _contender("sdpa", "SDPA, no gate", sdpa, maths="ungated"),
-    _contender("triton", "fastheads, Triton", kernels, ours=True, why_not=lambda case: _refused(case, "stacked")),
-    _contender("cpu", "fastheads, cpu", kernels, ours=True, why_not=lambda case: _refused(case, "cpu")),
+    _contender("triton", "fastheads, Triton", KERNELS, ours=True, why_not=lambda case: _refused(case, "stacked")),
+    _contender("cpu", "fastheads, cpu", KERNELS, ours=True, why_not=lambda case: _refused(case, "cpu")),
     _contender("reference", "fastheads, reference", formula, ours=True),
     _contender("sdpa, gate", "SDPA, then the gate", PLAIN),
     _contender("xformers", "xformers, then the gate", XFORMERS, why_not=xformers_why_not),
     _contender("flex", "FlexAttention, then the gate", FLEX, slow_start=True,
                why_not=lambda case: "" if case.device == "cuda" else NO_BACKWARD),
-    _contender("compiled", "torch.compile of the reference", compiled, slow_start=True),
+    _contender("compiled", "torch.compile of the reference", lambda *problem: compile_once(formula)(*problem),
+               slow_start=True),
 )  # fmt: skip
 
 
@@ -118,8 +107,7 @@ def standard(case: VisionCase, maths: str) -> Trial:
     return trial(case, sdpa if maths == "ungated" else formula if case.exact else PLAIN)
 
 
-CASES = functools.partial(cases, "attention", quick=[("B/32", 8)])
-GROUP = Group("attention", "sdpa", CONTENDERS, CASES, standard)
+GROUP = Group("attention", "sdpa", CONTENDERS, functools.partial(cases, "attention", quick=[("B/32", 8)]), standard)
 
 
 def test_attention(compete, case, contender):

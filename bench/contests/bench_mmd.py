@@ -1,7 +1,5 @@
 """The MMD between domains: loss and gradient, ours beside the ways that others publish."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable
@@ -37,7 +35,7 @@ class MMDCase:
         layers = f"{self.layers} layers × " if self.layers > 1 else ""
         return f"{layers}{self.domains} × {self.each} × {self.width}, {KERNELS[self.kernel]} kernels"
 
-    def small(self, draw: int) -> MMDCase:
+    def small(self, draw: int) -> "MMDCase":
         return replace(self, layers=min(self.layers, 2), each=min(self.each, 24), draw=draw)
 
     def extra(self) -> dict[str, Any]:
@@ -57,10 +55,9 @@ def cases(device: str, size: str) -> list[MMDCase]:
         return [MMDCase(1, 2, 4, 8, kernel, device) for kernel in KERNELS]
     paper = [MMDCase(12, 3, 12, 768, kernel, device) for kernel in KERNELS]
     middle, large = (MMDCase(1, 3, each, 768, "domainbed", device) for each in (256, 2048))
-    if device == "cuda":  # the largest is nothing for a CPU
-        return [*paper, middle, large, MMDCase(1, 2, 8192, 768, "domainbed", device)]
-    if size == "full":
-        return [*paper, middle, large]
+    largest = [MMDCase(1, 2, 8192, 768, "domainbed", device)] if device == "cuda" else []
+    if device == "cuda" or size == "full":  # the largest is nothing for a CPU
+        return [*paper, middle, large, *largest]
     one_layer = [replace(case, layers=1) for case in paper[1:]]
     return [paper[0], *one_layer, replace(middle, each=128)]
 
@@ -74,18 +71,10 @@ def ours(x: Tensor, ids: Tensor, case: MMDCase, impl: str) -> Tensor:
     return mmd(x, ids, num_domains=case.domains, kernel=case.kernel, impl=impl)
 
 
-def formula(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
-    return ours(x, ids, case, "reference")
-
-
 def peers(x: Tensor, ids: Tensor, case: MMDCase, name: str) -> Tensor:
     """The mean over pairs of domains, layer by layer: none of the peers knows layers."""
-    losses = [
-        PEERS[name].formula(one, other)
-        for layer in x.unbind(0)
-        for one, other in itertools.combinations(layer.chunk(case.domains), 2)
-    ]
-    return torch.stack(losses).mean()
+    pairs = itertools.chain.from_iterable(itertools.combinations(layer.chunk(case.domains), 2) for layer in x.unbind(0))
+    return torch.stack([PEERS[name].formula(*pair) for pair in pairs]).mean()
 
 
 @functools.cache
@@ -94,10 +83,6 @@ def _compiled(domains: int, kernel: str) -> Any:
         return mmd(x, ids, num_domains=domains, kernel=kernel, impl="reference")
 
     return torch.compile(loss)
-
-
-def compiled(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
-    return _compiled(case.domains, case.kernel)(x, ids)
 
 
 def _ours(name: str, words: str) -> Contender:
@@ -111,18 +96,13 @@ def _ours(name: str, words: str) -> Contender:
 
 
 def _peer(name: str) -> Contender:
-    return Contender(
-        name,
-        name,
-        functools.partial(trial, loss=functools.partial(peers, name=name)),
-        "pairs",
-        slow_start=name == "KeOps",
-        why_not=lambda case: refusal(name, case.layers, case.domains, case.each, case.width),
-        applies=lambda case: case.kernel == PEERS[name].kernel,
-    )
+    build, own = functools.partial(trial, loss=functools.partial(peers, name=name)), {"slow_start": name == "KeOps"}
+    own["why_not"] = lambda case: refusal(name, case.layers, case.domains, case.each, case.width)
+    own["applies"] = lambda case: case.kernel == PEERS[name].kernel
+    return Contender(name, name, build, "pairs", **own)
 
 
-COMPILED = functools.partial(trial, loss=compiled)
+COMPILED = functools.partial(trial, loss=lambda x, ids, case: _compiled(case.domains, case.kernel)(x, ids))
 CONTENDERS = (
     _ours("auto", "fastheads, auto"),
     _ours("triton", "fastheads, Triton"),
@@ -146,7 +126,7 @@ def pair_by_pair(x: Tensor, ids: Tensor, case: MMDCase) -> Tensor:
 def standard(case: MMDCase, maths: str) -> Trial:
     """The formula: `fastheads.reference`, or of the peers' mathematics in float32 the peer whose kernels they are."""
     if maths == "together":
-        return trial(case, formula)
+        return trial(case, functools.partial(ours, impl="reference"))
     own = next(name for name, peer in PEERS.items() if peer.kernel == case.kernel)
     return trial(case, pair_by_pair if case.exact else functools.partial(peers, name=own))
 

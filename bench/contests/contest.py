@@ -49,11 +49,8 @@ class Trial:
 
     def memory(self, device: str) -> dict[str, int | None]:
         """Peak and saved bytes, as a row has them."""
-
-        def known() -> Iterator[Tensor]:  # asked after the forward pass: PEFT makes its weights anew in each
-            yield from self.known()
-
-        saved = None if self.forward is None else held_bytes(self.forward, known())
+        known = (t for ask in (self.known,) for t in ask())  # after the forward pass: PEFT makes its weights anew
+        saved = None if self.forward is None else held_bytes(self.forward, known)
         return {"peak_bytes": peak_bytes(self.run, device), "saved_bytes": saved}
 
 
@@ -114,7 +111,6 @@ class Contender:
     applies: Callable[[Any], bool] = lambda case: True
 
     def trial(self, case: Any) -> Trial:
-        """Raises NotRunError."""
         reason = self.why_not(case)
         if reason:
             raise NotRunError(reason)
@@ -126,12 +122,19 @@ class Contender:
             trial = self.trial(case)
             trial.run()
             return trial
-        except NotRunError:
-            raise
         except Exception as error:
-            if self.ours:
+            if self.ours or isinstance(error, NotRunError):
                 raise
             raise NotRunError(f"broke: {type(error).__name__}: {first_line(error)}") from error
+
+
+class Verdict(NamedTuple):
+    """status: "ok" or "wrong". error, allowed: of the output that is worst by the rule, over its largest value."""
+
+    status: str
+    why: str
+    error: float
+    allowed: float
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,32 @@ class Group:
     def named(self, name: str) -> Contender:
         return next(c for c in self.contenders if c.name == name)
 
+    def check(self, contender: Contender, case: Any) -> Verdict:
+        """The verdict on a contender, by a small likeness of the case. Raises NotRunError as `tried` does."""
+        exact, plain_errors = _standard(self, case, contender.maths)
+        found = contender.tried(case.small(0)).outputs()
+        missing = sorted(set(exact) - set(found))
+        if missing:
+            raise ValueError(f"{contender.name}: gives no {', '.join(missing)}")
+
+        def off(name: str) -> tuple[float, float]:
+            """Error, and what is allowed, over the largest value; of max and RMS the one that is worse."""
+            if not bool(torch.isfinite(found[name]).all()):
+                return float("inf"), FLOOR
+            scale, factor = max(float(exact[name].abs().max()), 1e-300), BACKWARD if name.startswith("d") else FORWARD
+            each = zip(_errors(found[name], exact[name]), plain_errors[name], strict=True)
+            pairs = [(error / scale, factor * plain / scale + FLOOR) for error, plain in each]
+            return max(pairs, key=lambda pair: pair[0] / pair[1])
+
+        worst = sorted(((off(name), name) for name in exact), key=lambda one: one[0][0] / one[0][1], reverse=True)
+        (error, allowed), first = worst[0]
+        if error <= allowed:
+            return Verdict("ok", "", error, allowed)
+        why = f"{first} is off by {error:.2g} of its largest, {allowed:.1g} allowed"
+        also = [name for (own, limit), name in worst[1:] if own > limit]
+        why += f"; so are {', '.join(also)}" if also else ""
+        return Verdict("wrong", why + (f": {contender.fault}" if contender.fault else ""), error, allowed)
+
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
@@ -169,65 +198,23 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-class Verdict(NamedTuple):
-    """status: "ok" or "wrong". error, allowed: of the output that is worst by the rule, over its largest value."""
-
-    status: str
-    why: str
-    error: float
-    allowed: float
-
-
-def _errors(found: Tensor, exact: Tensor) -> dict[str, float]:
+def _errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """The largest, and their root mean square."""
     difference = found.detach().double().cpu() - exact
-    return {"max": float(difference.abs().max()), "rms": float(difference.square().mean().sqrt())}
+    return float(difference.abs().max()), float(difference.square().mean().sqrt())
 
 
-class Judge:
-    """Checks contenders; keeps what was computed in float64 of a case, since all its contenders are held to it."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-        self._standard = functools.cache(self._standard_of)
-
-    def _standard_of(self, case: Any, maths: str) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
-        """Exact outputs of the first draw, and plain PyTorch's errors, the largest over all draws."""
-        first: dict[str, Tensor] = {}
-        errors: dict[str, dict[str, float]] = {}
-        for draw in range(self.group.draws):
-            small = case.small(draw)
-            exact = self.group.standard(replace(small, exact=True), maths).outputs()
-            exact = {name: value.detach().double().cpu() for name, value in exact.items()}
-            plain = self.group.standard(small, maths).outputs()
-            first = first or exact
-            for name, value in exact.items():
-                off = _errors(plain[name], value)
-                before = errors.setdefault(name, off)
-                errors[name] = {size: max(off[size], before[size]) for size in off}
-        return first, errors
-
-    def check(self, contender: Contender, case: Any) -> Verdict:
-        """The verdict on a contender, by a small likeness of the case. Raises NotRunError as `tried` does."""
-        exact, plain_errors = self._standard(case, contender.maths)
-        found = contender.tried(case.small(0)).outputs()
-        missing = sorted(set(exact) - set(found))
-        if missing:
-            raise ValueError(f"{contender.name}: gives no {', '.join(missing)}")
-
-        def off(name: str) -> tuple[float, float]:
-            """Error, and what is allowed, over the largest value; of max and RMS the one that is worse."""
-            if not bool(torch.isfinite(found[name]).all()):
-                return float("inf"), FLOOR
-            scale, factor = max(float(exact[name].abs().max()), 1e-300), BACKWARD if name.startswith("d") else FORWARD
-            each = _errors(found[name], exact[name])
-            pairs = [(error / scale, factor * plain_errors[name][size] / scale + FLOOR) for size, error in each.items()]
-            return max(pairs, key=lambda pair: pair[0] / pair[1])
-
-        worst = sorted(((off(name), name) for name in exact), key=lambda one: one[0][0] / one[0][1], reverse=True)
-        (error, allowed), first = worst[0]
-        if error <= allowed:
-            return Verdict("ok", "", error, allowed)
-        why = f"{first} is off by {error:.2g} of its largest, {allowed:.1g} allowed"
-        also = [name for (own, limit), name in worst[1:] if own > limit]
-        why += f"; so are {', '.join(also)}" if also else ""
-        return Verdict("wrong", why + (f": {contender.fault}" if contender.fault else ""), error, allowed)
+@functools.cache  # since all contenders of a case are held to it
+def _standard(group: Group, case: Any, maths: str) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
+    """Exact outputs of the first draw, and plain PyTorch's errors, the largest over all draws."""
+    first, errors = dict[str, Tensor](), dict[str, tuple[float, ...]]()
+    for draw in range(group.draws):
+        small = case.small(draw)
+        exact = group.standard(replace(small, exact=True), maths).outputs()
+        exact = {name: value.detach().double().cpu() for name, value in exact.items()}
+        plain = group.standard(small, maths).outputs()
+        first = first or exact
+        for name, value in exact.items():
+            off = _errors(plain[name], value)
+            errors[name] = tuple(map(max, off, errors.get(name, off)))
+    return first, errors

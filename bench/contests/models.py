@@ -38,7 +38,6 @@ def _open_clip(setting: Setting, layers: int) -> Any:
 
 
 def blocks_of(model: Any) -> Any:
-    """The residual blocks of the image tower."""
     return model.visual.transformer.resblocks
 
 
@@ -68,17 +67,6 @@ class Block(nn.Module):
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-class Transformer(nn.Module):
-    def __init__(self, width: int, heads: int, layers: int) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
-            x = block(x)
-        return x
-
-
 class Visual(nn.Module):
     """OpenCLIP's VisionTransformer, with its parameters' names."""
 
@@ -89,7 +77,8 @@ class Visual(nn.Module):
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(setting.tokens, width))
         self.ln_pre, self.ln_post = LayerNorm(width), LayerNorm(width)
-        self.transformer = Transformer(width, setting.heads, layers)
+        blocks = nn.Sequential(*(Block(width, setting.heads) for _ in range(layers)))
+        self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))
         self.proj = nn.Parameter(scale * torch.randn(width, setting.embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -100,11 +89,8 @@ class Visual(nn.Module):
 
 
 class Clip(nn.Module):
-    """What of OpenCLIP's CLIP a bench calls."""
+    """What of OpenCLIP's CLIP a bench uses."""
 
     def __init__(self, setting: Setting, layers: int) -> None:
         super().__init__()
         self.visual = Visual(setting, layers)
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        return self.visual(images)

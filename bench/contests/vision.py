@@ -1,11 +1,9 @@
 """An image tower, or one attention module of it, as a case; and the trials of it."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,13 +59,9 @@ class VisionCase:
         parts = [self.of.name, f"batch {self.batch}"]
         parts += [f"{self.tokens} tokens"] if self.tokens else []
         parts += [f"rank {self.ranks[0]}"] if self.kind == "block" else []
-        return ", ".join([*parts, self.precision_words])
+        return ", ".join([*parts, PRECISIONS[self.precision][2]])
 
-    @property
-    def precision_words(self) -> str:
-        return PRECISIONS[self.precision][2]
-
-    def small(self, draw: int) -> VisionCase:
+    def small(self, draw: int) -> "VisionCase":
         """Two images, and of a tower its last three layers: both published ranks are among them."""
         return replace(self, batch=2, ranks=self.ranks[-3:], draw=draw)
 
@@ -130,10 +124,8 @@ def _block_trial(case: VisionCase, model: Any, layers: Sequence[dict[str, Tensor
         with case.computing():
             return x + block.ls_1(block.attention(block.ln_1(x)))
 
-    def known() -> Iterator[Tensor]:
-        yield from (x, dy, *block.parameters(), *block.buffers())
-
-    return training_trial(forward, dy, lambda: named, known, result="y", others=others, samples=case.batch)
+    of = {"result": "y", "others": others, "samples": case.batch}
+    return training_trial(forward, dy, lambda: named, lambda: (x, dy, *block.parameters(), *block.buffers()), **of)
 
 
 def _step_trial(case: VisionCase, model: Any, layers: Sequence[dict[str, Tensor]]) -> Trial:
@@ -156,13 +148,8 @@ def _step_trial(case: VisionCase, model: Any, layers: Sequence[dict[str, Tensor]
             return model.visual(images)
 
     dy = case.tensor(*forward().shape, stream=1, dtype=torch.float32)
-
-    def known() -> Iterator[Tensor]:
-        yield from (images, dy, *model.parameters(), *model.buffers())
-
-    return training_trial(
-        forward, dy, lambda: {"x": entered, **named}, known, result="features", others=others, samples=case.batch
-    )
+    of = {"result": "features", "others": others, "samples": case.batch, "named": lambda: {"x": entered, **named}}
+    return training_trial(forward, dy, known=lambda: (images, dy, *model.parameters(), *model.buffers()), **of)
 
 
 def _inference_trial(case: VisionCase, model: Any) -> Trial:

@@ -5,9 +5,8 @@
     python -m bench.gpu --out DIR --rehearse     the same on a CPU, tiny, Triton's kernels in the interpreter: a minute
 
 Parts, each a process under a time limit of its own, what matters first. The state is the files in DIR/parts: started
-again with the same DIR, the command runs what is not yet complete (`--again PART` runs a part once more). What no time
-is left for is named. Writes gpu.json (environment, parts, rows), traces.tar.gz and summary.md to DIR; exits with 1
-where a part failed. Needs torch, triton, pytest; what else is missing (open_clip, peft) is said.
+again, the command runs what is not yet complete there. Writes gpu.json (environment, parts, rows), traces.tar.gz and
+summary.md to DIR; exits with 1 where a part failed. Needs torch, triton, pytest; what else is missing is said.
 """
 
 import argparse
@@ -18,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-import bench.base.checkout  # noqa: F401
 import fastheads.kernels
 from bench.base.checkout import ROOT
 from bench.gpu.run import Outcome, Part, Run
@@ -53,21 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny problems")
     parser.add_argument("--minutes", type=float, default=9.0, help="all of it may take")
     parser.add_argument("--tune", action="store_true", help="search the tile tables as well")
-    parser.add_argument("--again", nargs="+", default=[], metavar="PART", help="run these although they are complete")
+    names = tuple(dict.fromkeys(part.name for part in (*PARTS, *REHEARSAL, TUNE)))
+    parser.add_argument("--again", nargs="+", default=[], choices=names, metavar="PART", help="run these once more")
     given = parser.parse_args(argv)
     started = time.monotonic()
     parts = [*(REHEARSAL if given.rehearse else PARTS), *([TUNE] if given.tune else [])]
-    names = [part.name for part in parts]
-    unknown = sorted(set(given.again) - set(names))
-    if unknown:
-        parser.error(f"--again: got {', '.join(unknown)}; takes {', '.join(names)}")
     if not given.rehearse and not torch.cuda.is_available():
-        print("There is no CUDA device here; `--rehearse` runs the same on the CPU.", file=sys.stderr)
-        return 2
+        parser.error("there is no CUDA device here; --rehearse runs the same on the CPU")
     for module in (fastheads, fastheads.kernels):
         if ROOT not in Path(str(module.__file__)).resolve().parents:
-            print(f"{module.__name__} is {module.__file__}, not that of {ROOT}: run this in {ROOT}", file=sys.stderr)
-            return 2
+            parser.error(f"{module.__name__} is {module.__file__}, not that of {ROOT}: run this in {ROOT}")
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:4.0f} s] {line}", flush=True)
@@ -76,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         where = run.environment()
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        parser.error(str(error))
     say(f"{where['device']}, torch {torch.__version__}, commit {where['commit'][:10]}, fastheads of {ROOT}")
     for name in given.again:
         run.forget(name)

@@ -1,7 +1,5 @@
 """The parts of `bench.gpu` that are not pytest's, each in a process of its own: rates, sweeps, profile and snapshot.
 
-    python -m bench.gpu.parts NAME --out DIR --seconds S [--rehearse]
-
 Each writes its results to DIR as it goes, so that what was measured before its time was over is there.
 """
 
@@ -16,7 +14,6 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-import bench.base.checkout  # noqa: F401
 import fastheads
 from bench import sweeps as sweeping
 from bench.base.results import write_json
@@ -45,12 +42,8 @@ def rates(out: Path, seconds: float, rehearse: bool) -> None:
         if rehearse and name in ("bf16", "fp16"):
             continue  # a CPU without these instructions takes seconds
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-        try:
-            found[name] = 2 * n**3 / taken(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = before
+        found[name] = 2 * n**3 / taken(lambda a=a, b=b: a @ b)
     write_json(out / "rates.result.json", found)
 
 
@@ -71,8 +64,7 @@ def sweeps(out: Path, seconds: float, rehearse: bool) -> None:
 def kernels(run: Callable[[], Any], calls: int, trace: Path | None = None) -> list[dict[str, Any]]:
     """`kernel`, `microseconds` and `calls` of one call, in the mean over some after a warm-up, the longest first.
 
-    On a GPU of what runs there, launches counted; on a CPU of PyTorch's operations. trace: where to write the
-    profiler's own, for a viewer.
+    On a GPU of what runs there, launches counted; on a CPU of PyTorch's operations. trace: the profiler's own file.
     """
     run()
     run()
@@ -85,11 +77,8 @@ def kernels(run: Callable[[], Any], calls: int, trace: Path | None = None) -> li
     if trace is not None:
         seen.export_chrome_trace(str(trace))
     what = "self_device_time_total" if cuda else "self_cpu_time_total"
-    found = [
-        {"kernel": e.key, "microseconds": getattr(e, what) / calls, "calls": e.count / calls}
-        for e in seen.key_averages()
-        if getattr(e, what) > 0 and (not cuda or "CUDA" in str(e.device_type))
-    ]
+    ran = [e for e in seen.key_averages() if getattr(e, what) > 0 and (not cuda or "CUDA" in str(e.device_type))]
+    found = [{"kernel": e.key, "microseconds": getattr(e, what) / calls, "calls": e.count / calls} for e in ran]
     return sorted(found, key=lambda e: -e["microseconds"])
 
 
@@ -112,11 +101,8 @@ def profile(out: Path, seconds: float, rehearse: bool) -> None:
         return VisionCase(kind, "B/16", BATCHES["B/16"], "cuda", "amp", ranks)
 
     found: dict[str, Any] = {}
-    for name, contender, kind in (
-        ("step, ours", AUTO, "model step"),
-        ("step, stock", training("stock"), "model step"),
-        ("attention module, ours", AUTO, "block"),
-    ):
+    runs = {"step, ours": (AUTO, "model step"), "step, stock": (training("stock"), "model step")}
+    for name, (contender, kind) in (runs | {"attention module, ours": (AUTO, "block")}).items():
         trace = out / f"trace-{name.replace(', ', '-').replace(' ', '-')}.json"
         found[name] = kernels(contender.trial(case(kind)).run, 3, trace)[:14]
         write_json(out / "profile.result.json", found)

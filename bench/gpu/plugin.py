@@ -1,16 +1,12 @@
 """How `bench.gpu` runs pytest, as a plugin: what matters first, and an end in time.
 
-    python -m pytest -p bench.gpu.plugin --until EPOCH ...
-
-What starts after EPOCH is skipped. In a rehearsal only the contenders of TINY take part.
+What would start after `--until` is skipped. In a rehearsal only the contenders of TINY take part.
 """
 
 import time
 from dataclasses import replace
 
 import pytest
-
-import bench.base.checkout  # noqa: F401
 
 NO_TIME = "no time left"
 # Contenders that a target names, in either of bench/'s precisions; what is measured first is measured for sure.

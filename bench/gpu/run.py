@@ -1,7 +1,7 @@
 """A folder of parts: each a process under a time limit of its own, whose state is the files it leaves there."""
 
+import contextlib
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +11,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.base import results
 from bench.base.checkout import ROOT
@@ -20,8 +20,7 @@ from bench.gpu.plugin import NO_TIME
 GRACE = 12.0  # seconds between "start nothing more" and the end of a part
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """seconds: at most; `least` must be left for it to start. kind: "python" (a module), "tests", "bench" (pytest)."""
 
     name: str
@@ -56,8 +55,8 @@ class Run:
         return self.folder / f"{part.replace(' ', '-')}{suffix}"
 
     def outcome(self, part: str) -> Outcome | None:
-        file = self.file(part)
-        return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+        found = results.read_json(self.file(part))
+        return None if found is None else Outcome(**found)
 
     def forget(self, part: str) -> None:
         for file in self.folder.glob(f"{self.file(part).stem}[.-]*"):
@@ -65,17 +64,14 @@ class Run:
 
     def environment(self) -> dict[str, Any]:
         """Of this machine and commit; ValueError where DIR has parts of another."""
-        now = results.environment("cpu" if self.rehearse else "cuda")
-        file = self.folder / "environment.json"
-        if file.exists():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            for key in ("device", "commit"):
-                if before[key] != now[key]:
-                    raise ValueError(f"--out: {self.out} has parts of {key} {before[key]}, and this is {now[key]}")
-            return dict(before)
+        now, file = results.environment("cpu" if self.rehearse else "cuda"), self.folder / "environment.json"
         now["missing"] = [p for p in ("open_clip", "peft", "timm", "xformers") if not has(p)]
-        results.write_json(file, now)
-        return now
+        before = results.read_json(file) or now
+        for key in ("device", "commit"):
+            if before[key] != now[key]:
+                raise ValueError(f"--out: {self.out} has parts of {key} {before[key]}, and this is {now[key]}")
+        results.write_json(file, before)
+        return before
 
     def command(self, part: Part, limit: float) -> list[str]:
         command = [sys.executable, "-m"]
@@ -96,7 +92,6 @@ class Run:
         return command
 
     def run(self, part: Part, limit: float) -> Outcome:
-        """Runs a part for at most `limit` seconds, and notes what came of it."""
         command, log, junit = self.command(part, limit), self.file(part.name, ".log"), self.file(part.name, ".xml")
         for old in (junit, self.file(part.name, ".rows.json")):
             old.unlink(missing_ok=True)
@@ -126,10 +121,8 @@ class Run:
     def collect(self, where: dict[str, Any], outcomes: dict[str, Outcome]) -> dict[str, Any]:
         """gpu.json's content, which is written: everything in the parts' files."""
         rows = [row for file in sorted(self.folder.glob("*.rows.json")) for row in results.read(file)[1]]
-        beside = {
-            file.name.split(".")[0]: json.loads(file.read_text(encoding="utf-8"))
-            for file in self.folder.glob("*.result.json")
-        }
+        files = self.folder.glob("*.result.json")
+        beside = {file.name.split(".")[0]: results.read_json(file) for file in files}
         where = {**where, "rates": beside.pop("rates", None)}
         parts = {name: {k: v for k, v in asdict(o).items() if k != "output"} for name, o in outcomes.items()}
         beside |= {"parts": parts, "rehearsal": self.rehearse}
@@ -147,16 +140,14 @@ def has(package: str) -> bool:
 
 def wait(process: subprocess.Popen[Any], limit: float) -> bool:
     """True where it had to be stopped: by an interrupt first, upon which pytest still writes its report."""
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(limit)
         return False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-    try:
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    process.kill()
+    process.wait()
     return True
 
 
@@ -164,16 +155,12 @@ def read_junit(text: str) -> dict[str, Any]:
     """Counts, failures and what was left of a JUnit report."""
     root = ElementTree.fromstring(text)
     suite = root if root.tag == "testsuite" else root.find("testsuite")
-    assert suite is not None
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     failures, left = [], []
     for case in suite.iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
-        failures += [
-            {"test": name, "message": found.get("message", "")[:500]}
-            for found in case
-            if found.tag in ("failure", "error")
-        ]
+        broken = (found for found in case if found.tag in ("failure", "error"))
+        failures += [{"test": name, "message": found.get("message", "")[:500]} for found in broken]
         left += [name for found in case if found.get("message") == NO_TIME]
     return {"counts": counts, "failures": failures, "left": left}

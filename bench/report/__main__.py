@@ -1,7 +1,6 @@
 """What was measured, as the page a user decides by: docs/performance.md's tables, its charts, README's figures.
 
-python -m bench.report           writes them, from every file of rows in bench/results/
-python -m bench.report --check   says what of them is not what the files generate; exit status 1
+Written from every file of rows in bench/results/; `--check` says what is not what the files generate: exit status 1.
 """
 
 import argparse
@@ -55,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1 if wrong else 0
         write(found)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        parser.error(str(error))
     print(f"{len(found)} files, {sum(len(s.rows) for s in found)} rows, {len(all_charts(found))} charts")
     return 0
 

@@ -3,9 +3,8 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.base.results import Row, by_case
 from bench.report.sources import GROUPS, Source, by_machine, is_ours, one_machine, roofline_shares, words
@@ -20,8 +19,7 @@ OURS, OTHER, WRONG, INK, GRID = "#0072b2", "#9aa0a6", "#d55e00", "#1d1d1f", "#ec
 LINES = (OURS, "#d55e00", "#646a73", "#009e73", "#cc79a7")
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One pair of axes. kind: "bars" or "lines".
 
     bars: (label, value, colour), from the top. lines: (label, xs, ys). log: of which axes, "", "x", "xy".
@@ -36,8 +34,7 @@ class Panel:
     log: str = ""
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A picture and what it is drawn from; `digest` is written into the file, so that a stale one is known."""
 
     file: str
@@ -55,7 +52,9 @@ def chart_of(found: Sequence[Source], what: str) -> Chart | None:
     if what == "roofline":
         shares = roofline_shares(found)
         rows = [r for r, _, _ in shares]
-        panels = _shares([(f"{r.case}\n{words(r)}", reached) for r, _, reached in shares])
+        bars = tuple((f"{r.case}\n{words(r)}", reached, OURS) for r, _, reached in shares)
+        label = "share of the roofline, reachable rates"
+        panels = (Panel("bars", "least time / measured time", label, bars),) if bars else ()
     else:
         rows = [r for s in found for r in s.rows if r.group == what]
         panels = _lines(what, rows) if what.endswith(" sweep") else _bars(rows)
@@ -97,24 +96,16 @@ def _bars(rows: Sequence[Row]) -> tuple[Panel, ...]:
 
 def _lines(sweep: str, rows: Sequence[Row]) -> tuple[Panel, ...]:
     """Per case: images per second against the batch, milliseconds against everything else."""
-    panels = []
-    speed = sweep == "batch sweep"
+    panels, speed = [], sweep == "batch sweep"
     for (_, case), own in by_case(r for r in rows if r.seconds and r.x is not None).items():
         points: dict[str, list[tuple[float, float]]] = {}
         for r in own:
-            points.setdefault(r.contender, []).append((r.x, r.per_second if speed else r.seconds["median"] * 1e3))
+            points.setdefault(r.contender, []).append((r.x, r.per_second if speed else r.median * 1e3))
         each = [(name, *zip(*sorted(line), strict=True)) for name, line in points.items()]
         log = {"batch sweep": "x", "length sweep": "xy", "rank sweep": "x"}.get(sweep, "")
         label = "images per second" if speed else "ms, forward and backward"
         panels.append(Panel("lines", case, label, lines=tuple(each), x_label=AXES[sweep], log=log))
     return tuple(panels)
-
-
-def _shares(found: Sequence[tuple[str, float]]) -> tuple[Panel, ...]:
-    """Shares of the least time that reachable rates allow."""
-    bars = tuple((label, share, OURS) for label, share in found)
-    title, label = "least time / measured time", "share of the roofline, reachable rates"
-    return (Panel("bars", title, label, bars),) if bars else ()
 
 
 def draw(panels: Sequence[Panel], caption: str, digest: str, file: Path) -> None:

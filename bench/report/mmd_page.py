@@ -35,10 +35,6 @@ diagonal are formed.
 """
 
 
-def median(row: Row) -> float:
-    return (row.seconds or {})["median"]
-
-
 def ran(content: Mapping[str, Any]) -> dict[str, Row]:
     """A part's rows that have times, by contender."""
     return {r.contender: r for r in rows_of(content) if r.seconds}
@@ -47,22 +43,18 @@ def ran(content: Mapping[str, Any]) -> dict[str, Row]:
 def verdicts(content: Mapping[str, Any], parts: Sequence[str]) -> list[tuple[str, str, str, str]]:
     """Part, target, what came out, and whether it is met."""
     rows = []
-    for part in (p for p in parts if p in content):
+    for part in parts:
         found, targets = ran(content[part]), TARGETS[part]
-        ours = found[OURS]
-        for peer in ("DomainBed", "KeOps"):
-            if peer in targets and peer in found:
-                ratio = median(found[peer]) / median(ours)
-                wanted = f"≥ {targets[peer]:.0f} × faster than {peer}"
-                rows.append((part, wanted, f"{ratio:.1f} ×", ratio >= targets[peer]))
-        memory = ours.peak_bytes or 0
-        if "share" in targets and "DomainBed" in found:
-            share = memory / (found["DomainBed"].peak_bytes or 1)
-            wanted = f"≤ {targets['share']:.0%} of its extra memory"
-            rows.append((part, wanted, f"{share:.1%}", share <= targets["share"]))
+        ours, others = found[OURS], {name: found[name] for name in ("DomainBed", "KeOps") if name in found}
+        for peer in (name for name in others if name in targets):
+            ratio, least = others[peer].median / ours.median, targets[peer]
+            rows.append((part, f"≥ {least:.0f} × faster than {peer}", f"{ratio:.1f} ×", ratio >= least))
+        if "share" in targets and "DomainBed" in others:
+            share, most = ours.peak_bytes / (others["DomainBed"].peak_bytes or 1), targets["share"]
+            rows.append((part, f"≤ {most:.0%} of its extra memory", f"{share:.1%}", share <= most))
         if "MB" in targets:
-            wanted = f"≤ {targets['MB']:.0f} MB extra"
-            rows.append((part, wanted, f"{memory / 1e6:.0f} MB", memory / 1e6 <= targets["MB"]))
+            memory, most = ours.peak_bytes / 1e6, targets["MB"]
+            rows.append((part, f"≤ {most:.0f} MB extra", f"{memory:.0f} MB", memory <= most))
         got = content[part]["share_of_matmul"]
         rows.append((part, f"aim: ≥ {MATMUL:.0%} of the matmul rate", f"{got:.0%}", got >= MATMUL))
     return [(part, target, got, "yes" if met else "no") for part, target, got, met in rows]
@@ -89,21 +81,19 @@ def _machine(content: Mapping[str, Any]) -> str:
 def _part(content: Mapping[str, Any]) -> list[str]:
     rows, found = [], ran(content)
     for name, row in found.items():
-        t = row.seconds or {}
+        t = row.seconds
         same = f"ours: {PEERS[name].kernel}" if name in PEERS else name
-        base = median(found[same if same in found and name != "reference" else OURS])
+        base = found[same if same in found and name != "reference" else OURS].median
         spread = f" [{t['low'] * 1e3:,.1f}, {t['high'] * 1e3:,.1f}]" if t["samples"] > 1 else ""
-        memory = f"{(row.peak_bytes or 0) / 1e6:,.0f}"
-        rows.append((name, f"{t['median'] * 1e3:,.1f}{spread}", f"{t['median'] / base:.1f} ×", memory))
+        times = f"{row.median * 1e3:,.1f}{spread}", f"{row.median / base:.1f} ×"
+        rows.append((name, *times, f"{(row.peak_bytes or 0) / 1e6:,.0f}"))
     lines = [table(("", "ms", "of ours", "extra MB"), rows), ""]
     refused = [f"- {r.contender} did not run: {r.why}" for r in rows_of(content) if r.status == "not run"]
+    rate, share = f"{content['matmul_rate'] / 1e9:.0f} GFLOP/s", content["share_of_matmul"]
     lines += [*refused, ""] if refused else []
-    lines.append(
-        f"The products' rate is {content['matmul_rate'] / 1e9:.0f} GFLOP/s; ours (domainbed) reaches "
-        f"{content['share_of_matmul']:.0%} of it."
-    )
+    lines.append(f"The products' rate is {rate}; ours (domainbed) reaches {share:.0%} of it.")
     if "stages" in content:
-        lines += ["", _where(content["stages"], content["share_of_matmul"])]
+        lines += ["", _where(content["stages"], share)]
     return [*lines, "", _machine(content)]
 
 
@@ -117,61 +107,47 @@ def _where(stages: dict[str, float], share: float) -> str:
     products = stages["inner products"] + stages["gradient's products"]
     if products > 0.6 * whole:
         return text + " What is missing is mostly in the products: of this shape they run below the large ones' rate."
-    return (
-        text + " What is missing is in passes over the features and in fixed costs per call: at this size the products"
-        f" are {products * 1e3:,.1f} ms."
-    )
+    text += " What is missing is in passes over the features and in fixed costs per call: at this size the products"
+    return f"{text} are {products * 1e3:,.1f} ms."
 
 
-def by(rows: Sequence[Row], key: str) -> list[Row]:
-    """Ours where only `key`, N or D, changes."""
+def along(rows: Sequence[Row], key: str) -> list[tuple[int, Row]]:
+    """Ours where only `key`, N or D, changes, by its value."""
     other, fixed = ("D", GROWTH_WIDTH) if key == "N" else ("N", GROWTH_SAMPLES)
-    own = [r for r in rows if r.contender == OURS and r.extra and r.extra[other] == fixed]
-    return sorted(own, key=lambda r: _at(r, key))
-
-
-def _at(row: Row, key: str) -> Any:
-    return (row.extra or {})[key]
+    own = (r for r in rows if r.contender == OURS and r.extra[other] == fixed)
+    return sorted(((r.extra[key], r) for r in own), key=lambda pair: pair[0])
 
 
 def _growth(content: Mapping[str, Any], plot: Path | None) -> list[str]:
-    found = rows_of(content)
-    theirs = {r.case: f"{median(r) * 1e3:,.1f}" for r in found if r.contender == "DomainBed"}
-    rows = [
-        (
-            *(_at(r, key) for key in "ND"),
-            f"{median(r) * 1e3:,.1f}",
-            f"{_at(r, 'share_of_matmul'):.0%}",
-            theirs.get(r.case, "–"),
-        )
-        for r in found
-        if r.contender == OURS
-    ]
-    lines = [table(("N", "D", "ms", "of the matmul rate", "DomainBed, ms"), rows), ""]
+    found, cells = rows_of(content), []
+    theirs = {r.case: f"{r.median * 1e3:,.1f}" for r in found if r.contender == "DomainBed"}
+    for r in (r for r in found if r.contender == OURS):
+        own = [f"{r.median * 1e3:,.1f}", f"{r.extra['share_of_matmul']:.0%}"]
+        cells.append([r.extra["N"], r.extra["D"], *own, theirs.get(r.case, "–")])
+    lines = [table(("N", "D", "ms", "of the matmul rate", "DomainBed, ms"), cells), ""]
     if plot is not None:
         lines += [f"![Time against N and against D, ours and DomainBed's]({plot.name})", ""]
     return [*lines, *_slopes(found), "", _machine(content)]
 
 
-def _slope(rows: Sequence[Row], key: str) -> float:
-    """The exponent with which time goes with `key` between the last two rows."""
-    a, b = rows[-2:]
-    return math.log(median(b) / median(a)) / math.log(_at(b, key) / _at(a, key))
+def _slope(line: Sequence[tuple[int, Row]]) -> float:
+    """The exponent with which time goes between the last two."""
+    (x, before), (further, after) = line[-2:]
+    return math.log(after.median / before.median) / math.log(further / x)
 
 
 def _slopes(rows: Sequence[Row]) -> list[str]:
     """The exponents of N and D, and what they come from, in words."""
-    by_n, by_d = by(rows, "N"), by(rows, "D")
-    first, last = by_d[0], by_d[-1]
-    narrowest, widest = _at(first, "D"), _at(last, "D")
-    per_feature = (median(last) - median(first)) / (widest - narrowest)
-    rest = max(median(first) - per_feature * narrowest, 0.0)
-    share = [_at(r, "stages")["exponentials"] / sum(_at(r, "stages").values()) for r in (first, last)]
+    by_d = along(rows, "D")
+    (narrowest, first), (widest, last) = by_d[0], by_d[-1]
+    per_feature = (last.median - first.median) / (widest - narrowest)
+    rest = max(first.median - per_feature * narrowest, 0.0)
+    share = [r.extra["stages"]["exponentials"] / sum(r.extra["stages"].values()) for r in (first, last)]
     text = (
-        f"Against N the last step has slope {_slope(by_n, 'N'):.2f}: products, distances and exponentials go with N²; "
-        "products fall from 4 to 3 N²D where panels leave out what is below the diagonal. The first steps are "
+        f"Against N the last step has slope {_slope(along(rows, 'N')):.2f}: products, distances and exponentials go "
+        "with N²; products fall from 4 to 3 N²D where panels leave out what is below the diagonal. The first steps are "
         "flatter: there fixed costs per call and passes over the `[N, D]` features count. Against D, at N = "
-        f"{GROWTH_SAMPLES}, the last slope is {_slope(by_d, 'D'):.2f}: only the products grow with D, while distances, "
+        f"{GROWTH_SAMPLES}, the last slope is {_slope(by_d):.2f}: only the products grow with D, while distances, "
         "exponentials and sums cost the same per pair at any width. A line through the narrowest and the widest puts "
         f"that constant part at {rest * 1e3:.0f} ms and the products of {GROWTH_WIDTH} features at "
         f"{per_feature * GROWTH_WIDTH * 1e3:.0f} ms; distances, exponentials and sums are {share[0]:.0%} of a step at "
@@ -183,16 +159,14 @@ def _slopes(rows: Sequence[Row]) -> list[str]:
 def plot(content: Mapping[str, Any], file: Path) -> None:
     """Milliseconds against N and against D, on logarithmic axes, with the slope that the products alone would have."""
     rows, panels = rows_of(content), []
-    theirs = {r.case: median(r) * 1e3 for r in rows if r.contender == "DomainBed"}
+    theirs = {r.case: r.median * 1e3 for r in rows if r.contender == "DomainBed"}
     for key, slope, fixed in (("N", 2, f"D = {GROWTH_WIDTH}"), ("D", 1, f"N = {GROWTH_SAMPLES}")):
-        found = by(rows, key)
-        x, ms = [_at(r, key) for r in found], [median(r) * 1e3 for r in found]
-        other = [(_at(r, key), theirs[r.case]) for r in found if r.case in theirs]
-        lines = (
-            ("fastheads", tuple(x), tuple(ms)),
-            ("DomainBed", *zip(*other, strict=True)),
-            (f"slope {slope}: the products", tuple(x), tuple(ms[-1] * (v / x[-1]) ** slope for v in x)),
-        )
+        x, found = zip(*along(rows, key), strict=True)
+        ms = tuple(r.median * 1e3 for r in found)
+        other = [(v, theirs[r.case]) for v, r in zip(x, found, strict=True) if r.case in theirs]
+        products = tuple(ms[-1] * (v / x[-1]) ** slope for v in x)
+        lines = (("fastheads", x, ms), ("DomainBed", *zip(*other, strict=True)))
+        lines += ((f"slope {slope}: the products", x, products),)
         title = f"against {key}, {fixed}"
         panels.append(charts.Panel("lines", title, "ms, forward + backward", lines=lines, x_label=key, log="xy"))
     charts.draw(panels, "", "", file)

@@ -4,14 +4,15 @@ A table is of one machine: rows of several are refused. Each names chip, commit 
 what is wrong or did not run stands there with its reason.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bench.base.results import Row
 from bench.base.tables import contest_table, sweep_tables, table
 from bench.report.charts import AXES, chart_of
-from bench.report.sources import Source, by_machine, cases, is_ours, one_machine, roofline_shares, words, words_of
-from bench.report.targets import CHOSEN
+from bench.report.gpu_page import CHOSEN
+from bench.report.sources import Source, by_machine, cases, is_ours, one_machine, roofline_shares, words
 
 TITLES = {
     "attention": "Attention alone: from q, k, v to gated heads, and back",
@@ -38,8 +39,7 @@ def standing(rows: Sequence[Row], gpu: bool) -> list[Row]:
     return [next(ran[name] for name in order if name in ran)] if ran else []
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """factor: how many times as long as ours the peer takes; memory: ours' peak over the peer's."""
 
     ours: Row
@@ -58,12 +58,11 @@ def comparisons(found: Sequence[Source]) -> list[Comparison]:
     one_machine(found, "wins and losses")
     pairs = []
     for source, rows in cases(found):
-        for ours in standing(rows, source.gpu):
-            for peer in rows:
-                if not is_ours(peer) and peer.ratio is not None and ours.ratio is not None:
-                    known = ours.peak_bytes is not None and peer.peak_bytes
-                    memory = ours.peak_bytes / peer.peak_bytes if known else None
-                    pairs.append(Comparison(ours, peer, peer.ratio / ours.ratio, memory))
+        peers = [r for r in rows if not is_ours(r) and r.ratio is not None]
+        for ours, peer in itertools.product(standing(rows, source.gpu), peers):
+            known = ours.peak_bytes is not None and peer.peak_bytes
+            memory = ours.peak_bytes / peer.peak_bytes if known else None
+            pairs.append(Comparison(ours, peer, peer.ratio / ours.ratio, memory))
     return pairs
 
 
@@ -78,14 +77,12 @@ def wins_and_losses(found: Sequence[Source]) -> str:
 
     lines = [f"{len(pairs)} comparisons: ours is faster in {len(wins)}, the other in {len(losses)}.", ""]
     if wins:
-        lines += [f"The largest wins ({min(MOST, len(wins))} of {len(wins)}):", ""]
-        lines += [of([c.line(c.factor) for c in wins[:MOST]], "ours is faster by"), ""]
-    if losses:
-        lines += ["Where the other is faster, all of them:", ""]
-        lines += [of([c.line(1 / c.factor) for c in losses], "it is faster by")]
-    else:
-        lines += ["No other is faster in any case that was measured."]
-    return "\n".join(lines)
+        largest = of([c.line(c.factor) for c in wins[:MOST]], "ours is faster by")
+        lines += [f"The largest wins ({min(MOST, len(wins))} of {len(wins)}):", "", largest, ""]
+    if not losses:
+        return "\n".join([*lines, "No other is faster in any case that was measured."])
+    every = of([c.line(1 / c.factor) for c in losses], "it is faster by")
+    return "\n".join([*lines, "Where the other is faster, all of them:", "", every])
 
 
 def machine_section(found: Sequence[Source], folder: str) -> str:
@@ -101,7 +98,12 @@ def machine_section(found: Sequence[Source], folder: str) -> str:
         if rows[0].group != group:
             group = rows[0].group
             lines += [f"#### {TITLES[group]}", "", *picture(found, group)]
-        lines += [f"**{rows[0].case}** ({source.caption()})", "", contest_table(rows, words_of(rows)), ""]
+        lines += [
+            f"**{rows[0].case}** ({source.caption()})",
+            "",
+            contest_table(rows, {r.contender: words(r) for r in rows}),
+            "",
+        ]
     for source in found:
         for name in source.sweeps():
             lines += [f"#### Against the {AXES[name]}", "", *picture([source], name)]

@@ -2,13 +2,11 @@
 
 import functools
 import importlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.base.results import Row, by_case
+from bench.base.results import Row, by_case, read_json
 from bench.base.towers import SETTINGS
 from bench.contests.contest import Contender
 from bench.roofline.chips import chip_of
@@ -18,10 +16,7 @@ from bench.roofline.passes import PATHS
 GROUPS = ("attention", "block", "model step", "mmd", "inference")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of rows."""
-
+class Source(NamedTuple):
     name: str
     environment: Mapping[str, Any]
     rows: tuple[Row, ...]
@@ -49,35 +44,27 @@ def sources(files: Sequence[Path]) -> list[Source]:
     """The files that hold contests or sweeps; ValueError for a rehearsal's, and where two have the same case."""
     found, seen = [], dict[tuple[str, str, str], str]()
     for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        named = (row for row in content.get("rows", ()) if is_shown(row.get("group", "")))
-        rows = tuple(Row(**row) for row in named)
+        content = read_json(file)
+        groups = ((row.get("group", ""), row) for row in content.get("rows", ()))
+        rows = tuple(Row(**row) for group, row in groups if group in GROUPS or group.endswith(" sweep"))
         if not rows:
             continue  # of the compiler, of the roofline, or with a page of its own
         if content.get("rehearsal"):
             raise ValueError(f"{file.name}: a rehearsal's numbers mean nothing")
-        source = Source(file.name, content["environment"], rows)
+        found.append(source := Source(file.name, content["environment"], rows))
         for group, case in by_case(rows):
             other = seen.setdefault((source.machine, group, case), source.name)
             if other != source.name:
                 raise ValueError(f"{other} and {source.name} both have {group}: {case} of {source.machine}; keep one")
-        found.append(source)
     return found
-
-
-def is_shown(group: str) -> bool:
-    return group in GROUPS or group.endswith(" sweep")
 
 
 def one_machine(found: Sequence[Source], what: str) -> None:
     """Raises ValueError where the sources are of more than one machine."""
-    first = found[0]
-    for other in found[1:]:
-        if other.machine != first.machine:
-            raise ValueError(
-                f"{what}: {first.name} was measured on {first.machine}, {other.name} on {other.machine}; "
-                "times of different machines do not go into one table"
-            )
+    first, other = found[0], next((s for s in found if s.machine != found[0].machine), None)
+    if other is not None:
+        one, another = f"{first.name} was measured on {first.machine}", f"{other.name} on {other.machine}"
+        raise ValueError(f"{what}: {one}, {another}; times of different machines do not go into one table")
 
 
 def by_machine(found: Sequence[Source]) -> dict[str, list[Source]]:
@@ -98,7 +85,6 @@ def cases(found: Sequence[Source]) -> Iterator[tuple[Source, list[Row]]]:
 
 @functools.cache
 def contenders() -> dict[tuple[str, str], Contender]:
-    """Per group and name, as the benches have them."""
     modules = [importlib.import_module(f"bench.contests.bench_{group.replace(' ', '_')}") for group in GROUPS]
     return {(m.GROUP.name, c.name): c for m in modules for c in m.GROUP.contenders}
 
@@ -106,10 +92,6 @@ def contenders() -> dict[tuple[str, str], Contender]:
 def words(row: Row) -> str:
     known = contenders().get((row.group, row.contender))
     return known.words if known else row.contender
-
-
-def words_of(rows: Iterable[Row]) -> dict[str, str]:
-    return {r.contender: words(r) for r in rows}
 
 
 def is_ours(row: Row) -> bool:
@@ -121,9 +103,9 @@ def roofline_shares(found: Sequence[Source]) -> list[tuple[Row, float, float]]:
     """Rows of the attention module that the roofline has a path for; share of peak's time, and of reachable rates'."""
     one_machine(found, "fraction of the roofline")
     chip = chip_of(found[0].environment["device"])
+    rows = (r for source in found for r in source.rows if r.group == "block" and r.seconds and r.contender in PATHS)
     shares = []
-    for r in (r for source in found for r in source.rows) if chip else ():
-        if r.group == "block" and r.seconds and r.contender in PATHS and r.extra:
-            shape = SETTINGS[r.extra["setting"]].shape(r.extra["batch"])
-            shares.append((r, *shares_of(r.contender, shape, r.extra["ranks"][0], chip, r.seconds["median"])))
+    for r in rows if chip else ():
+        shape, rank = SETTINGS[r.extra["setting"]].shape(r.extra["batch"]), r.extra["ranks"][0]
+        shares.append((r, *shares_of(r.contender, shape, rank, chip, r.median)))
     return shares

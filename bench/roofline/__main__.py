@@ -1,7 +1,5 @@
 """The roofline as tables: what each way of running the attention module moves, computes, keeps and takes at the least.
 
-    python -m bench.roofline [--chip A100 H100 H200] [--detail PATH] [--json FILE] [--doc FILE]
-
 Nothing here is measured: it is the model of `bench.roofline.costs`.
 """
 
@@ -13,10 +11,10 @@ from pathlib import Path
 
 from bench.base.results import write_json
 from bench.base.tables import table, write_block
-from bench.base.towers import SHAPES, Shape
+from bench.base.towers import SHAPES, Setting
 from bench.roofline.chips import CHIPS, Chip
 from bench.roofline.costs import Cost, all_costs, cost, mean, run_of, seconds
-from bench.roofline.passes import ATTENTION_BACKWARD, BACKWARD_EXPS, BACKWARD_PRODUCTS, PATHS, WORDS, Pass
+from bench.roofline.passes import ATTENTION_BACKWARD, BACKWARD_EXPS, BACKWARD_PRODUCTS, PATHS, WORDS, Run
 
 
 def cost_table(costs: Sequence[Cost], chips: Sequence[Chip]) -> str:
@@ -88,21 +86,18 @@ def backward_table(chips: Sequence[Chip]) -> str:
     return table(["shape", "products", "exponentials", *(f"{c.name} ms (plain's / it)" for c in chips)], rows)
 
 
-def _with(products: int, exps: int, shape: Shape, chip: Chip) -> float:
+def _with(products: int, exps: int, shape: Setting, chip: Chip) -> float:
     """Seconds of `stacked` with so many products and exponentials in attention's backward pass."""
 
-    def changed(p: Pass) -> Pass:
-        if p.name != ATTENTION_BACKWARD:
-            return p
-        return replace(p, attention=p.attention * products / BACKWARD_PRODUCTS, exp=p.exp * exps / BACKWARD_EXPS)
+    def taken(run: Run) -> float:
+        was = next(p for p in run.backward if p.name == ATTENTION_BACKWARD)
+        own = replace(was, attention=was.attention * products / BACKWARD_PRODUCTS, exp=was.exp * exps / BACKWARD_EXPS)
+        return seconds((own if p is was else p for p in (*run.forward, *run.backward)), chip.reached)
 
-    return mean(
-        "stacked", shape, chip.arch, lambda run: seconds(map(changed, (*run.forward, *run.backward)), chip.reached)
-    )
+    return mean("stacked", shape, chip.arch, taken)
 
 
-def detail_table(path: str, shape: Shape, rank: int, chips: Sequence[Chip]) -> str:
-    """Every pass of a path at one rank."""
+def detail_table(path: str, shape: Setting, rank: int, chips: Sequence[Chip]) -> str:
     runs = [run_of(path, shape, rank, c.arch) for c in chips]
     rows: list[list[str]] = []
     for side in ("forward", "backward"):

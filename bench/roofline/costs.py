@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.base.towers import SHAPES, Shape
+from bench.base.towers import SHAPES, Setting
 from bench.roofline.chips import Chip, Rates
 from bench.roofline.passes import PATHS, Pass, Run, mlp
 
@@ -39,7 +39,7 @@ class Cost:
 
 
 @functools.cache
-def run_of(path: str, shape: Shape, rank: int, arch: int) -> Run:
+def run_of(path: str, shape: Setting, rank: int, arch: int) -> Run:
     return PATHS[path](shape, rank, arch)
 
 
@@ -47,14 +47,14 @@ def seconds(passes: Iterable[Pass], rates: Rates) -> float:
     return sum(p.seconds(rates) for p in passes)
 
 
-def mean(path: str, shape: Shape, arch: int, value: Callable[[Run], float]) -> float:
+def mean(path: str, shape: Setting, arch: int, value: Callable[[Run], float]) -> float:
     """Over the shape's layers."""
     ranks = shape.ranks()
     each = {rank: value(run_of(path, shape, rank, arch)) for rank in set(ranks)}
     return sum(each[rank] for rank in ranks) / len(ranks)
 
 
-def cost(path: str, shape: Shape, chips: Sequence[Chip]) -> Cost:
+def cost(path: str, shape: Setting, chips: Sequence[Chip]) -> Cost:
     def side(name: str) -> dict[str, Any]:
         def each(value: Callable[[list[Pass], Chip], float]) -> dict[str, float]:
             return {c.name: mean(path, shape, c.arch, lambda run, c=c: value(getattr(run, name), c)) for c in chips}
@@ -67,8 +67,7 @@ def cost(path: str, shape: Shape, chips: Sequence[Chip]) -> Cost:
             f"{name}_seconds": {c.name: (peak[c.name], reached[c.name]) for c in chips},
         }
 
-    found = {**side("forward"), **side("backward")}
-    block = {}
+    found, block = side("forward") | side("backward"), {}
     for c in chips:
         forward, backward = (found[f"{name}_seconds"][c.name] for name in ("forward", "backward"))
         other = [seconds(mlp(shape), rates) for rates in (c.peak, c.reached)]
@@ -77,7 +76,7 @@ def cost(path: str, shape: Shape, chips: Sequence[Chip]) -> Cost:
     return Cost(shape.name, path, saved=saved, block_seconds=block, **found)  # type: ignore[arg-type]
 
 
-def shares_of(path: str, shape: Shape, rank: int, chip: Chip, measured: float) -> tuple[float, float]:
+def shares_of(path: str, shape: Setting, rank: int, chip: Chip, measured: float) -> tuple[float, float]:
     """The least seconds of a module's forward and backward over `measured`, at the peaks and at reachable rates."""
     run = run_of(path, shape, rank, chip.arch)
     passes = [*run.forward, *run.backward]

@@ -4,14 +4,11 @@ A program multiplies and exponentiates whole tiles: of 197 tokens it makes 208 r
 `tests/bench/roofline/test_loops.py` runs the kernels and counts the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-import bench.base.checkout  # noqa: F401
 from fastheads.kernels.attend import Tiles, low_form, pieces_of
 from fastheads.kernels.attention_bwd import tile_for, whole_blocks
 from fastheads.kernels.attention_fwd import tiles_of
@@ -28,10 +25,10 @@ class Work(NamedTuple):
     products: int = 0
     exps: int = 0
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: "Work") -> "Work":
         return Work(self.products + other.products, self.exps + other.exps)
 
-    def __mul__(self, times: int) -> Work:
+    def __mul__(self, times: int) -> "Work":
         return Work(self.products * times, self.exps * times)
 
 

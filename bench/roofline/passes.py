@@ -8,9 +8,10 @@ R = T·H·r columns, for q and v.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from bench.base.towers import TARGETS, Shape
+from bench.base.towers import TARGETS, Setting
 from bench.roofline import loops
 from bench.roofline.chips import Rates
 
@@ -48,14 +49,14 @@ class Run(NamedTuple):
     saved: float
 
 
-def _around(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float = 0) -> Run:
+def _around(s: Setting, forward: Sequence[Pass], backward: Sequence[Pass], saved: float = 0) -> Run:
     """Half of a block: its LayerNorm and residual around what is inside."""
     gradients = [Pass("LayerNorm backward", 3 * s.row), Pass("residual's gradient add", 3 * s.row)]
     residual = Pass("residual add", 3 * s.row)
     return Run([Pass("LayerNorm", 2 * s.row), *forward, residual], [*backward, *gradients], saved)
 
 
-def mlp(s: Shape) -> list[Pass]:
+def mlp(s: Setting) -> list[Pass]:
     """The block's other half, frozen, forward and backward: the same in every path, needed for the whole step."""
 
     def product(name: str) -> Pass:
@@ -67,27 +68,27 @@ def mlp(s: Shape) -> list[Pass]:
     return run.forward + run.backward
 
 
-def _module(s: Shape, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
+def _module(s: Setting, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
     """The attention module around what lies between its LayerNorm and out_proj."""
     out = Pass("out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)
     return _around(s, [*forward, out], [out, *backward], saved)
 
 
-def _qkv(s: Shape, name: str = "q, k, v projection") -> Pass:
+def _qkv(s: Setting, name: str = "q, k, v projection") -> Pass:
     return Pass(name, 4 * s.row + 6 * s.weight, gemm=3 * s.product)
 
 
-def _waste(s: Shape) -> float:
+def _waste(s: Setting) -> float:
     """Scores for each one needed in FlashAttention-2 as torch has it: at head size 64 its tiles are 128 × 128."""
     return (-(-s.tokens // 128) * 128) ** 2 / s.tokens**2
 
 
-def _sdpa(s: Shape) -> Pass:
+def _sdpa(s: Setting) -> Pass:
     waste = _waste(s)
     return Pass("SDPA", 4 * s.row + s.lse, attention=2 * s.attention * waste, exp=s.scores * waste)
 
 
-def _sdpa_backward(s: Shape) -> list[Pass]:
+def _sdpa_backward(s: Setting) -> list[Pass]:
     """Its dQ is summed in a float32 buffer (2 rows): zeroed beside dO ∘ O, added to, rounded in a pass of its own."""
     waste = _waste(s)
     return [
@@ -97,16 +98,19 @@ def _sdpa_backward(s: Shape) -> list[Pass]:
     ]
 
 
-def _gated(s: Shape) -> list[Pass]:
-    return [_sdpa(s), Pass("gate", 2 * s.row)]
+def _adapted(s: Setting, forward: Sequence[Pass], back: Sequence[Pass], after: Sequence[Pass], saved: float) -> Run:
+    """The module by PyTorch's operations, SDPA then the gate, and what adapts q and v.
 
-
-def _gated_backward(s: Shape) -> list[Pass]:
+    forward: after the projection; back, after: before and after the projection's own backward pass.
+    """
     gate = [Pass("gate: dO", 2 * s.row), Pass("gate: dO ∘ O", 3 * s.row), Pass("gate: its sum", s.row)]
-    return [*gate, *_sdpa_backward(s)]
+    attend = [_sdpa(s), Pass("gate", 2 * s.row)]
+    projection = [Pass("dQ, dK, dV stacked", 6 * s.row), _qkv(s, DX)]
+    backward = [*gate, *_sdpa_backward(s), *back, *projection, *after]
+    return _module(s, [_qkv(s), *forward, *attend], backward, saved)
 
 
-def floor(s: Shape, rank: int, arch: int = 80) -> Run:
+def floor(s: Setting, rank: int, arch: int = 80) -> Run:
     """The frozen model without a copy or a separate bias: less than this, no path with these products can need."""
     attend = Pass("attention", 4 * s.row + s.lse, attention=2 * s.attention, exp=s.scores)
     # five products; reads q, k, v, o, dO, writes dQ, dK, dV
@@ -114,24 +118,20 @@ def floor(s: Shape, rank: int, arch: int = 80) -> Run:
     return _module(s, [_qkv(s), attend], [back, _qkv(s, DX)], 5 * s.row + s.lse)
 
 
-def stock(s: Shape, rank: int, arch: int = 80) -> Run:
+def stock(s: Setting, rank: int, arch: int = 80) -> Run:
     """The frozen model as OpenCLIP 3.3 runs it: nn.MultiheadAttention(batch_first=True), in training.
 
     Its transposed input keeps the bias out of the product; q, k, v are made contiguous; each part's gradient is written
     into zeros of the size of all three, and these are summed. Copies that only some backends make are not counted.
     """
     copied = [Pass("bias add", 6 * s.row), Pass("q, k, v made contiguous", 6 * s.row)]
-    summed = [
-        Pass("dQ, dK, dV each into zeros", 3 * (3 + 2) * s.row),
-        Pass("their sum", 2 * 9 * s.row),
-        Pass("dQKV made contiguous", 6 * s.row),
-    ]
-    forward, backward = [_qkv(s), *copied, _sdpa(s)], [*_sdpa_backward(s), *summed, _qkv(s, DX)]
-    run = _module(s, forward, backward, 5 * s.row + s.lse)
+    summed = [Pass("dQ, dK, dV each into zeros", 3 * (3 + 2) * s.row), Pass("their sum", 2 * 9 * s.row)]
+    backward = [*_sdpa_backward(s), *summed, Pass("dQKV made contiguous", 6 * s.row), _qkv(s, DX)]
+    run = _module(s, [_qkv(s), *copied, _sdpa(s)], backward, 5 * s.row + s.lse)
     return run._replace(backward=[Pass("dO made contiguous", 2 * s.row), *run.backward])
 
 
-def plain(s: Shape, rank: int, arch: int = 80) -> Run:
+def plain(s: Setting, rank: int, arch: int = 80) -> Run:
     """HA-LoRA and gates as one writes them in PyTorch: projection, low-rank path beside it, SDPA, gate."""
     low, images_up = s.low(rank), 2 * s.batch * TARGETS * s.width * rank
     rows, up, down = TARGETS * s.row, s.up_product(rank), s.low_product(rank)
@@ -142,62 +142,41 @@ def plain(s: Shape, rank: int, arch: int = 80) -> Run:
         Pass("scale, each target", 2 * rows),
         Pass("add, each target", 3 * rows),
     ]
-    backward = [
+    back = [
         Pass("scale's gradient, each target", 2 * rows),
         Pass("its gradient by heads, each target", 2 * rows),
         Pass("dT = dY B, each target", rows + images_up + low, gemm=up),
         Pass("dB, each target", rows + low + 2 * images_up, gemm=up),
-        Pass("dA, each target", rows + low, gemm=down),
-        Pass("dX of the low-rank path, each target", rows + low, gemm=down),
-        Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv(s, DX),
-        Pass("dX summed", 3 * rows),
+        *(Pass(f"{name}, each target", rows + low, gemm=down) for name in ("dA", "dX of the low-rank path")),
     ]
-    saved = 8 * s.row + low + images_up + s.lse
-    return _module(s, [_qkv(s), *forward, *_gated(s)], [*_gated_backward(s), *backward], saved)
+    return _adapted(s, forward, back, [Pass("dX summed", 3 * rows)], 8 * s.row + low + images_up + s.lse)
 
 
-def merged(s: Shape, rank: int, arch: int = 80) -> Run:
+def merged(s: Setting, rank: int, arch: int = 80) -> Run:
     """W + s·B A formed under autograd, then the projection with a weight that wants its gradient."""
-    backward = [
-        Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv(s, DX),
-        _qkv(s, "dW"),
-        Pass("dA, dB from dW", 42 * s.weight, gemm=4 * TARGETS * s.weight * rank),
-    ]
-    saved = 6 * s.row + 6 * s.weight + s.lse
-    run = _module(s, [_qkv(s), *_gated(s)], [*_gated_backward(s), *backward], saved)
+    from_dw = Pass("dA, dB from dW", 42 * s.weight, gemm=4 * TARGETS * s.weight * rank)
+    run = _adapted(s, [], [], [_qkv(s, "dW"), from_dw], 6 * s.row + 6 * s.weight + s.lse)
     # delta of q and v, beside zeros for k, added, all in float32; rounded
     fold = Pass("W + s·B A", 82 * s.weight, gemm=2 * TARGETS * s.weight * rank)
     return run._replace(forward=[fold, *run.forward])
 
 
-def factored(s: Shape, rank: int, arch: int = 80) -> Run:
+def factored(s: Setting, rank: int, arch: int = 80) -> Run:
     """The deltas through cuBLAS, in place, in one autograd.Function; the heads' up-projections block-diagonal."""
     rows, low, up = TARGETS * s.row, s.low(rank), s.low_product(rank)
     forward = [Pass("T = x Aᵀ", s.row + low, gemm=up), Pass("y += T Bᵀ, each target", 2 * rows + low, gemm=up)]
-    backward = [
-        Pass("dQ, dK, dV stacked", 6 * s.row),
-        _qkv(s, DX),
-        Pass("U = dY B, each target", rows + low, gemm=up),
-        Pass("dA, each target", rows + low, gemm=up),
-        Pass("dB, each target", rows + low, gemm=up),
-        Pass("dX += U A, each target", 2 * rows + low, gemm=up),
-    ]
-    saved = 6 * s.row + low + s.lse
-    return _module(s, [_qkv(s), *forward, *_gated(s)], [*_gated_backward(s), *backward], saved)
+    after = [Pass(f"{name}, each target", rows + low, gemm=up) for name in ("U = dY B", "dA", "dB")]
+    after.append(Pass("dX += U A, each target", 2 * rows + low, gemm=up))
+    return _adapted(s, forward, [], after, 6 * s.row + low + s.lse)
 
 
-def peft(s: Shape, rank: int, arch: int = 80) -> Run:
+def peft(s: Setting, rank: int, arch: int = 80) -> Run:
     """PEFT 0.21's LoRA on nn.MultiheadAttention: weights merged before and unmerged after each call, dense dW."""
     forward, backward, saved = stock(s, rank)
     merging = [Pass("weights merged and unmerged", 240 * s.weight), Pass("x made contiguous", 2 * s.row)]
-    dw = [
-        _qkv(s, "dW"),
-        Pass("dW of out_proj", 2 * s.row + 2 * s.weight, gemm=s.product),
-        Pass("dA, dB from dW", 80 * s.weight),
-    ]
-    return Run([*merging, *forward], [*backward, *dw], saved + s.row + 8 * s.weight)
+    dw = [_qkv(s, "dW"), Pass("dW of out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)]
+    from_dw = Pass("dA, dB from dW", 80 * s.weight)
+    return Run([*merging, *forward], [*backward, *dw, from_dw], saved + s.row + 8 * s.weight)
 
 
 # Products [N, dh] × [dh, N] and exponentials [N, N] of attention's backward pass, as kernels/attention_bwd.py does it
@@ -206,19 +185,22 @@ BACKWARD_PRODUCTS, BACKWARD_EXPS = 9, 3
 ATTENTION_BACKWARD = "attention backward with the gate's gradient"
 
 
-def _fold(s: Shape, rank: int, stored: int) -> Pass:
+def _fold(s: Setting, rank: int, stored: int) -> Pass:
     """`[W'; A]` or `[W; A]` in 16 bits, from a base stored in `stored` bytes."""
     adapters = 4 * TARGETS * s.width * rank + (4 + 2) * s.columns(rank) * s.width
     return Pass("[W; A] formed", 3 * s.weight * (stored + 2) + adapters)
 
 
-def _project(s: Shape, rank: int) -> Pass:
+def _project(s: Setting, rank: int) -> Pass:
     bytes_ = 4 * s.row + s.low(rank) + 6 * s.weight
     return Pass("projection and T, one product", bytes_, gemm=3 * s.product + s.low_product(rank))
 
 
-def _ours(s: Shape, rank: int, arch: int, delta: bool) -> Run:
-    """One product on `[W; A]`, then attention with the gate in its epilogue and, with `delta`, the deltas on chip."""
+def ours(s: Setting, rank: int, arch: int = 80, *, delta: bool) -> Run:
+    """One product, then attention with the gate in its epilogue.
+
+    stacked: on `[W'; A]`, the base stored in float32. delta: on `[W; A]`, stored in 16 bits, the deltas added on chip.
+    """
     low, deltas, dh, heads = s.low(rank), (DELTAS, rank) if delta else (), s.width // s.heads, s.batch * s.heads
     added, more = (low, s.low_product(rank)) if delta else (0, 0)
     work = loops.attention_fwd(arch, dh, s.tokens, *deltas) * heads
@@ -235,23 +217,13 @@ def _ours(s: Shape, rank: int, arch: int, delta: bool) -> Run:
     return _module(s, forward, backward, 5 * s.row + low + s.lse)
 
 
-def stacked(s: Shape, rank: int, arch: int = 80) -> Run:
-    """One product on `[W'; A]`, attention with the gate in its epilogue; the base stored in float32."""
-    return _ours(s, rank, arch, delta=False)
-
-
-def stacked_recompute(s: Shape, rank: int, arch: int = 80) -> Run:
+def stacked_recompute(s: Setting, rank: int, arch: int = 80) -> Run:
     """`stacked`, keeping x, the projection's input and the log-sum-exp: the backward pass projects again."""
-    forward, backward, _ = stacked(s, rank, arch)
+    forward, backward, _ = ours(s, rank, arch, delta=False)
     return Run(forward, [_fold(s, rank, 4), _project(s, rank), *backward], 2 * s.row + s.lse)
 
 
-def delta(s: Shape, rank: int, arch: int = 80) -> Run:
-    """One product on `[W; A]`, W untouched; the attention kernel adds the delta on chip; the base stored in 16 bits."""
-    return _ours(s, rank, arch, delta=True)
-
-
-def one_pass(s: Shape, rank: int, arch: int = 80) -> Run:
+def one_pass(s: Setting, rank: int, arch: int = 80) -> Run:
     """A program per image and head projects too: each reads the whole x of its image and its head's weights from L2."""
     l2 = s.heads * s.row + s.batch * 6 * s.weight
     work = loops.one_pass_fwd(arch, s.width // s.heads, s.tokens, s.heads, DELTAS, rank) * (s.batch * s.heads)
@@ -259,11 +231,12 @@ def one_pass(s: Shape, rank: int, arch: int = 80) -> Run:
     kernel = Pass("projection, attention, gate", bytes_, attention=work.products, exp=work.exps, l2=l2)
     run = _module(s, [Pass("W, A in 16 bits", 18 * s.weight), kernel], [], 2 * s.row + s.lse)
     again = [_fold(s, rank, 4), _project(s, rank)]
-    return run._replace(backward=[*again, *delta(s, rank, arch).backward])
+    return run._replace(backward=[*again, *ours(s, rank, arch, delta=True).backward])
 
 
-EVERY = (floor, stock, plain, factored, merged, peft, stacked, stacked_recompute, delta, one_pass)
-PATHS = {path.__name__.replace("_recompute", ", recompute"): path for path in EVERY}
+PATHS = {path.__name__: path for path in (floor, stock, plain, factored, merged, peft)}
+PATHS |= {"stacked": partial(ours, delta=False), "stacked, recompute": stacked_recompute}
+PATHS |= {"delta": partial(ours, delta=True), "one_pass": one_pass}
 WORDS = {
     "floor": "frozen, no copies",
     "stock": "frozen, as OpenCLIP runs it",

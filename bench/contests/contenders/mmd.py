@@ -5,7 +5,7 @@ A formula takes the features of two domains, `[n, D]` each. `PEERS` says which o
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,6 @@ def dan(x: Tensor, y: Tensor) -> Tensor:
     d2 = ((one - other) ** 2).sum(2)
     bandwidth = d2.detach().sum() / (size**2 - size) / 4
     kernels = sum(torch.exp(-d2 / (bandwidth * 2**i)) for i in range(5))
-    assert isinstance(kernels, Tensor)
     return (kernels[:n, :n] + kernels[n:, n:] - kernels[:n, n:] - kernels[n:, :n]).mean()
 
 
@@ -71,17 +70,7 @@ def keops(x: Tensor, y: Tensor) -> Tensor:
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
-def _differences(n: int, D: int) -> int:
-    return 4 * (2 * n) ** 2 * D  # [2n, 2n, D], that their squares' backward needs
-
-
-def _blocks(n: int, D: int) -> int:
-    # three, of each its distances and exponentials, and in the backward pass as much again
-    return 4 * 3 * 2 * (len(DOMAINBED_GAMMAS) + 1) * n**2
-
-
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """kernel: our preset that is the same. kept: the least bytes that a pair, `[n, D]` each, keeps at once."""
 
     formula: Callable[[Tensor, Tensor], Tensor]
@@ -89,10 +78,12 @@ class Peer:
     kept: Callable[[int, int], int] = lambda n, D: 0  # not of concern
 
 
+# DomainBed keeps three blocks, of each its distances and exponentials, and in the backward pass as much again; the
+# other two differences, [2n, 2n, D], that their squares' backward needs.
 PEERS = {
-    "DomainBed": Peer(domainbed, "domainbed", _blocks),
-    "TLlib": Peer(tllib, "adaptive", lambda n, D: 5 * _differences(n, D)),
-    "DAN snippet": Peer(dan, "dan", _differences),
+    "DomainBed": Peer(domainbed, "domainbed", lambda n, D: 4 * 3 * 2 * (len(DOMAINBED_GAMMAS) + 1) * n**2),
+    "TLlib": Peer(tllib, "adaptive", lambda n, D: 5 * 4 * (2 * n) ** 2 * D),
+    "DAN snippet": Peer(dan, "dan", lambda n, D: 4 * (2 * n) ** 2 * D),
     "KeOps": Peer(keops, "domainbed"),
 }
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-import bench.base.checkout  # noqa: F401
 import fastheads
 from bench.contests import attentions
 from bench.contests.attentions import adapters, modules, trained
@@ -27,12 +26,8 @@ def tower(name: str, words: str, maths: str, dress: Dress, **options: Any) -> Co
     return Contender(name, words, functools.partial(trial, dress=dress, maths=maths), maths, **options)
 
 
-def _stock(model: Any, ranks: Sequence[int]) -> Any:
-    return model
-
-
-def _unfrozen(model: Any, ranks: Sequence[int]) -> Any:
-    model.visual.requires_grad_(True)
+def _stock(model: Any, ranks: Sequence[int], full: bool = False) -> Any:
+    model.visual.requires_grad_(full)
     return model
 
 
@@ -67,9 +62,8 @@ def _with_peft(model: Any, ranks: Sequence[int]) -> Any:
     import peft
 
     pattern = {f"visual.transformer.resblocks.{i}.attn": rank for i, rank in enumerate(ranks)}
-    config = peft.LoraConfig(
-        r=min(ranks), lora_alpha=min(ranks), target_modules=list(pattern), rank_pattern=pattern, alpha_pattern=pattern
-    )
+    own = {"target_modules": list(pattern), "rank_pattern": pattern, "alpha_pattern": pattern}
+    config = peft.LoraConfig(r=min(ranks), lora_alpha=min(ranks), **own)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -81,7 +75,6 @@ def _with_peft(model: Any, ranks: Sequence[int]) -> Any:
 
 
 def _peft_merged(model: Any, ranks: Sequence[int]) -> Any:
-    """PEFT's own merge_and_unload."""
     _with_peft(model, ranks)
     for block in blocks_of(model):
         block.attn = block.attn.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
@@ -94,8 +87,8 @@ def _missing(package: str) -> str:
 
 def xformers_why_not(case: Any) -> str:
     """Why xformers' attention cannot run here; empty where it can. It imports, with a warning, where it can't."""
-    if _missing("xformers"):
-        return _missing("xformers")
+    if missing := _missing("xformers"):
+        return missing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -109,27 +102,21 @@ def xformers_why_not(case: Any) -> str:
     return ""
 
 
+CLIP_LORA = "the backward pass reads a weight from which the delta was taken again"
 PEFT: dict[str, Any] = {"fault": "PEFT adds out_proj's delta twice", "why_not": lambda case: _missing("peft")}
 PLAIN = tower("plain", "plain-PyTorch HA-LoRA", "ha-lora", modules(attentions.Plain))
-XFORMERS = tower(
-    "xformers", "plain, with xformers' attention", "ha-lora", modules(attentions.XFormers), why_not=xformers_why_not
-)
+WITH_XFORMERS = modules(attentions.XFormers)
+XFORMERS = tower("xformers", "plain, with xformers' attention", "ha-lora", WITH_XFORMERS, why_not=xformers_why_not)
 COMPILED = tower("compiled", "torch.compile of the reference", "ha-lora", modules(attentions.Compiled), slow_start=True)
 TRAINING = (
     tower("stock", "stock OpenCLIP, frozen", "frozen", _stock),
     *(ours(impl) for impl in IMPLEMENTATIONS),
     *(ours(impl, recompute=True) for impl in ("stacked", "delta", "cpu")),
-    tower("full", "full fine-tuning", "full", _unfrozen),
+    tower("full", "full fine-tuning", "full", functools.partial(_stock, full=True)),
     PLAIN,
     tower("peft", "PEFT LoRA (q, k, v, out)", "lora qkvo", _with_peft, **PEFT),
     tower("factored", "factored through cuBLAS, unsloth's way", "ha-lora", modules(attentions.Factored)),
-    tower(
-        "clip-lora",
-        "CLIP-LoRA's way (q, v), no dropout",
-        "lora qv",
-        modules(attentions.ClipLora),
-        fault="the backward pass reads a weight from which the delta was taken again",
-    ),
+    tower("clip-lora", "CLIP-LoRA's way (q, v), no dropout", "lora qv", modules(attentions.ClipLora), fault=CLIP_LORA),
     tower("merged", "merged weights through autograd", "ha-lora", modules(attentions.Merged)),
     XFORMERS,
     COMPILED,

@@ -15,14 +15,13 @@ from bench.base.towers import SETTINGS
 from bench.contests import bench_attention, bench_block, bench_inference, bench_mmd, bench_model_step
 from bench.contests.attentions import EXACT, PLAIN, LoraQKVO, adapters, modules
 from bench.contests.contenders.towers import IMPLEMENTATIONS, training
-from bench.contests.contest import Contender, Group, Judge, NotRunError, Trial
+from bench.contests.contest import Contender, Group, NotRunError, Trial
 from bench.contests.models import Clip, blocks_of, clip
 from bench.contests.vision import VisionCase
 
 ROOT = Path(__file__).resolve().parents[3]
 GROUPS = {m.GROUP.name: m.GROUP for m in (bench_attention, bench_block, bench_model_step, bench_mmd, bench_inference)}
 BLOCK = VisionCase("block", "tiny", 2, "cpu", "fp32", (4,))
-JUDGES = {name: Judge(group) for name, group in GROUPS.items()}  # what is exact is computed once
 INTERPRETED = {"stacked", "delta", "one_pass"}
 RECOMPUTED = {"stacked, recompute", "delta, recompute"}  # seconds each; tests/ops has them
 
@@ -43,7 +42,7 @@ OURS = [(n, *pair) for n, group in GROUPS.items() for pair in rehearsals(group, 
 
 @pytest.mark.parametrize(("name", "case", "contender"), OURS, ids=[f"{n}: {k.name}: {c.name}" for n, k, c in OURS])
 def test_ours_is_right(name, case, contender):
-    verdict = JUDGES[name].check(contender, case)
+    verdict = GROUPS[name].check(contender, case)
     assert verdict.status == "ok", verdict.why
 
 
@@ -56,7 +55,7 @@ def test_every_implementation_is_among_ours():
 
 @pytest.mark.parametrize("name", ["stock", "full", "plain", "factored", "merged"])
 def test_peers_written_from_their_definition_are_right(name):
-    verdict = JUDGES["block"].check(GROUPS["block"].named(name), BLOCK)
+    verdict = GROUPS["block"].check(GROUPS["block"].named(name), BLOCK)
     assert verdict.status == "ok", verdict.why
 
 
@@ -106,21 +105,21 @@ def tampered(contender: Contender, name: str, factor: float, **options) -> Conte
 @pytest.mark.parametrize("name", ["y", "dx", "dlora_A", "dtheta"])
 def test_a_contender_that_is_wrong_is_said_to_be(name):
     wrong = tampered(GROUPS["block"].named("plain"), name, 1.001, fault="it was spoiled")
-    verdict = JUDGES["block"].check(wrong, BLOCK)
+    verdict = GROUPS["block"].check(wrong, BLOCK)
     assert verdict.status == "wrong"
     assert verdict.why.startswith(f"{name} is off by 0.001") and verdict.why.endswith("it was spoiled")
     assert verdict.error > verdict.allowed
 
 
 def test_what_is_not_finite_is_wrong():
-    verdict = JUDGES["block"].check(tampered(GROUPS["block"].named("plain"), "dx", float("nan")), BLOCK)
+    verdict = GROUPS["block"].check(tampered(GROUPS["block"].named("plain"), "dx", float("nan")), BLOCK)
     assert verdict.status == "wrong" and verdict.error == float("inf")
 
 
 def test_an_output_that_is_not_given_is_an_error():
     missing = replace(GROUPS["block"].named("plain"), build=GROUPS["block"].named("stock").build)
     with pytest.raises(ValueError, match="gives no dlora_A, dlora_B, dtheta"):
-        JUDGES["block"].check(missing, BLOCK)
+        GROUPS["block"].check(missing, BLOCK)
 
 
 @pytest.mark.parametrize(("name", "package"), [("peft", "peft"), ("xformers", "xformers")])
@@ -147,7 +146,7 @@ def test_peft_doubles_the_delta_of_out_proj(name):
     pytest.importorskip("peft")
     group = GROUPS["inference"]
     case = VisionCase("inference", "tiny", 2, "cpu", "fp32", (4, 4))
-    verdict = Judge(group).check(group.named(name), case)
+    verdict = group.check(group.named(name), case)
     assert verdict.status == "wrong" and "PEFT adds out_proj's delta twice" in verdict.why
 
     doubled = modules(LoraQKVO)(case.model(), case.ranks)
@@ -162,7 +161,7 @@ def test_peft_doubles_the_delta_of_out_proj(name):
 
 def test_clip_loras_gradient_comes_from_the_base_weight():
     """dx is what a frozen attention gives for the gradient of q and v."""
-    verdict = JUDGES["block"].check(GROUPS["block"].named("clip-lora"), BLOCK)
+    verdict = GROUPS["block"].check(GROUPS["block"].named("clip-lora"), BLOCK)
     assert verdict.status == "wrong" and verdict.why.startswith("dx is off")
     assert "; so are" not in verdict.why
 
@@ -217,7 +216,7 @@ def test_the_tower_written_out_is_openclips():
     ours.load_state_dict(weights)
     images = torch.randn(2, 3, setting.image, setting.image)
     with torch.no_grad():
-        assert torch.equal(ours.encode_image(images), original.encode_image(images))
+        assert torch.equal(ours.visual(images), original.encode_image(images))
 
 
 # ------------------------------------------------------------------------------------------------- the whole command

@@ -17,7 +17,7 @@ from bench.check.__main__ import copy_working_tree
 from bench.gpu.__main__ import main
 from bench.gpu.plugin import NO_TIME
 from bench.gpu.run import Outcome, Part, Run, read_junit
-from bench.report.targets import LARGE, PAPER, Target, mmd_targets, module_targets, step_target
+from bench.report.gpu_page import LARGE, PAPER, Target, mmd_targets, module_targets, step_target
 from bench.roofline.chips import CHIPS
 from bench.roofline.costs import cost
 
@@ -152,15 +152,16 @@ def test_a_folder_of_another_commit_is_refused(run, monkeypatch):
 
 def test_without_a_gpu_it_says_how_to_rehearse(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert main(["--out", str(tmp_path / "out")]) == 2
-    assert "--rehearse" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "out")])
+    assert "no CUDA device here; --rehearse" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_part_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--rehearse", "--again", "nothing"])
-    assert "--again: got nothing; takes rates" in capsys.readouterr().err
+    assert "--again: invalid choice: 'nothing' (choose from" in capsys.readouterr().err
 
 
 def uninstalled(folder: Path) -> dict[str, str]:
