@@ -75,7 +75,7 @@ bench: $(VENV)/.for-bench ## fastheads beside its peers: `pytest bench/`, rows i
 bench-check: $(VENV)/.for-test ## has the CPU path become slower than the base commit? (ARGS='--base REV')
 	$(BIN)/python -m bench.check $(ARGS)
 
-report: $(VENV)/.for-test ## docs/performance.md, its charts and README's figures, from bench/results/
+report: $(VENV)/.for-test ## docs/performance.md, its figures and README's numbers, from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
 
 # -O1 keeps the lines of a report; OpenMP stays on, so that what threads share is seen as well.

@@ -30,15 +30,16 @@ class _Allocations(TorchDispatchMode):
         return out
 
 
-def held_bytes(run: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+def held_bytes(run: Callable[[], Tensor], known: Callable[[], Iterable[Tensor]]) -> int:
     """Bytes of the storages that `run` allocates and that live on while its result does, without the result itself.
 
     Whatever autograd keeps is among them, however it is kept: saved tensors whole (a view keeps all it is a view of),
-    attributes of a context, arguments of a checkpoint. `known`: tensors that exist anyway (inputs, parameters).
+    attributes of a context, arguments of a checkpoint. `known()`, asked after `run`: tensors that exist anyway
+    (inputs, parameters; PEFT makes its weights anew in each forward pass).
     """
     with _Allocations() as seen:
         result = run()
-    anyway = {t.untyped_storage()._cdata for t in known}
+    anyway = {t.untyped_storage()._cdata for t in known()}
     anyway.add(result.untyped_storage()._cdata)
     return sum(size for key, (ref, size) in seen.storages.items() if key not in anyway and not ref.expired())
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.base.checkout import ROOT
+from fastheads.files import write_whole
 
 PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "peft", "xformers", "pykeops", "pytest")
 
@@ -69,22 +70,15 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def write_text(file: Path, text: str) -> None:
-    """The file whole or not at all, its folder too."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(file.suffix + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
 def write_json(file: Path, content: Any) -> None:
-    write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(file, f"{json.dumps(content, indent=1, ensure_ascii=False)}\n".encode())
 
 
 def write_lines(file: Path, rows: Iterable[Mapping[str, Any]], **beside: Any) -> None:
     """JSON of `beside` and "rows", each row on a line of its own."""
     fields = "".join(f"{json.dumps(name)}: {json.dumps(value, indent=1)},\n" for name, value in beside.items())
-    write_text(file, "{" + fields + '"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n")
+    text = "{" + fields + '"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]}\n"
+    write_whole(file, text.encode())
 
 
 def fields(row: Row) -> dict[str, Any]:
@@ -117,15 +111,21 @@ def environment(device: str) -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    cuda, load = device == "cuda", list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-    capability = list(torch.cuda.get_device_capability()) if cuda else None
-    found = {"device": torch.cuda.get_device_name() if cuda else _cpu_name(), "capability": capability}
-    found |= {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    driver = _smi("driver_version", "clocks.sm", "clocks.max.sm", "power.limit") if cuda else None
-    found |= {"cuda": torch.version.cuda if cuda else None, "driver": driver, "versions": versions}
-    commit, changed = _output("git", "rev-parse", "HEAD"), bool(_output("git", "status", "--porcelain"))
-    found |= {"commit": commit or "unknown: not a git checkout", "changed": changed, "load": load}
-    return found | {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "capability": list(torch.cuda.get_device_capability()) if cuda else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if cuda else None,
+        "driver": _smi("driver_version", "clocks.sm", "clocks.max.sm", "power.limit") if cuda else None,
+        "versions": versions,
+        "commit": _output("git", "rev-parse", "HEAD") or "unknown: not a git checkout",
+        "changed": bool(_output("git", "status", "--porcelain")),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def _cpu_name() -> str:

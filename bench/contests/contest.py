@@ -49,8 +49,7 @@ class Trial:
 
     def memory(self, device: str) -> dict[str, int | None]:
         """Peak and saved bytes, as a row has them."""
-        known = (t for ask in (self.known,) for t in ask())  # after the forward pass: PEFT makes its weights anew
-        saved = None if self.forward is None else held_bytes(self.forward, known)
+        saved = None if self.forward is None else held_bytes(self.forward, self.known)
         return {"peak_bytes": peak_bytes(self.run, device), "saved_bytes": saved}
 
 

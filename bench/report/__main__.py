@@ -1,4 +1,4 @@
-"""What was measured, as the page a user decides by: docs/performance.md's tables, its charts, README's figures.
+"""What was measured, as the page a user decides by: docs/performance.md's tables, its figures, README's numbers.
 
 Written from every file of rows in bench/results/; `--check` says what is not what the files generate: exit status 1.
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bench.base.checkout import ROOT
 from bench.base.tables import read_block, write_block
-from bench.report.charts import all_charts, digest_of, draw
-from bench.report.pages import answer, measured, readme
+from bench.report.figures import all_figures, digest_of, draw
+from bench.report.performance_page import answer, measured, readme
 from bench.report.sources import Source, sources
 
 
@@ -23,23 +23,23 @@ def blocks(found: Sequence[Source]) -> dict[tuple[str, str], str]:
 
 
 def stale(found: Sequence[Source], root: Path = ROOT) -> list[str]:
-    """What of the pages and charts is not what the files generate, in words."""
+    """What of the pages and figures is not what the files generate, in words."""
     wrong = []
     for (file, name), text in blocks(found).items():
         if read_block((root / file).read_text(encoding="utf-8"), name).strip() != text.strip():
             wrong.append(f"{file}: the block {name!r}")
-    for chart in all_charts(found):
-        path = root / "docs" / "results" / chart.file
-        if not path.exists() or digest_of(path) != chart.digest():
-            wrong.append(f"docs/results/{chart.file}")
+    for figure in all_figures(found):
+        path = root / "docs" / "results" / figure.file
+        if not path.exists() or digest_of(path) != figure.digest():
+            wrong.append(f"docs/results/{figure.file}")
     return wrong
 
 
 def write(found: Sequence[Source], root: Path = ROOT) -> None:
     for (file, name), text in blocks(found).items():
         write_block(root / file, name, text)
-    for chart in all_charts(found):
-        draw(chart.panels, chart.caption, chart.digest(), root / "docs" / "results" / chart.file)
+    for figure in all_figures(found):
+        draw(figure.panels, figure.caption, figure.digest(), root / "docs" / "results" / figure.file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write(found)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{len(found)} files, {sum(len(s.rows) for s in found)} rows, {len(all_charts(found))} charts")
+    print(f"{len(found)} files, {sum(len(s.rows) for s in found)} rows, {len(all_figures(found))} figures")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bench.base.results import Row, rows_of
 from bench.base.tables import table
 from bench.contests.contenders.mmd import PEERS
-from bench.report import charts
+from bench.report import figures
 
 OURS = "ours: domainbed"
 # part: least speed-up over DomainBed, largest share of its extra memory, largest extra MB, least speed-up over KeOps
@@ -168,5 +168,5 @@ def plot(content: Mapping[str, Any], file: Path) -> None:
         lines = (("fastheads", x, ms), ("DomainBed", *zip(*other, strict=True)))
         lines += ((f"slope {slope}: the products", x, products),)
         title = f"against {key}, {fixed}"
-        panels.append(charts.Panel("lines", title, "ms, forward + backward", lines=lines, x_label=key, log="xy"))
-    charts.draw(panels, "", "", file)
+        panels.append(figures.Panel("lines", title, "ms, forward + backward", lines=lines, x_label=key, log="xy"))
+    figures.draw(panels, "", "", file)

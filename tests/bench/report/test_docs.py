@@ -50,7 +50,7 @@ def test_the_cpu_table_is_that_of_the_result_file():
     assert read_block(PAGE, "cpu").strip() == cpu_report(rows)
 
 
-def test_tables_charts_and_readme_are_those_of_the_result_files():
+def test_tables_figures_and_readme_are_those_of_the_result_files():
     assert stale(sources(sorted(RESULTS.glob("*.json")))) == []
 
 

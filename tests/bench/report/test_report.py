@@ -10,8 +10,8 @@ from bench.base import results
 from bench.base.results import Row
 from bench.base.towers import SETTINGS
 from bench.report.__main__ import stale, write
-from bench.report.charts import all_charts, chart_of
-from bench.report.pages import NO_GPU, answer, measured, readme, wins_and_losses
+from bench.report.figures import all_figures, figure_of
+from bench.report.performance_page import NO_GPU, answer, measured, readme, wins_and_losses
 from bench.report.sources import Source, one_machine, roofline_shares, sources
 from bench.roofline.chips import CHIPS
 from bench.roofline.costs import cost
@@ -78,7 +78,7 @@ def test_machines_are_not_mixed():
     with pytest.raises(ValueError, match="cpu.json was measured on A CPU, 2 threads, h100.json on NVIDIA H100"):
         one_machine(both, "a table")
     with pytest.raises(ValueError, match="do not go into one table"):
-        chart_of(both, "block")
+        figure_of(both, "block")
     with pytest.raises(ValueError, match="wins and losses"):
         wins_and_losses(both)
     text = answer(both)
@@ -115,7 +115,7 @@ def test_a_sweep_shows_the_largest_batch_and_what_ended_it():
     text = measured([source(rows=rows)])
     assert "auto: largest batch 32, 91.5 images/s; a step would take 9 GB, of 8 GB" in text
     assert "plain: not run, no time (batch 8)" in text
-    (panel,) = chart_of([source(rows=rows)], "batch sweep").panels
+    (panel,) = figure_of([source(rows=rows)], "batch sweep").panels
     assert panel.lines == (("auto", (8, 32), (70.25, 91.5)),)
 
 
@@ -147,7 +147,7 @@ def root(tmp_path):
 
 def test_what_was_changed_by_hand_or_is_of_older_rows_is_named(root):
     found = [source()]
-    assert len(stale(found, root)) == 3 + len(all_charts(found))
+    assert len(stale(found, root)) == 3 + len(all_figures(found))
     write(found, root)
     assert stale(found, root) == []
     page = root / "docs" / "performance.md"

@@ -39,7 +39,7 @@ def saved_bytes(run, known) -> int:
 def test_saved_bytes_of_the_peers_are_what_autograd_keeps(name):
     made, shape = training(name).trial(SMALL), SHAPE
     made.run()
-    held = held_bytes(made.forward, made.known()) + shape.row  # the module's input is kept too
+    held = held_bytes(made.forward, made.known) + shape.row  # the module's input is kept too
     assert held == saved_bytes(made.forward, made.known()) + shape.row
     # biases, gates and LayerNorm's statistics are not modelled; of the merged weights there are two casts
     small = 8 * shape.batch * shape.tokens + 40 * shape.weight + 2 * shape.low(RANK)
@@ -57,7 +57,7 @@ def test_saved_bytes_of_the_kernels_are_what_the_operator_keeps(name):
     case, shape = VisionCase("block", "B/16", 256, "cuda", "bf16", (2,)), SETTINGS["B/16"].shape(256)
     with FakeTensorMode():
         made = training(name).trial(case)
-        held = held_bytes(made.forward, made.known()) + shape.row
+        held = held_bytes(made.forward, made.known) + shape.row
     assert held == pytest.approx(PATHS[name](shape, 2)[2], rel=0.02)
 
 
@@ -104,4 +104,4 @@ def test_a_view_keeps_all_that_it_is_a_view_of():
     def run():
         return (x * 2)[:10].square().sum()
 
-    assert held_bytes(run, [x]) == saved_bytes(run, [x]) == 1000 * 4
+    assert held_bytes(run, lambda: [x]) == saved_bytes(run, [x]) == 1000 * 4

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from bench.base.results import Row
 from bench.base.tables import contest_table, sweep_tables, table
-from bench.report.charts import AXES, chart_of
+from bench.report.figures import AXES, figure_of
 from bench.report.gpu_page import CHOSEN
 from bench.report.sources import Source, by_machine, cases, is_ours, one_machine, roofline_shares, words
 
@@ -86,12 +86,12 @@ def wins_and_losses(found: Sequence[Source]) -> str:
 
 
 def machine_section(found: Sequence[Source], folder: str) -> str:
-    """Everything of one machine: contests, sweeps, roofline, with their charts in `folder`."""
+    """Everything of one machine: contests, sweeps, roofline, with their figures in `folder`."""
     one_machine(found, "a section")
 
     def picture(own: Sequence[Source], what: str) -> list[str]:
-        chart = chart_of(own, what)
-        return [] if chart is None else [f"![{chart.alt}]({folder}/{chart.file})", ""]
+        figure = figure_of(own, what)
+        return [] if figure is None else [f"![{figure.alt}]({folder}/{figure.file})", ""]
 
     lines, group = [f"### {found[0].machine}", ""], ""
     for source, rows in cases(found):

@@ -34,7 +34,7 @@ class Panel(NamedTuple):
     log: str = ""
 
 
-class Chart(NamedTuple):
+class Figure(NamedTuple):
     """A picture and what it is drawn from; `digest` is written into the file, so that a stale one is known."""
 
     file: str
@@ -46,9 +46,9 @@ class Chart(NamedTuple):
         return hashlib.sha256(repr((self.caption, self.panels)).encode()).hexdigest()[:16]
 
 
-def chart_of(found: Sequence[Source], what: str) -> Chart | None:
-    """The chart of a group, a sweep or "roofline" on one machine; None where there is nothing to draw."""
-    one_machine(found, f"a chart of {what}")
+def figure_of(found: Sequence[Source], what: str) -> Figure | None:
+    """The figure of a group, a sweep or "roofline" on one machine; None where there is nothing to draw."""
+    one_machine(found, f"a figure of {what}")
     if what == "roofline":
         shares = roofline_shares(found)
         rows = [r for r, _, _ in shares]
@@ -63,16 +63,16 @@ def chart_of(found: Sequence[Source], what: str) -> Chart | None:
     machine = found[0].machine
     slug = re.sub(r"[\W_]+", "-", machine.lower()).strip("-")
     caption = "\n".join(s.caption() for s in found if any(r in s.rows for r in rows))
-    return Chart(f"{slug}-{what.replace(' ', '-')}.png", f"{what} on {machine}", caption, panels)
+    return Figure(f"{slug}-{what.replace(' ', '-')}.png", f"{what} on {machine}", caption, panels)
 
 
-def all_charts(found: Sequence[Source]) -> list[Chart]:
+def all_figures(found: Sequence[Source]) -> list[Figure]:
     made = []
     for own in by_machine(found).values():
         names = [g for g in GROUPS if any(r.group == g for s in own for r in s.rows)]
-        made += [chart_of(own, name) for name in (*names, "roofline")]
-        made += [chart_of([source], group) for source in own for group in source.sweeps()]
-    return [chart for chart in made if chart is not None]
+        made += [figure_of(own, name) for name in (*names, "roofline")]
+        made += [figure_of([source], group) for source in own for group in source.sweeps()]
+    return [figure for figure in made if figure is not None]
 
 
 def _bars(rows: Sequence[Row]) -> tuple[Panel, ...]:
