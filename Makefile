@@ -21,18 +21,18 @@ LAYERS ?= build/layers
 
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
-FOR_TEST := -e '.[train,test]'
-FOR_DEV := -e '.[train,dev]'
-FOR_BENCH := -e '.[train,bench,test]'
+FOR_TEST := -e '.[demo,test]'
+FOR_DEV := -e '.[demo,dev]'
+FOR_BENCH := -e '.[demo,bench,test]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune test test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid compile-check compile-report install-dev clean
+.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid compile-check compile-report install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.for-test ## train on the digits that come with scikit-learn, and write a report
+demo: $(VENV)/.for-test ## adapt a small CLIP to icons in a look it never saw, and write a report
 	$(BIN)/fastheads demo $(ARGS)
 
 demo-full: $(VENV)/.for-test ## the demo with every method and seed
@@ -40,6 +40,12 @@ demo-full: $(VENV)/.for-test ## the demo with every method and seed
 
 demo-tune: $(VENV)/.for-test ## the search behind the demo's settings
 	$(BIN)/fastheads demo --tune $(ARGS)
+
+demo-repeat: $(VENV)/.for-test ## do the first 200 steps of the pretraining give the committed log's losses? (minutes)
+	OMP_NUM_THREADS=1 FASTHEADS_REPEAT=1 $(BIN)/pytest --timeout=0 tests/demo/test_pretraining.py $(ARGS)
+
+demo-pretrain: $(VENV)/.for-test ## make the demo's base model anew, in runs/demo-pretraining (hours on a CPU; goes on where it was killed)
+	$(BIN)/python -m fastheads.demo.pretraining $(ARGS)
 
 test: $(VENV)/.for-test ## the tests, on the versions in constraints.txt
 	$(call pytest,$(VENV))

@@ -23,6 +23,8 @@ def read_readme() -> str:
 
 
 TRAIN = ["accelerate", "torchvision", "scikit-learn", "matplotlib", "rich", "pillow"]
+# The fonts of the demo's icons, as files; and what reads outlines from them.
+DEMO = [*TRAIN, "qtawesome==1.4.2", "fonttools"]
 BENCH = ["pytest-benchmark", "peft", 'xformers; platform_system == "Linux"', "pykeops"]
 # numpy<2.4: with a newer one, the interpreter of Triton 3.6 fails on every kernel.
 # setuptools: a test builds the package.
@@ -69,7 +71,7 @@ setup(
         *(f"fastheads.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"fastheads.kernels": "kernels"},
-    package_data={"": ["*.json", "*.html", "py.typed"]},
+    package_data={"": ["*.json", "*.html", "*.gz", "*.safetensors", "NOTICE", "py.typed"]},
     include_package_data=False,
     ext_modules=[NATIVE],
     install_requires=[
@@ -79,7 +81,7 @@ setup(
         "safetensors",
         "numpy",
     ],
-    extras_require={"train": TRAIN, "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={"train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["fastheads = fastheads.cli:main"]},
     zip_safe=False,
     classifiers=[

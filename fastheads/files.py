@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -27,3 +29,8 @@ def write_whole(path: Path, content: bytes) -> Path:
     with whole(path) as temporary:
         temporary.write_bytes(content)
     return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Writes `content` as JSON to `path`, whole."""
+    return write_whole(path, json.dumps(content, indent=1).encode())

@@ -72,7 +72,7 @@ def _model_name(args: argparse.Namespace) -> str:
 
     name, pretrained = args.model, args.pretrained
     if name == "fastheads-demo":
-        from fastheads.demo.pretrain import register
+        from fastheads.demo.base import register
 
         register()
     known = {model.lower(): model for model in open_clip.list_models()}
@@ -149,24 +149,25 @@ def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from fastheads.demo.digits import DOMAINS
-    from fastheads.demo.run import TARGET, run_demo, tune_demo
-    from fastheads.train.experiment import table
+    from fastheads.train.progress import Bars
+
+    with Bars():  # before the imports, which can take half a minute
+        from fastheads.demo.icons import DOMAINS
+        from fastheads.demo.run import TARGET, run_demo, tune_demo
+        from fastheads.train.experiment import table
 
     if args.target is not None and args.target not in DOMAINS:
         raise InputError(f"--target: got {args.target!r}; takes {', '.join(DOMAINS)}")
     if args.target and args.full:
         raise InputError("--target: --full holds out every domain; give one of the two")
     if args.tune and args.full:
-        raise InputError("--tune: --full holds out every domain, and the choice is made on one; give one of the two")
-    cache = args.cache or args.out / "model"
-    targets = DOMAINS if args.full else (args.target or TARGET,)
+        raise InputError("--tune: searches for every domain; give it without --full")
     if args.tune:
-        result = tune_demo(args.out, cache, target=targets[0], steps=args.steps)
+        result = tune_demo(args.out, targets=[args.target] if args.target else DOMAINS, steps=args.steps)
         print(f"chosen on source validation: {result['chosen']}\n{args.out / 'tuning.json'}")
         return
-    seeds = (0, 1, 2) if args.full else (0,)
-    experiment, page = run_demo(args.out, cache, targets=targets, seeds=seeds, steps=args.steps, command=args.typed)
+    targets = DOMAINS if args.full else (args.target or TARGET,)
+    experiment, page = run_demo(args.out, targets=targets, full=args.full, steps=args.steps, command=args.typed)
     print("accuracy on the domain held out, %\n" + table(experiment))
     print(f"\nreport: {page}")
 
@@ -242,6 +243,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
         with_contexts=any(recipe_of(method).context_weight for method in args.method),
         seed=seed,
         sources=args.sources,
+        split_by=args.split_by,
     )
     name = args.data.absolute().name
     try:
@@ -251,8 +253,8 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             folders,
             methods=args.method,
             targets=targets,
-            seeds=args.seed,
-            recipes=recipe_of,
+            seeds=lambda method: args.seed,
+            recipes=lambda method, target: recipe_of(method),
             out=args.out,
             title=f"{args.model} on {name}",
             command=args.typed,

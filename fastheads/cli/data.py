@@ -100,7 +100,7 @@ def check_sources(args: argparse.Namespace, folders: DomainFolders, targets: Seq
     gated = [name for name in args.method if METHODS[name].mmd and args.mmd_weight]
     for target in targets:
         for seed in args.seed if probe else args.seed[:1]:
-            parts = source_splits(folders, target, args.sources, seed)
+            parts = source_splits(folders, target, args.sources, seed, args.split_by)
             if probe:
                 _check_probe(folders, parts)
         if gated and len(parts) == 1:

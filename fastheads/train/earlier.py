@@ -26,6 +26,7 @@ _NAMES = {
     "prompts": "--prompt",
     "class_names": "--class-names",
     "precision": "--precision",
+    "split_by": "--split-by",
     "processes": "the number of processes",
 }
 _RESULT = ("method", "target", "seed", "accuracy", "peak_memory_mb")  # a few of what a result must have
@@ -61,6 +62,7 @@ def run_key(
         "prompts": list(problem.prompts),
         "class_names": list(problem.folders.class_names),
         "precision": precision,
+        "split_by": problem.split_by,
         "recipe": numbers if method.trains in ("encoder", "adapter") else {"seed": recipe.seed},
     }
 
@@ -72,7 +74,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], recipe: Recipe)
     """
     found = []
     for name, value in now.items():
-        before = then.get(name, value)
+        before = then.get(name, "image" if name == "split_by" else value)
         if name in ("recipe", "image_counts") or before == value:
             continue
         if name == "weights":

@@ -22,11 +22,14 @@ from fastheads.train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy (0 … 1) and mean cross-entropy over a set of images."""
+    """Accuracy (0 … 1) and mean cross-entropy over a set of images; of each its class, the answer, its probability."""
 
     accuracy: float
     loss: float
     images: int
+    labels: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    answers: tuple[int, ...] = dataclasses.field(default=(), repr=False)
+    confidence: tuple[float, ...] = dataclasses.field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Problem:
     contexts: Tensor | None
     logit_scale: float
     prompts: tuple[str, ...] = ()
+    split_by: str = "image"
     loaders: dict[Any, DataLoader[Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Problem:
@@ -88,9 +92,11 @@ class Problem:
 
 
 def source_splits(
-    folders: DomainFolders, target: str, sources: Sequence[str] | None = None, seed: int = 0
+    folders: DomainFolders, target: str, sources: Sequence[str] | None = None, seed: int = 0, by: str = "image"
 ) -> dict[str, Split]:
     """The 80/20 split of each source, in the order of `folders`; sources: None: all domains but the target.
+
+    by: of `split`: "image" or "folder".
 
     Raises ValueError for an unknown domain, no source, the target among them, a source with one image.
     """
@@ -100,7 +106,7 @@ def source_splits(
         raise ValueError(f"sources: got {chosen!r} with the target {target!r}; takes one or more other domains")
     for name in chosen:
         folders.index(name)
-    return {name: split(folders, name, seed=seed) for name in folders.domains if name in chosen}
+    return {name: split(folders, name, seed=seed, by=by) for name in folders.domains if name in chosen}
 
 
 def make_problem(
@@ -115,13 +121,15 @@ def make_problem(
     with_contexts: bool = True,
     seed: int = 0,
     sources: Sequence[str] | None = None,
+    split_by: str = "image",
 ) -> Problem:
     """The problem of holding out `target`, its text weights from `model`'s text tower.
 
     prompts: templates of the classifier. contexts: templates of the context weights; None: the 80 ImageNet ones.
-    seed: of the 80/20 splits. sources: domains to learn from; None: all but the target.
+    seed: of the 80/20 splits; split_by: what they keep whole, "image" or "folder". sources: domains to learn from;
+    None: all but the target.
     """
-    parts = source_splits(folders, target, sources, seed)
+    parts = source_splits(folders, target, sources, seed, split_by)
     names, logit_scale = folders.class_names, cast(Tensor, model.logit_scale)
     with phase("encoding prompts"):
         classifier = class_text_weights(model, tokenizer, names, prompts)
@@ -137,6 +145,7 @@ def make_problem(
         context_weights,
         float(logit_scale.detach().exp()),
         tuple(fill(template, "{}") for template in prompts),
+        split_by,
     )
 
 
@@ -164,8 +173,10 @@ def score(model: nn.Module, problem: Problem, domain: str, part: str, recipe: Re
 
 def score_logits(logits: Tensor, labels: Tensor) -> Score:
     """Accuracy and cross-entropy of logits `[N, C]`."""
-    accuracy = (logits.argmax(-1) == labels).float().mean().item()
-    return Score(accuracy, F.cross_entropy(logits, labels).item(), len(labels))
+    confidence, answers = logits.softmax(-1).max(-1)
+    accuracy = (answers == labels).float().mean().item()
+    each = (tuple(values.tolist()) for values in (labels, answers, confidence))
+    return Score(accuracy, F.cross_entropy(logits, labels).item(), len(labels), *each)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import os
 import platform
 import re
@@ -25,10 +24,11 @@ import torch
 from torch import nn
 
 from fastheads.adapters import save_adapter
-from fastheads.files import whole, write_whole
+from fastheads.files import whole, write_json
 from fastheads.folding import merge, wise_ft
 from fastheads.hosts import find_tower
 from fastheads.model import is_patched
+from fastheads.train.answers import details, write_answers
 from fastheads.train.data.domains import DomainFolders
 from fastheads.train.earlier import earlier_run, hashes, run_key
 from fastheads.train.evaluation import Problem, fit_probe, image_features, score
@@ -37,11 +37,6 @@ from fastheads.train.methods import METHODS, Method
 from fastheads.train.recipe import Recipe
 
 WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the original too
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole."""
-    write_whole(path, json.dumps(content, indent=1).encode())
 
 
 def device() -> torch.device:
@@ -120,13 +115,16 @@ def run_method(
         run |= fit(model, method, problem, recipe, out=out, precision=precision, report=report)
         run["trainable_parameters"] = sum(p.numel() for p in trainable(model).values())
     parts = [(name, "validation") for name in problem.sources] + [(problem.target, "all")]
-    run["accuracy"] = {name: scorer(model, problem, name, part, recipe).accuracy for name, part in parts}
+    scores = {name: scorer(model, problem, name, part, recipe) for name, part in parts}
+    run["accuracy"] = {name: found.accuracy for name, found in scores.items()}
+    run |= details(scores[problem.target], len(problem.folders.classes))
     if method.trains == "encoder":
         averaged = wise_ft(copy.deepcopy(model), base, WISE_FT_ALPHA)
         run["wise_ft_accuracy"] = {name: score(averaged, problem, name, part, recipe).accuracy for name, part in parts}
     run["peak_memory_mb"] = peak_memory_mb()
     if is_main_process():
         run |= _save(model, method, problem, recipe, out, base_name)
+        write_answers(out, scores[problem.target])
         write_json(out / "result.json", {"key": key, "run": run})
         shutil.rmtree(out / "state", ignore_errors=True)
     return run
@@ -194,8 +192,8 @@ def run_experiment(
     *,
     methods: Sequence[str],
     targets: Sequence[str],
-    seeds: Sequence[int],
-    recipes: Callable[[str], Recipe],
+    seeds: Callable[[str], Sequence[int]],
+    recipes: Callable[[str, str], Recipe],
     out: Path,
     title: str,
     command: str,
@@ -206,7 +204,8 @@ def run_experiment(
 ) -> dict[str, Any]:
     """Every method on every held-out target with every seed; the results as one JSON-like dict, and `out/results.json`.
 
-    problem_of: (target, seed) → Problem. recipes: method id → Recipe (its seed is set here). watch: called with the
+    problem_of: (target, seed) → Problem. seeds: method id → seeds. recipes: (method id, target) → Recipe (its seed is
+    set here). watch: called with the
     name of each run, gives the callback for its steps. Raises ValueError where a run's folder holds another one, before
     any run is begun.
     """
@@ -214,11 +213,15 @@ def run_experiment(
     problem_of = functools.lru_cache(maxsize=1)(problem_of)
     planned = [
         _Planned(
-            METHODS[name], target, dataclasses.replace(recipes(name), seed=seed), out / target / f"seed{seed}" / name
+            METHODS[name],
+            target,
+            dataclasses.replace(recipes(name, target), seed=seed),
+            out / target / f"seed{seed}" / name,
         )
         for target in targets
-        for seed in seeds
+        for seed in sorted({seed for name in methods for seed in seeds(name)})
         for name in methods
+        if seed in seeds(name)
     ]
     earlier = [plan for plan in planned if plan.folder.exists()]
     if earlier:
@@ -253,7 +256,7 @@ def run_experiment(
             "unreadable": folders.left_out(),
         },
         "model": _about(base, base_name),
-        "methods": [_method_entry(METHODS[name], recipes(name)) for name in methods],
+        "methods": [_method_entry(METHODS[name], [recipes(name, target) for target in targets]) for name in methods],
         "runs": runs,
         "tuning": None,
     }
@@ -262,17 +265,25 @@ def run_experiment(
     return experiment
 
 
-def _method_entry(method: Method, recipe: Recipe) -> dict[str, Any]:
+def _method_entry(method: Method, recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """Of a method and its recipes, one a target: a setting that differs between targets is left to `by_target`."""
     trained = method.trains in ("encoder", "adapter")
-    with_context = bool(trained and recipe.context_weight and not method.context)
+    with_context = bool(trained and recipes[0].context_weight and not method.context)
+    used = {
+        "lr": trained and (method.lora or method.trains == "encoder"),
+        "gate_lr": method.gate is not None,
+        "mmd_weight": method.mmd,
+        "context_weight": trained and recipes[0].context_weight > 0,
+    }
+    values = {name: list(dict.fromkeys(getattr(recipe, name) for recipe in recipes)) for name in used}
     return {
         "id": method.id,
         "label": method.label + " + context KL" * with_context,
         "description": method.description,
-        "lr": recipe.lr if trained and (method.lora or method.trains == "encoder") else None,
-        "gate_lr": recipe.gate_lr if method.gate else None,
-        "mmd_weight": recipe.mmd_weight if method.mmd else None,
-        "context_weight": recipe.context_weight if trained and recipe.context_weight else None,
+        **{name: values[name][0] if used[name] and len(values[name]) == 1 else None for name in used},
+        "by_target": {
+            name: [getattr(r, name) for r in recipes] for name in used if used[name] and len(values[name]) > 1
+        },
     }
 
 

@@ -11,7 +11,7 @@ from commands import DOMAINS, SHORT, base, checkpoint, data, done
 from PIL import Image
 from safetensors.torch import save_file
 
-from fastheads.demo.pretrain import register
+from fastheads.demo.base import register
 
 CLASSES = ("black_square", "white_square")
 

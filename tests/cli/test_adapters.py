@@ -11,7 +11,7 @@ from commands import DOMAINS, base, data, done, run
 from safetensors.torch import load_file
 
 import fastheads
-from fastheads.demo.pretrain import CONFIG, MODEL
+from fastheads.demo.base import CONFIG, MODEL
 
 
 def accuracies(text):
@@ -67,7 +67,7 @@ def test_the_merged_checkpoint_is_a_stock_one(world, merged):
     assert changed and all(name.endswith(("attn.in_proj_weight", "attn.out_proj.weight")) for name in changed)
     assert f"open_clip.create_model({MODEL!r}, pretrained={str(merged.path)!r})" in merged.text
 
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     loaded = open_clip.create_model(MODEL, pretrained=str(merged.path)).eval()
     tuned = open_clip.create_model(MODEL, pretrained=str(world.root / "demo.safetensors")).eval()
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_weights_trained_with_quickgelu_get_the_model_that_has_it(world, tmp_pat
     text = done("merge", "--model", "small", "--pretrained", "web", "--adapter", adapter, "--out", out)
     name = re.search(r"create_model\('([^']+)'", text)[1]
 
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted, other = (
             fastheads.load_adapter(open_clip.create_model(n, pretrained=file), adapter, check_base=n != "small")
@@ -153,7 +153,7 @@ def test_inspect_prints_base_sizes_and_gates_of_an_adapter(world):
     lora, gate = (sum(p.numel() for p in f(model)) for f in (fastheads.lora_parameters, fastheads.gate_parameters))
     size = sum(path.stat().st_size for path in world.adapter.iterdir())
     assert f"{lora:,} LoRA and {gate:,} gate parameters, {size:,} bytes" in out
-    assert MODEL in out and "rank=[2, 2, 8, 8]" in out
+    assert MODEL in out and "rank=[2, 2, 2, 2, 8, 8]" in out
     rows = [line.split()[2:] for line in out.splitlines() if line.startswith("gates")]
     assert rows == [[f"{g:.2f}" for g in row] for row in fastheads.gates(model).tolist()]
     assert any(cell != "1.00" for row in rows for cell in row)

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 from commands import SHORT, base, data, listing, run
 
-from fastheads.demo.pretrain import CONFIG
+from fastheads.demo.base import CONFIG
 
 BASE = "--model fastheads-demo --pretrained W/demo.safetensors"
 DATA = "--data W/shapes --workers 0"
@@ -103,7 +103,7 @@ BAD = {
     "inspect: PEFT": ("inspect --adapter W/peft", ["W/peft", "PEFT"]),
     "inspect: ResNet": ("inspect --model RN50", ["ResNet"]),
     "demo: unknown target": ("demo --target dusk", ["--target", "'dusk'", "sketch"]),
-    "demo: target beside full": ("demo --target ink --full", ["--target", "--full"]),
+    "demo: target beside full": ("demo --target art --full", ["--target", "--full"]),
     "demo: no steps": ("demo --steps 0", ["--steps", "0"]),
     "no command": ("", ["demo", "evaluate"]),
     "unknown command": ("trian", ["trian", "train"]),
@@ -122,7 +122,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(case, world, t
         return re.sub(r"\bW/", f"{world.root}/", text.replace("ADAPTER", str(world.adapter)))
 
     monkeypatch.chdir(tmp_path)  # the defaults of --out are relative
-    monkeypatch.setattr("fastheads.demo.run.pretrain", lambda *_, **__: pytest.fail("the demo was pretrained first"))
+    monkeypatch.setattr("fastheads.demo.run.set_up", lambda *_: pytest.fail("the demo was set up first"))
     before = listing(world.root)
     code, out, err = run(*(filled(part) for part in line.split()))
     assert code == 2, (code, err)

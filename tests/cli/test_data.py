@@ -12,7 +12,7 @@ from processes import free_port, on_ranks
 from ranks import look_on_rank
 
 from fastheads.cli import commands as cli
-from fastheads.demo.pretrain import MODEL, register
+from fastheads.demo.base import MODEL, register
 from fastheads.losses import context as contexts
 from fastheads.train import evaluation, progress
 from fastheads.train.data import batches as data
@@ -278,6 +278,17 @@ def test_sources_are_those_named_and_the_rest_is_held_out_in_turn(root, base, tm
         ("art", ["photo"]),
         ("sketch", ["photo"]),
     ]
+
+
+def test_folders_of_one_object_stay_on_one_side_where_asked(root, base, tmp_path):
+    """And a run whose split was another is refused."""
+    for path in sorted(root.glob("*/*/*.*")):
+        path.parent.joinpath(path.stem[-1]).mkdir(exist_ok=True)
+        path.rename(path.parent / path.stem[-1] / path.name)
+    command = ("train", *base, "--data", root, "--target", "sketch", "--method", "zero-shot", "--workers", "0", "--out")
+    done(*command, tmp_path / "run", "--split-by", "folder")
+    err = refused(*command, tmp_path / "run")
+    assert "--split-by: was 'folder', now 'image'" in err
 
 
 @pytest.mark.parametrize(

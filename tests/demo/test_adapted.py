@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastheads
-from fastheads.demo.pretrain import CONFIG
+from fastheads.demo.base import CONFIG
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def relative(a, b):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_demo_model_starts_merges_and_comes_back(model, training):
     model.train(training)
-    images = torch.randn(4, 3, 32, 32)
+    images = torch.randn(4, 3, 48, 48)
     stock = copy.deepcopy(model)
     with torch.no_grad():
         fastheads.patch(model)

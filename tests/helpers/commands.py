@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastheads.cli import commands as cli
-from fastheads.demo.pretrain import CONFIG, MODEL
+from fastheads.demo.base import CONFIG, MODEL
 
 DOMAINS = ("day", "night", "sepia")  # of the images below `world.root / "shapes"`
 SHORT = ("--steps", "3", "--per-domain", "3", "--lr", "0.01", "--gate-lr", "0.3", "--workers", "0")

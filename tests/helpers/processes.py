@@ -9,7 +9,7 @@ import socket
 import torch.multiprocessing
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["fastheads.demo.pretrain", "ranks", "mmd_ranks", "standins"])
+_CONTEXT.set_forkserver_preload(["fastheads.demo.base", "ranks", "mmd_ranks", "standins"])
 
 
 def start(run, *args):

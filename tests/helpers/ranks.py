@@ -23,7 +23,7 @@ def train_until_killed(root, out, kill):
 
     import open_clip
 
-    from fastheads.demo.pretrain import CONFIG, MODEL, register
+    from fastheads.demo.base import CONFIG, MODEL, register
     from fastheads.train.data.batches import clip_transforms
     from fastheads.train.data.domains import read_domains
     from fastheads.train.evaluation import make_problem
@@ -37,7 +37,7 @@ def train_until_killed(root, out, kill):
     register()
     torch.manual_seed(0)
     base = open_clip.CLIP(**json.loads(CONFIG.read_text())).eval()
-    transforms = clip_transforms(32, (0.5,) * 3, (0.25,) * 3, flip=False)
+    transforms = clip_transforms(48, (0.5,) * 3, (0.25,) * 3, flip=False)
     tokenizer = open_clip.get_tokenizer(MODEL)
     problem = make_problem(base, tokenizer, read_domains(root), "red", transforms, with_contexts=False)
     recipe = Recipe(steps=7, per_domain=2, lr=5e-3, mmd_weight=0.1, evaluate_every=3, save_every=2)

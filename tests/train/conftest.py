@@ -1,4 +1,4 @@
-"""A small problem to train on: two hundred digits-sized images, a random tiny CLIP."""
+"""A small problem to train on: sixty images of squares, a random tiny CLIP."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastheads.demo.pretrain import CONFIG, MODEL, register
+from fastheads.demo.base import CONFIG, MODEL, register
 from fastheads.train.data.batches import clip_transforms
 from fastheads.train.data.domains import read_domains
 from fastheads.train.evaluation import make_problem
@@ -74,7 +74,9 @@ def resnet(folders):
 
 
 def squares(base, folders):
-    transforms = clip_transforms(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
+    size = base.visual.image_size
+    size = size if isinstance(size, int) else size[0]
+    transforms = clip_transforms(size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
     templates = ("a {} square.", "a photo of a {} thing.", "a drawing of a {} box.")
     tokenizer = open_clip.get_tokenizer(MODEL)
     return make_problem(base, tokenizer, folders, "red", transforms, prompts=templates[:1], contexts=templates)

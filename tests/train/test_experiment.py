@@ -11,15 +11,11 @@ import open_clip
 import pytest
 import standins
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import fastheads
-from fastheads.cli import commands as cli
-from fastheads.demo import digits
-from fastheads.demo import run as demo
-from fastheads.demo.pretrain import MODEL
+from fastheads.demo.base import MODEL
 from fastheads.train import experiment
-from fastheads.train.data.domains import read_domains
 from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe
 from fastheads.train.report.page import write_report
@@ -43,8 +39,8 @@ def run_all(base, problem, out, *, methods=("dig", "hap"), seeds=(0, 1), recipes
         problem.folders,
         methods=methods,
         targets=["red"],
-        seeds=seeds,
-        recipes=recipes,
+        seeds=lambda method: seeds,
+        recipes=lambda method, target: recipes(method),
         out=out,
         title="Squares",
         command="fastheads train",
@@ -89,15 +85,19 @@ def test_every_run_is_recorded_with_what_the_report_reads(whole, base):
         assert run["seconds"] > 0 and run["images_per_second"] > 0
         assert len(run["history"]["loss"]) == len(run["history"]["mmd"]) == 2
         assert [step for step, _ in run["history"]["validation"]] == [2]
-        assert torch.tensor(run["gates"]["values"][-1]).shape == (4, 4)
-    assert [run["trainable_parameters"] for run in result["runs"][:2]] == [16, 25_616]
+        assert torch.tensor(run["gates"]["values"][-1]).shape == (6, 4)
+        images, right = run["by_class"]["images"], run["by_class"]["right"]
+        assert images == [10, 10] and sum(right) == round(20 * run["accuracy"]["red"])
+        assert sum(count for _, _, count in run["confusions"]) == 20 - sum(right)
+        assert sum(run["calibration"]["images"]) == 20 and run["calibration"]["right"] != images
+    assert [run["trainable_parameters"] for run in result["runs"][:2]] == [24, 30_744]
     assert [entry["id"] for entry in result["methods"]] == ["dig", "hap"]
     assert result["methods"][0]["lr"] is None and result["methods"][1]["lr"] == 5e-3
     assert result["methods"][0]["mmd_weight"] == 0.1 and result["methods"][0]["context_weight"] is None
     assert result["dataset"]["images"] == {"blue": 20, "green": 20, "red": 20}
     assert result["model"]["name"] == MODEL and result["model"]["pretrained"] == "at random"
     assert result["model"]["parameters"] == sum(p.numel() for p in base.parameters())
-    assert (result["model"]["layers"], result["model"]["heads"]) == (4, 4)
+    assert (result["model"]["layers"], result["model"]["heads"]) == (6, 4)
     assert result["wall_seconds"] > 0 and torch.__version__.startswith(result["versions"]["torch"])
     assert [name.count("· red ·") for name in whole["watched"]] == [1] * 4
 
@@ -125,7 +125,7 @@ def test_merge_difference_would_show_a_wrong_merge(base, problem, tmp_path, monk
 def test_an_adapter_is_saved_per_run_and_no_state_is_left(whole, base):
     for run in whole["result"]["runs"]:
         folder = whole["out"] / "red" / f"seed{run['seed']}" / run["method"]
-        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "result.json"]
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "answers.json", "result.json"]
         assert run["saved_bytes"] == sum(path.stat().st_size for path in (folder / "adapter").iterdir())
     folder = whole["out"] / "red/seed1/hap/adapter"
     fastheads.load_adapter(base, folder)
@@ -274,12 +274,12 @@ def test_zero_shot_and_probe_save_nothing_and_train_no_tensor(base, problem, tmp
     result = run_all(base, problem, tmp_path, methods=["zero-shot", "linear-probe"], seeds=[0])
     for run in result["runs"]:
         folder = tmp_path / "red/seed0" / run["method"]
-        assert [path.name for path in folder.iterdir()] == ["result.json"]
+        assert sorted(path.name for path in folder.iterdir()) == ["answers.json", "result.json"]
         assert run["saved_bytes"] is run["merge_max_difference"] is run["history"] is run["gates"] is None
         assert run["selected_step"] is None and run["peak_memory_mb"] > 0
     zero_shot, probe = result["runs"]
     assert zero_shot["trainable_parameters"] == 0 and zero_shot["seconds"] is None
-    assert probe["trainable_parameters"] == 65 and probe["seconds"] > 0
+    assert probe["trainable_parameters"] == 129 and probe["seconds"] > 0
     assert all(torch.equal(before[name], p) for name, p in base.state_dict().items())
 
 
@@ -287,7 +287,7 @@ def test_fine_tuning_saves_a_checkpoint_that_open_clip_loads(base, problem, tmp_
     result = run_all(base, problem, tmp_path, methods=["fine-tune"], seeds=[0])
     path = tmp_path / "red/seed0/fine-tune/model.safetensors"
     assert result["runs"][0]["saved_bytes"] == path.stat().st_size
-    assert sorted(p.name for p in path.parent.iterdir()) == ["model.safetensors", "result.json"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["answers.json", "model.safetensors", "result.json"]
     assert load_file(path).keys() == base.state_dict().keys()
     tuned = open_clip.create_model(MODEL, pretrained=str(path)).eval()
     changed = {name for name, p in tuned.state_dict().items() if not torch.equal(p, base.state_dict()[name])}
@@ -342,48 +342,3 @@ def test_a_tower_without_attention_is_described_without_layers():
     del model.visual.transformer.resblocks[0].attn
     about = experiment._about(model, "tiny at random")
     assert about["layers"] is about["heads"] is None
-
-
-# ------------------------------------------------------------------------------------------------------- demo
-
-
-@pytest.fixture
-def small_demo(base, monkeypatch):
-    """A random model instead of the pretrained one, a tenth of the digits."""
-
-    def pretend(cache, *, progress):
-        cache.mkdir(parents=True, exist_ok=True)
-        save_file(base.state_dict(), cache / "random.safetensors")
-        progress(1, 1, 0.0)
-        return cache / "random.safetensors"
-
-    monkeypatch.setattr(digits, "PER_CLASS", 3)
-    monkeypatch.setattr(demo, "pretrain", pretend)
-
-
-def test_the_demo_with_other_steps_in_the_same_folder_is_refused(small_demo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "METHODS", {"dig": METHODS["dig"]})
-    monkeypatch.setattr(demo, "write_report", lambda *_, **__: None)
-    demo.run_demo(tmp_path, tmp_path / "model", steps=1)
-    before = contents(tmp_path)
-    assert cli.main(["demo", "--steps", "2", "--out", str(tmp_path)]) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{tmp_path / demo.TARGET}" in line and "--steps: was 1, now 2" in line and "name another --out" in line
-    assert contents(tmp_path) == before
-
-
-@pytest.mark.slow
-def test_the_demo_runs_every_method_and_reports_each(small_demo, tmp_path):
-    """Two steps of each."""
-    result, page = demo.run_demo(tmp_path / "out", tmp_path / "cache", steps=2)
-    assert [run["method"] for run in result["runs"]] == list(METHODS)
-    assert all(run["target"] == demo.TARGET for run in result["runs"])
-    assert read_domains(tmp_path / "out/data").domains == digits.DOMAINS
-    text = page.read_text()
-    assert page == tmp_path / "out/report.html"
-    for name, method in METHODS.items():
-        assert method.label.replace("&", "&amp;") in text, name
-    assert json.loads((tmp_path / "out/results.json").read_text()) == result
-    assert result["limits"] and result["tuning"]["note"]
-    table = experiment.table(result)
-    assert all(method.label in table for method in METHODS.values())

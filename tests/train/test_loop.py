@@ -31,7 +31,7 @@ def test_histories_hold_losses_and_gates_over_time(base, problem):
     assert run["history"]["step"] == list(range(1, 9))
     assert len(run["history"]["mmd"]) == len(run["history"]["loss"]) == 8
     assert run["gates"]["step"][0] == 0 and torch.tensor(run["gates"]["values"][0]).eq(1).all()
-    assert torch.tensor(run["gates"]["values"][-1]).shape == (4, 4)
+    assert torch.tensor(run["gates"]["values"][-1]).shape == (6, 4)
     assert not torch.tensor(run["gates"]["values"][-1]).eq(1).any()
 
 

@@ -12,7 +12,7 @@ from fastheads.train.methods import METHODS, ImageEncoder, Objective, class_logi
 
 def images(n=6):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, 3, 32, 32, generator=generator)
+    return torch.randn(n, 3, 48, 48, generator=generator)
 
 
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1])

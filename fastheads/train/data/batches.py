@@ -10,6 +10,7 @@ sees what an uninterrupted run sees from step t on. No loader draws from torch's
 
 import hashlib
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ except ImportError as error:
 from fastheads.train.data.domains import DomainFolders
 from fastheads.train.data.images import decode
 
+SPLITS = ("image", "folder")  # what `split` keeps whole
+
 Split = tuple[list[int], list[int]]  # training, validation: file indices of one domain
 Transform = Callable[[Image.Image], torch.Tensor]
 Item = tuple[torch.Tensor, int, int]  # image [3, H, W], class index, domain index
@@ -35,21 +38,53 @@ Pair = tuple[int, int]  # domain index, file index
 Key = tuple[int, int, int]  # domain index, file index, augmentation seed
 
 
-def split(folders: DomainFolders, domain: str, *, holdout: float = 0.2, seed: int = 0) -> Split:
+def split(folders: DomainFolders, domain: str, *, holdout: float = 0.2, seed: int = 0, by: str = "image") -> Split:
     """Training and validation file indices of one domain, disjoint, each in ascending order.
 
     DomainBed's rule: a seeded shuffle whose first `int(n * holdout)` (at least one) are held out.
     The seed is mixed with the domain's name: a split depends neither on the other domains nor on
     which one is the target. (The shuffle is not DomainBed's, bit for bit.)
+
+    by: "image", or "folder": images that lie in one folder below their class stay on one side (pictures of one object,
+    say, that would tell the answer), whole folders are held out up to `holdout` of the images, and every class keeps
+    one. Raises ValueError where no class has two.
     """
-    count = len(folders.files[folders.index(domain)])
+    files = folders.files[folders.index(domain)]
+    count = len(files)
     if not 0 < holdout < 1:
         raise ValueError(f"holdout: got {holdout}, expected a fraction between 0 and 1, exclusive")
     if count < 2:
         raise ValueError(f"{folders.root}: {count} image(s) in domain {domain!r}, expected at least 2 to split")
-    order = _shuffled(count, "split", operator.index(seed), domain)
+    if by not in SPLITS:
+        raise ValueError(f"by: got {by!r}; takes {' or '.join(map(repr, SPLITS))}")
     held_out = min(max(int(count * holdout), 1), count - 1)
+    if by == "folder":
+        return _split_folders(folders, domain, held_out, operator.index(seed))
+    order = _shuffled(count, "split", operator.index(seed), domain)
     return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def _split_folders(folders: DomainFolders, domain: str, most: int, seed: int) -> Split:
+    """Whole folders, `most` images at most, unless the first has more; every class keeps a folder."""
+    files = folders.files[folders.index(domain)]
+    groups: dict[tuple[int, str], list[int]] = {}
+    for i, (path, label) in enumerate(files):
+        alone = path.parent == folders.root / domain / folders.classes[label]
+        groups.setdefault((label, str(path if alone else path.parent)), []).append(i)
+    left = Counter(label for label, _ in groups)
+    held: list[int] = []
+    keys = list(groups)
+    for at in _shuffled(len(keys), "split", seed, domain):
+        label, members = keys[at][0], groups[keys[at]]
+        if left[label] > 1 and (not held or len(held) + len(members) <= most):
+            left[label] -= 1
+            held += members
+    if not held:
+        raise ValueError(
+            f"{folders.root}: no class of domain {domain!r} has images in two folders below it, so none can be held "
+            'out; split by "image"'
+        )
+    return sorted(set(range(len(files))) - set(held)), sorted(held)
 
 
 class Images(Dataset[Item]):

@@ -111,11 +111,12 @@ def short(label: str, width: int = 14) -> str:
     return "\n".join(textwrap.wrap(label, width, max_lines=2, placeholder=" …", break_long_words=True))
 
 
-def _ticks(count: int, *, integer: bool = False) -> MaxNLocator:
+def ticks(count: int, *, integer: bool = False) -> MaxNLocator:
     return MaxNLocator(count, steps=[1, 2, 2.5, 5, 10], integer=integer, min_n_ticks=1 if integer else 2)
 
 
-def _render(height: float, paint: Callable[[Figure], None]) -> bytes:
+def render(height: float, paint: Callable[[Figure], None]) -> bytes:
+    """A figure of `height` inches as PNG; `paint` draws on it."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr, call-arg]
@@ -188,7 +189,7 @@ def bars(
         if full is not None:
             axes.set_xticks(np.linspace(0, full, 6))
         else:
-            axes.xaxis.set_major_locator(_ticks(4))
+            axes.xaxis.set_major_locator(ticks(4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
         axes.set_xlabel(unit)
         axes.grid(axis="x")
@@ -208,7 +209,7 @@ def bars(
             )
 
     lines = sum(1.0 + 0.45 * short(row.label).count("\n") for row in rows)
-    return _render(0.95 + 0.27 * lines, paint)
+    return render(0.95 + 0.27 * lines, paint)
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:
@@ -249,12 +250,12 @@ def curves(lines: Sequence[Curve], *, title: str, ylabel: str, percent: bool = F
         _name_ends(axes, lines)
         axes.set(xlabel="training step", title=short(title, 32))
         axes.set_ylabel(ylabel)
-        axes.xaxis.set_major_locator(_ticks(4, integer=True))
-        axes.yaxis.set_major_locator(_ticks(5))
+        axes.xaxis.set_major_locator(ticks(4, integer=True))
+        axes.yaxis.set_major_locator(ticks(5))
         axes.grid(axis="y")
         axes.spines["left"].set_visible(False)
 
-    return _render(2.9, paint)
+    return render(2.9, paint)
 
 
 def _name_ends(axes: Axes, lines: Sequence[Curve]) -> None:
@@ -287,25 +288,30 @@ def _name_ends(axes: Axes, lines: Sequence[Curve]) -> None:
         )
 
 
+def dumbbell(axes: Axes, row: float, start: float, end: float, colour: str, size: float = 7) -> None:
+    """A hollow point at `start` joined to a filled one at `end`; points are `size` points wide."""
+    axes.plot([start, end], [row, row], color=colour, linewidth=1.6)
+    axes.plot(start, row, "o", mfc="white", mec=colour, mew=1.6, markersize=size)
+    axes.plot(end, row, "o", color=colour, markersize=size)
+
+
 def source_and_target(pairs: Sequence[Pair]) -> bytes:
     """Per method: a hollow point for source validation joined to a filled one for the target."""
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for at, pair in enumerate(pairs):
-            axes.plot([pair.source, pair.target], [at, at], color=pair.colour, linewidth=1.6)
-            axes.plot(pair.source, at, "o", mfc="white", mec=pair.colour, mew=1.6, markersize=7)
-            axes.plot(pair.target, at, "o", color=pair.colour, markersize=7)
+            dumbbell(axes, at, pair.source, pair.target, pair.colour)
         axes.set_yticks(range(len(pairs)), [short(pair.label) for pair in pairs], color=INK)
         axes.set_ylim(len(pairs) - 0.45, -0.55)
         axes.margins(x=0.08)
         axes.set_xlabel("accuracy, %")
-        axes.xaxis.set_major_locator(_ticks(5))
+        axes.xaxis.set_major_locator(ticks(5))
         axes.grid(axis="both")
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_title("○ source validation   ● target", fontsize=9)
 
-    return _render(0.95 + 0.27 * len(pairs), paint)
+    return render(0.95 + 0.27 * len(pairs), paint)
 
 
 def gate_norm(gates: Sequence[NDArray[np.float64]]) -> Normalize:
@@ -339,13 +345,13 @@ def gate_map(gates: NDArray[np.float64], *, title: str, norm: Normalize) -> byte
         bar.ax.axhline(1.0, color=INK, linewidth=0.8)
         bar.outline.set_visible(False)
         low, high = float(norm.vmin or 0.0), float(norm.vmax or 2.0)
-        marks = [*_ticks(2).tick_values(low, 1.0), *_ticks(3).tick_values(1.0, high)]
+        marks = [*ticks(2).tick_values(low, 1.0), *ticks(3).tick_values(1.0, high)]
         bar.set_ticks(sorted({mark for mark in marks if low <= mark <= high}))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         bar.set_label("gate (1 = unchanged)")
 
     layers, heads = gates.shape
-    return _render(float(np.clip(0.9 + 3.0 * layers / max(heads, 4), 1.9, 4.4)), paint)
+    return render(float(np.clip(0.9 + 3.0 * layers / max(heads, 4), 1.9, 4.4)), paint)
 
 
 def gate_history(grids: Mapping[int, NDArray[np.float64]], *, title: str, norm: Normalize) -> bytes:
@@ -366,7 +372,7 @@ def gate_history(grids: Mapping[int, NDArray[np.float64]], *, title: str, norm: 
 
     layers, heads = next(iter(grids.values())).shape
     panel = float(np.clip(1.15 * layers / heads, 0.6, 1.6))
-    return _render(0.6 + rows * (panel + 0.3), paint)
+    return render(0.6 + rows * (panel + 0.3), paint)
 
 
 def _heat(axes: Axes, grid: NDArray[np.float64], norm: Normalize) -> Any:

@@ -32,9 +32,14 @@ def facts(values: Mapping[str, Any]) -> str:
     return f"<dl>{rows}</dl>"
 
 
+def note(what: str) -> str:
+    """Small print, as HTML."""
+    return f'<p class="note">{what}</p>'
+
+
 def absent(what: str) -> str:
     """A note in place of a section's content."""
-    return f'<p class="note">{what}</p>'
+    return note(what)
 
 
 def source(content: bytes, kind: str = "png") -> str:
@@ -42,13 +47,21 @@ def source(content: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def _error(score: Score) -> str:
+    return "" if score.error is None else f" <small>± {score.error:.1f}</small>"
+
+
 def cell(score: Score | None, best: float | None, *, split: bool) -> str:
     """A score in a table; `split`: with a rule at its left."""
     if score is None:
         return f"<td>{NONE}</td>"
     names = " ".join(["best"] * (score.mean == best) + ["split"] * split)
-    error = "" if score.error is None else f" <small>± {score.error:.1f}</small>"
-    return f'<td class="{names}">{score.mean:.1f}{error}</td>'
+    return f'<td class="{names}">{score.mean:.1f}{_error(score)}</td>'
+
+
+def gain(difference: Score) -> str:
+    """A difference with its sign and its error."""
+    return signed(difference.mean) + _error(difference)
 
 
 def signed(value: float) -> str:
@@ -62,8 +75,15 @@ def power(value: float) -> str:
     return f"{digits} · 10<sup>{int(exponent)}</sup>".replace("-", "−") if value else "0"
 
 
-def sample(path: Path, label: str, domain: str, at: int) -> str:
-    """One image with its class; small ones are shown pixel by pixel."""
+def step(seconds: float | None) -> str:
+    """The time of one training step: `41.2 ms`, `1.2 s`."""
+    if seconds is None:
+        return NONE
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def thumbnail(path: Path, words: str) -> str:
+    """The image, `words` its alternative text; small ones are shown pixel by pixel. Empty where it can't be read."""
     try:
         image = decode(path)
     except UnreadableImageError:
@@ -72,6 +92,22 @@ def sample(path: Path, label: str, domain: str, at: int) -> str:
     image.thumbnail((240, 240))
     buffer, kind = io.BytesIO(), "png" if tiny else "jpeg"
     image.save(buffer, kind)
-    alt = escape(f"{domain}, sample {at}: {label}")
     style = ' class="tiny"' if tiny else ""
-    return f'<div><img src="{source(buffer.getvalue(), kind)}" alt="{alt}"{style}><span>{escape(label)}</span></div>'
+    return f'<img src="{source(buffer.getvalue(), kind)}" alt="{escape(words)}"{style}>'
+
+
+def sample(path: Path, label: str, domain: str, at: int) -> str:
+    """One image with its class."""
+    image = thumbnail(path, f"{domain}, sample {at}: {label}")
+    return f"<div>{image}<span>{escape(label)}</span></div>" if image else ""
+
+
+def section(name: str, title: str, words: str, content: str) -> str:
+    """A section of the page; none where it has no content."""
+    intro = f"<p>{words}</p>" if words else ""
+    return f'<section id="{name}"><h2>{title}</h2>{intro}{content}</section>' if content else ""
+
+
+def contents(sections: Mapping[str, str]) -> str:
+    """Links to the sections, by their names on the page."""
+    return "\n".join(f'<a href="#{name}">{title}</a>' for name, title in sections.items())

@@ -4,18 +4,24 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastheads.train.report.clusters import ByClass, by_class, clustered_error, gained
+
 Run = Mapping[str, Any]
 Grid = NDArray[np.float64]
+BOTH = "A difference combines the errors of both methods as if they were independent."
+FEW = 20  # classes, below which an error clustered by them is itself uncertain by a sixth or more
+ADAPTERS = ("hap", "ha-lora", "lora", "dig")  # the methods that train one, the first that ran stands for all
 
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy in per cent and its standard error (None: not known)."""
+    """An accuracy, or a difference of two, in per cent; its standard error (None: not known)."""
 
     mean: float
     error: float | None
@@ -23,9 +29,24 @@ class Score:
     def __str__(self) -> str:
         return f"{self.mean:.1f}" + ("" if self.error is None else f" ± {self.error:.1f}")
 
-    def near(self, other: "Score") -> bool:
-        """Whether `other` lies within two standard errors of the difference below this one."""
-        return self.mean - other.mean < 2 * math.hypot(self.error or 0.0, other.error or 0.0)
+    @property
+    def clear(self) -> bool:
+        """Of a difference: whether it is more than two standard errors from 0."""
+        return self.error is not None and abs(self.mean) > 2 * self.error
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An image whose answer a method changed: its class, zero-shot's answer `before` and the method's `after`."""
+
+    path: Path
+    label: str
+    before: str
+    after: str
+
+    @property
+    def right(self) -> bool:
+        return self.after == self.label
 
 
 def number(value: Any) -> float | None:
@@ -131,26 +152,31 @@ class Record:
         return [run for run in chosen if all(run.get(k) == v for k, v in match.items())]
 
     def score(self, method: str, target: str) -> Score | None:
-        """Accuracy on `target`; its error is over seeds, or binomial where there is one seed."""
+        """Accuracy on `target`; its error is clustered by class, over seeds, or binomial (`error_kind`)."""
         hits = present(map(target_accuracy, self.of(method, target=target)))
         if not hits:
             return None
         mean, error = float(np.mean(hits)), _standard_error(hits)
         images = number(self.images.get(target))
-        if not self.over_seeds and images and self.dataset.get("evaluation", "all") == "all":
+        if counts := self.counts(method, [target]):
+            error = clustered_error(counts)
+        elif not self.over_seeds and images and self.dataset.get("evaluation", "all") == "all":
             error = math.sqrt(mean * (1 - mean) / images)
         return Score(100 * mean, None if error is None else 100 * error)
 
     def average(self, method: str) -> Score | None:
         """The mean over all targets; None while one of them is missing.
 
-        Over seeds, its error is that of the per-seed means; for one seed, the targets' binomial
-        errors are combined.
+        By class, its error is of the targets' classes together. Over seeds, it is that of the per-seed means; for one
+        seed, the targets' binomial errors are combined.
         """
         scores = [score for target in self.targets if (score := self.score(method, target))]
         if len(scores) < len(self.targets):
             return None
         mean = float(np.mean([score.mean for score in scores]))
+        if counts := self.counts(method, self.targets):
+            error = clustered_error(counts)
+            return Score(mean, None if error is None else 100 * error)
         errors = [score.error for score in scores if score.error is not None]
         if len(scores) == 1 or not self.over_seeds:
             return Score(mean, math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None)
@@ -161,13 +187,64 @@ class Record:
             per_seed += [100 * float(np.mean(hits))] if len(hits) == len(scores) else []
         return Score(mean, _standard_error(per_seed))
 
+    def counts(self, method: str, targets: Sequence[str]) -> list[ByClass] | None:
+        """Right answers by class on each target, where errors are clustered by class and every run has them."""
+        if self.dataset.get("errors") != "class":
+            return None
+        found = [by_class(self.of(method, target=target)) for target in targets]
+        known = [each for each in found if each is not None]
+        return known if len(known) == len(targets) else None
+
+    def difference(self, method: str, other: str) -> Score | None:
+        """How far `method` lies above `other`, averaged over targets; None where one of them has no average.
+
+        By class, the error is of the paired differences; else the two methods' errors are combined as if independent.
+        """
+        mine, its = self.average(method), self.average(other)
+        if mine is None or its is None:
+            return None
+        errors = [score.error for score in (mine, its) if score.error is not None]
+        error = math.hypot(*errors) if errors else None
+        ours, theirs = self.counts(method, self.targets), self.counts(other, self.targets)
+        if ours and theirs:
+            pairs = [pair for pair in map(gained, ours, theirs) if pair is not None]
+            paired = clustered_error(pairs) if len(pairs) == len(ours) else None
+            error = error if paired is None else 100 * paired
+        return Score(mine.mean - its.mean, error)
+
+    def gain(self, method: str) -> Score | None:
+        """The difference to zero-shot."""
+        return self.difference(method, "zero-shot")
+
     def error_kind(self) -> str:
+        """What ± and the error bars are, in words."""
+        by_class = {method: counts for method in self.ids if (counts := self.counts(method, self.targets))}
+        if not by_class:
+            return self._error_without_classes()
+        classes = max(np.count_nonzero(each.images) for counts in by_class.values() for each in counts)
+        kind = (
+            "± and error bars: standard error clustered by class. Pictures of one class are not independent, so it "
+            f"counts the {classes} classes, not the pictures; a difference of two methods is taken class by class. "
+        )
+        kind += "With so few classes the error itself is rough. " if classes < FEW else ""
+        kind += (
+            f"Answers are averaged over {len(self.seeds)} seeds first; the spread between seeds is not in it."
+            if self.over_seeds
+            else "One seed: the spread between training runs is not known."
+        )
+        others = [method for method in self.ids if method not in by_class]
+        if others:
+            kind += f" No counts by class, so not clustered: {self.names(others)}."
+        return kind
+
+    def _error_without_classes(self) -> str:
         if self.over_seeds:
-            return f"± and error bars: standard error over {len(self.seeds)} seeds; none where seeds change nothing."
+            kind = f"± and error bars: standard error over {len(self.seeds)} seeds; none where seeds change nothing."
+            return f"{kind} {BOTH}"
         if any(score.error is not None for score in self.ranked.values()):
             return (
                 "± and error bars: binomial standard error of the target accuracy, from the number "
-                "of images. One seed: the spread between training runs is not known."
+                f"of images. One seed: the spread between training runs is not known. {BOTH}"
             )
         return "No error bars: one seed, and the number of scored images is not known."
 
@@ -177,7 +254,13 @@ class Record:
 
     def adapter(self) -> str | None:
         """The method whose adapter stands for all: HAP where it ran."""
-        return next((m for m in ("hap", "ha-lora", "lora", "dig") if m in self.ids), None)
+        return next((m for m in ADAPTERS if m in self.ids), None)
+
+    def leading(self) -> list[str]:
+        """The best adapter, and HAP; where no adapter is ranked, the best trained method."""
+        adapters = [m for m in self.ranked if m in ADAPTERS]
+        best = adapters or [m for m in self.ranked if m != "zero-shot"]
+        return list(dict.fromkeys([*best[:1], *(m for m in adapters if m == "hap")]))
 
     def mean_of(self, method: str, key: str) -> float | None:
         return _mean(run.get(key) for run in self.of(method))

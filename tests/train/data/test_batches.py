@@ -66,6 +66,40 @@ def test_two_domains_of_a_size_are_split_differently(root):
     assert data.split(folders, "art") != data.split(folders, "photo")
 
 
+@pytest.fixture
+def objects(tmp_path):
+    """Two classes; five pictures of each of four dogs, of one cat, and two cats that have no folder of their own."""
+    for domain in ("art", "photo"):
+        for at in range(4):
+            for i in range(5):
+                write_image(tmp_path / domain / "dog" / f"dog{at}" / f"{i}.png", size=(1, 1))
+        for i in range(5):
+            write_image(tmp_path / domain / "cat" / "felix" / f"{i}.png", size=(1, 1))
+        for i in range(2):
+            write_image(tmp_path / domain / "cat" / f"{i}.png", size=(1, 1))
+    return read_domains(tmp_path)
+
+
+def test_split_by_folder_keeps_folders_whole_and_every_class_in_training(objects):
+    paths = [path for path, _ in objects.files[0]]
+    seen = set()
+    for seed in range(20):
+        train, validation = data.split(objects, "art", seed=seed, by="folder")
+        assert sorted(train + validation) == list(range(27)) and 1 <= len(validation) <= 5
+        folders = [{paths[i].parent.name for i in part} - {"cat"} for part in (train, validation)]
+        assert folders[0].isdisjoint(folders[1])
+        assert {objects.files[0][i][1] for i in train} == {0, 1}
+        seen.add(tuple(validation))
+    assert len(seen) > 5
+    assert data.split(objects, "art", by="folder") == data.split(objects, "art", by="folder")
+    assert any(len({paths[i].parent.name for i in data.split(objects, "art", seed=s)[1]}) > 1 for s in range(3))
+
+
+def test_split_by_folder_needs_two_folders_of_a_class(folders):
+    with pytest.raises(ValueError, match="by: got 'class'; takes 'image' or 'folder'"):
+        data.split(folders, "art", by="class")
+
+
 # --- balanced batches ---------------------------------------------------------------------------
 
 

@@ -5,148 +5,18 @@ import json
 import math
 import os
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
+from records import METHODS, Page, fake_experiment, fake_run, fake_samples
 
 from fastheads.train.experiment import table
 from fastheads.train.report import figures
 from fastheads.train.report.page import write_report
 from fastheads.train.report.record import curve
-
-METHODS = {
-    "zero-shot": ("Zero-shot CLIP", 0.523),
-    "linear-probe": ("Linear probe", 0.561),
-    "fine-tune": ("Fine-tuning", 0.497),
-    "car-ft": ("CAR-FT", 0.583),
-    "lora": ("LoRA", 0.648),
-    "ha-lora": ("HA-LoRA", 0.655),
-    "dig": ("DIG", 0.571),
-    "hap": ("HA-LoRA + DIG + MMD", 0.681),
-}
-TRAINABLE = [0, 2560, 843_264, 843_264, 3072, 9216, 16, 9232]
-DOMAINS = ["clean", "inverted", "noisy", "rotated"]
-GATED = {"dig", "hap"}
-
-
-def fake_run(method: str, target: str, seed: int, steps: int = 300) -> dict[str, Any]:
-    """One run whose numbers look like training; zero-shot has none."""
-    at = list(METHODS).index(method)
-    rng = np.random.default_rng([at, DOMAINS.index(target), seed])
-    sources = [domain for domain in DOMAINS if domain != target]
-    shift = 0.06 * DOMAINS.index(target) - 0.09
-    noise = 0.0 if method == "zero-shot" else float(rng.normal(0, 0.012))
-    accuracy = {domain: 0.72 + 0.02 * at + float(rng.normal(0, 0.01)) for domain in sources}
-    accuracy[target] = METHODS[method][1] + shift + noise
-    run: dict[str, Any] = {
-        "method": method, "target": target, "seed": seed, "sources": sources,
-        "accuracy": accuracy, "selected_step": None, "steps": None, "seconds": None,
-        "images_per_second": None, "peak_memory_mb": 310.0, "trainable_parameters": TRAINABLE[at],
-        "saved_bytes": None, "merge_max_difference": None, "history": None, "gates": None,
-    }  # fmt: skip
-    if method == "zero-shot":
-        return run
-    x = np.arange(1, steps + 1)
-    falling = 0.35 + 0.04 * (7 - at) + 1.6 * np.exp(-x / (40 + 8 * at))
-    cross_entropy = falling + rng.normal(0, 0.06, steps)
-    mmd = 0.02 + 0.12 * np.exp(-x / 90) + np.abs(rng.normal(0, 0.008, steps))
-    kl = 0.05 * (1 - np.exp(-x / 60)) + np.abs(rng.normal(0, 0.004, steps))
-    run |= {
-        "selected_step": 250, "steps": steps, "seconds": 9.0 + 3 * at + float(rng.uniform(0, 2)),
-        "images_per_second": 1900.0 - 120 * at, "saved_bytes": TRAINABLE[at] * 4 + 900,
-        "merge_max_difference": 2.4e-7 * (1 + at) if at >= 4 else None,
-        "history": {
-            "step": x.tolist(),
-            "loss": (cross_entropy + (mmd if method in GATED else 0)).tolist(),
-            "cross_entropy": cross_entropy.tolist(),
-            "mmd": mmd.tolist() if method in GATED or method == "ha-lora" else None,
-            "context_kl": kl.tolist() if method == "car-ft" else None,
-            "validation": [
-                [int(s), float(0.4 + (0.3 + 0.02 * at) * (1 - np.exp(-s / 60)))]
-                for s in range(25, steps + 1, 25)
-            ],
-        },
-    }  # fmt: skip
-    if method in GATED:
-        theta = rng.normal(0, 0.8, (4, 4))
-        recorded = list(range(0, steps + 1, 50))
-        values = []
-        for step in recorded:
-            weights = np.exp(theta * (1 - np.exp(-step / 120)))
-            values.append((4 * weights / weights.sum(1, keepdims=True)).tolist())
-        run["gates"] = {"step": recorded, "values": values}
-    return run
-
-
-def fake_experiment(targets: list[str] | None = None, seeds: int = 1) -> dict[str, Any]:
-    """`make demo`'s record: one target and one seed; or more of both."""
-    methods = [
-        {
-            "id": name,
-            "label": label,
-            "description": f"{label}: a low-rank delta on query and value for each head on its own.",
-            "lr": None if name == "zero-shot" else 2e-4,
-            "mmd_weight": 1.0 if name in GATED else None,
-            "context_weight": 1.0 if name == "car-ft" else None,
-        }
-        for name, (label, _) in METHODS.items()
-    ]
-    return {
-        "title": "Heads that travel: CLIP on unseen digits",
-        "command": "python -m fastheads.demo --target noisy --seeds 1 --out runs/demo",
-        "date": "2026-07-14T09:30:00+00:00", "commit": "a1b2c3d", "device": "cpu",
-        "wall_seconds": 184.0, "peak_memory_mb": 612.0,
-        "versions": {"python": "3.12.3", "torch": "2.11.0", "open_clip_torch": "3.3.0",
-                     "fastheads": "0.1.0"},
-        "dataset": {
-            "name": "digits in four styles", "root": "data/digits", "domains": DOMAINS,
-            "classes": [str(digit) for digit in range(10)],
-            "images": dict.fromkeys(DOMAINS, 1797), "evaluation": "all",
-        },
-        "model": {"name": "fastheads-demo", "pretrained": "demo-digits", "parameters": 1_203_457,
-                  "layers": 4, "heads": 4, "bytes": 4_821_004},
-        "methods": methods,
-        "runs": [
-            fake_run(method, target, seed)
-            for method in METHODS for target in targets or ["noisy"] for seed in range(seeds)
-        ],
-        "tuning": {"file": "configs/demo.json", "note": "chosen once, on source validation."},
-        "limits": ["A tiny model on 8×8 digits: it shows that the method works, not how well."],
-    }  # fmt: skip
-
-
-def fake_samples(root: Path, size: int = 8) -> dict[str, list[tuple[Path, str]]]:
-    """Six images per domain, `size` pixels wide, each with its class."""
-    rng, samples = np.random.default_rng(0), {}
-    for domain in DOMAINS:
-        samples[domain] = [(root / domain / str(digit) / "0.png", str(digit)) for digit in range(6)]
-        for path, _ in samples[domain]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (size, size), dtype=np.uint8)).save(path)
-    return samples
-
-
-class _Page(HTMLParser):
-    """What a page loads, its tags, and its text with white space made even."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.html = path.read_text(encoding="utf-8")
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(self.html)
-        self.text = " ".join("".join(self.words).split())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +26,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(fake_experiment(), root / "out", samples=fake_samples(root / "images"))
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No painting, for tests of words only."""
-    for name in ("bars", "curves", "gate_map", "gate_history", "source_and_target"):
-        monkeypatch.setattr(figures, name, lambda *args, **kwargs: b"png")
-
-
 def test_page_stands_alone(one: Path) -> None:
-    page = _Page(one)
+    page = Page(one)
     assert not re.search(r"https?://|@import|url\(", page.html)
     assert not {"script", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
@@ -176,13 +39,13 @@ def test_page_stands_alone(one: Path) -> None:
 
 
 def test_every_image_has_alternative_text(one: Path) -> None:
-    images = [attributes for tag, attributes in _Page(one).tags if tag == "img"]
+    images = [attributes for tag, attributes in Page(one).tags if tag == "img"]
     assert len(images) > 4 * 6  # the samples, and figures
     assert all(attributes.get("alt") for attributes in images)
 
 
 def test_links_of_the_contents_lead_somewhere(one: Path) -> None:
-    tags = _Page(one).tags
+    tags = Page(one).tags
     ids = {attributes.get("id") for _, attributes in tags}
     assert {(a["href"] or "")[1:] for tag, a in tags if tag == "a"} <= ids
 
@@ -201,13 +64,13 @@ def test_small_samples_keep_their_pixels(one: Path, quick: None, tmp_path: Path)
     assert one.read_text(encoding="utf-8").count('class="tiny"') == 4 * 6
     large = fake_samples(tmp_path / "images", size=300)
     large["noisy"].append((tmp_path / "missing.png", "6"))
-    page = _Page(write_report(fake_experiment(), tmp_path / "out", samples=large))
+    page = Page(write_report(fake_experiment(), tmp_path / "out", samples=large))
     assert 'class="tiny"' not in page.html
     assert page.html.count("data:image/jpeg") == 4 * 6
 
 
 def test_one_seed_has_binomial_errors(one: Path) -> None:
-    experiment, text = fake_experiment(), _Page(one).text
+    experiment, text = fake_experiment(), Page(one).text
     for run in experiment["runs"]:
         p = run["accuracy"]["noisy"]
         assert f"{100 * p:.1f} ± {100 * math.sqrt(p * (1 - p) / 1797):.1f}" in text
@@ -217,7 +80,7 @@ def test_one_seed_has_binomial_errors(one: Path) -> None:
 
 def test_seeds_have_standard_errors(quick: None, tmp_path: Path) -> None:
     experiment = fake_experiment(["noisy", "clean"], seeds=3)
-    text = _Page(write_report(experiment, tmp_path)).text
+    text = Page(write_report(experiment, tmp_path)).text
     hits = np.array(
         [
             [r["accuracy"][r["target"]] for r in experiment["runs"] if r["method"] == "lora" and r["seed"] == seed]
@@ -233,7 +96,7 @@ def test_seeds_have_standard_errors(quick: None, tmp_path: Path) -> None:
 def test_no_errors_where_the_scored_part_is_not_counted(quick: None, tmp_path: Path) -> None:
     experiment = fake_experiment()
     experiment["dataset"]["evaluation"] = "the 20 % split"
-    text = _Page(write_report(experiment, tmp_path)).text
+    text = Page(write_report(experiment, tmp_path)).text
     assert "No error bars" in text and "±" not in text
     assert "this part of the target's images: the 20 % split" in text
 
@@ -242,7 +105,7 @@ def test_headline_follows_the_numbers(quick: None, tmp_path: Path) -> None:
     experiment = fake_experiment()
     for run in experiment["runs"]:
         run["accuracy"]["noisy"] = {"zero-shot": 0.8, "lora": 0.7, "dig": 0.75}.get(run["method"], 0.6)
-    text = _Page(write_report(experiment, tmp_path)).text
+    text = Page(write_report(experiment, tmp_path)).text
     assert "Zero-shot CLIP got 80.0 ± 0.9 %, and no trained method did better; DIG came closest with 75.0" in text
     assert "too close to call" not in text
 
@@ -251,7 +114,7 @@ def test_headline_admits_what_errors_cannot_tell_apart(quick: None, tmp_path: Pa
     experiment = fake_experiment()
     for run in experiment["runs"]:
         run["accuracy"]["noisy"] = {"zero-shot": 0.5, "lora": 0.71, "hap": 0.7}.get(run["method"], 0.4)
-    text = _Page(write_report(experiment, tmp_path)).text
+    text = Page(write_report(experiment, tmp_path)).text
     assert "LoRA did best with 71.0 ± 1.1 %, 21.0 points above it" in text
     assert "too close to call: HA-LoRA + DIG + MMD." in text
     assert "Below zero-shot: Linear probe, Fine-tuning, CAR-FT, HA-LoRA, DIG." in text
@@ -261,7 +124,7 @@ def test_methods_with_one_accuracy_share_a_place(quick: None, tmp_path: Path) ->
     experiment = fake_experiment()
     for run in experiment["runs"]:
         run["accuracy"]["noisy"] = 0.6 if run["method"] == "lora" else 0.5
-    text = _Page(write_report(experiment, tmp_path)).text
+    text = Page(write_report(experiment, tmp_path)).text
     assert text.count("place 2 of 8") == 2 and "place 1 of 8" in text  # zero-shot's tile and HAP's
     assert text.count("+0.0") == 6 and text.count("+10.0") == 1
 
@@ -272,7 +135,7 @@ def test_names_are_escaped(quick: None, tmp_path: Path) -> None:
     experiment |= {"title": evil, "command": evil, "device": evil, "commit": evil, "limits": [evil]}
     experiment["runs"] = [run for run in experiment["runs"] if run["method"] in ("zero-shot", "hap")]
     experiment["methods"] = [{"id": "zero-shot", "label": evil, "description": evil}, {"id": "hap", "label": evil}]
-    page = _Page(write_report(experiment, tmp_path))
+    page = Page(write_report(experiment, tmp_path))
     assert "<script" not in page.html
     assert page.text.count(evil) >= 10
 
@@ -286,7 +149,7 @@ def test_parts_of_the_record_may_be_missing(quick: None, tmp_path: Path, gone: s
 
 def test_parts_of_the_runs_may_be_missing(tmp_path: Path) -> None:
     bare = {"method": "unheard-of", "target": "noisy", "accuracy": {"noisy": 0.25}}
-    page = _Page(write_report({"runs": [bare]}, tmp_path))
+    page = Page(write_report({"runs": [bare]}, tmp_path))
     assert "25.0" in page.text
     for note in ("No gates were recorded", "No history was kept", "The merge was not checked", "No sizes"):
         assert note in page.text
@@ -299,7 +162,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     run["history"]["validation"] = [[300, 0.7]]
     run |= {"gates": None, "seconds": float("nan"), "images_per_second": None, "trainable_parameters": None}
     run |= {"saved_bytes": None, "sources": []}
-    page = _Page(write_report({"runs": [run]}, tmp_path))
+    page = Page(write_report({"runs": [run]}, tmp_path))
     assert "nan" not in page.text.split()
     assert {f.name for f in (tmp_path / "figures").glob("training-*")} == {
         "training-cross_entropy.png", "training-mmd.png", "training-validation.png",
@@ -309,7 +172,7 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
 def test_a_method_without_all_targets_has_no_average(quick: None, tmp_path: Path) -> None:
     experiment = fake_experiment(["noisy", "clean"], seeds=2)
     experiment["runs"] = [r for r in experiment["runs"] if (r["method"], r["target"]) != ("lora", "clean")]
-    text = _Page(write_report(experiment, tmp_path)).text
+    text = Page(write_report(experiment, tmp_path)).text
     order = text.split("In order, in per cent: ")[1].split("runs")[0]
     assert "HA-LoRA" in order and " LoRA " not in order
 

@@ -1,0 +1,75 @@
+"""Pictures of the answers: accuracy class by class, and how well confidence matches it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fastheads.train.report.figures import INK, MUTED, dumbbell, render, short
+
+ROWS = 50  # classes in one picture, at most
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A class, and its accuracy by zero-shot and by a method, in per cent."""
+
+    label: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """One method's bins of confidence: mean confidence, accuracy and number of images; empty bins left out."""
+
+    label: str
+    colour: str
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    images: NDArray[np.float64]
+    error: float  # expected calibration error, points
+
+
+def classes(rows: Sequence[Moved], *, title: str, method: str, colour: str) -> bytes:
+    """Per class a hollow point for zero-shot, joined to a filled one for the method."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for at, row in enumerate(rows):
+            dumbbell(axes, at, row.before, row.after, colour, 4.5)
+        names = [short(row.label, 22).split("\n")[0] for row in rows]
+        axes.set_yticks(range(len(rows)), names, color=INK, fontsize=7.5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(-3, 103)
+        axes.set_xticks(range(0, 101, 20))
+        axes.grid(axis="both")
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.set_xlabel("accuracy, %")
+        axes.set_title(f"{short(title, 32)}\n○ zero-shot   ● {short(method, 20)}", fontsize=9)
+
+    return render(1.05 + 0.155 * len(rows), paint)
+
+
+def reliability(panels: Sequence[Reliability]) -> bytes:
+    """Accuracy against confidence, a small panel per method, three to a row; points grow with their images."""
+    rows = (len(panels) + 2) // 3
+
+    def paint(figure: Figure) -> None:
+        for at, panel in enumerate(panels):
+            axes = figure.add_subplot(rows, 3, at + 1)
+            axes.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+            axes.plot(panel.confidence, panel.accuracy, color=panel.colour, linewidth=1.3)
+            sizes = 4 + 40 * panel.images / panel.images.sum()
+            axes.scatter(panel.confidence, panel.accuracy, sizes, color=panel.colour, zorder=3)
+            axes.set(xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
+            axes.set_xticks([0, 50, 100] if at + 3 >= len(panels) else [])
+            axes.set_yticks([0, 50, 100] if at % 3 == 0 else [])
+            axes.tick_params(labelsize=7.5)
+            axes.set_title(f"{short(panel.label)}\nECE {panel.error:.1f}", fontsize=8, fontweight="normal", pad=4)
+        figure.supxlabel("confidence, %", fontsize=8.5, color=MUTED)
+        figure.supylabel("accuracy, %", fontsize=8.5, color=MUTED)
+
+    return render(0.4 + 1.4 * rows, paint)
