@@ -1,1 +1,1 @@
-"""The demo: real handwritten digits in four domains, and a tiny CLIP pretrained on other styles."""
+"""The demo: icons that people drew, in four looks, and a small CLIP pretrained on other designers' icons."""

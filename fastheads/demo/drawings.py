@@ -31,7 +31,7 @@ class Drawings:
         # What several designers draw is seen more often, or a name would be one drawing.
         designers = defaultdict(set)
         for glyph in self.glyphs:
-            designers[glyph.word].add(glyph.family.rstrip("56"))
+            designers[glyph.word].add(glyph.designer)
         self.designers = torch.tensor([len(designers[name]) for name in self.names])
         by_name = torch.tensor([0.0, 0.5, 10.0, 20.0, 20.0])[self.designers]
         self.weights = (by_name / torch.bincount(self.labels))[self.labels]

@@ -139,6 +139,11 @@ class Glyph:
     word: str
     code: int
 
+    @property
+    def designer(self) -> str:
+        """The family without its version."""
+        return self.family.rstrip("56")
+
 
 def folder() -> Path:
     """Where the wheel's fonts are installed. Raises ModuleNotFoundError, in words, where they are not."""

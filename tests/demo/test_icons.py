@@ -48,11 +48,19 @@ def test_no_drawing_of_the_domains_nor_a_near_copy_is_in_pretraining():
     learned = drawings.Drawings()
     shown = [glyph for by_class in icons.drawings().values() for found in by_class.values() for glyph in found]
     assert {glyph.family for glyph in learned.glyphs}.isdisjoint(glyph.family for glyph in shown)
+
+    def overlap(masks):
+        """How much of both each pair of soft masks shares, at most, by drawing."""
+        masks = np.stack(masks).reshape(len(masks), -1).astype(np.float32) / 255
+        common = domains @ masks.T
+        return (common / (domains.sum(1)[:, None] + masks.sum(1) - common)).max(0)
+
     domains = np.stack([fonts.mask(glyph, 64) for glyph in shown]).reshape(len(shown), -1).astype(np.float32) / 255
-    pool = learned.masks.reshape(len(learned.masks), -1).numpy().astype(np.float32) / 255
-    common = domains @ pool.T  # of soft masks: how much of both they share
-    union = domains.sum(1)[:, None] + pool.sum(1) - common
-    assert (common / union).max() < 0.97
+    # Of what was sorted out a tenth overlaps more than this, up to 0.95; of what was kept the most is 0.90.
+    assert overlap(list(learned.masks.numpy())).max() < 0.91
+    kept = set(learned.glyphs)
+    out = [fonts.mask(glyph, 64) for glyph in fonts.glyphs(drawings.FAMILIES) if glyph not in kept]
+    assert overlap([mask for mask in out if mask is not None]).max() > 0.93
     # Every class is known all the same, from two drawings at least.
     known = [glyph.word for glyph in learned.glyphs]
     assert min(known.count(name) for name in icons.drawings()["art"]) >= 2
