@@ -31,7 +31,8 @@ SOURCES = {
 DOMAINS = tuple(SOURCES)
 # Left to pretraining.
 PRETRAINING = ("codicon", "fontawesome5", "fontawesome6", "material5", "material6")
-PER_CLASS = 6  # pictures of a class in a domain
+PER_CLASS = 12  # pictures of a class in a domain
+MOST_DRAWINGS = 6  # of a class in a domain
 SEED = 0
 # Words for what isn't a thing, or isn't one that a name tells from another.
 _NO_CLASS = (
@@ -76,7 +77,7 @@ def candidates() -> dict[str, dict[str, tuple[Glyph, ...]]]:
 
 
 def _distinct(glyphs: list[Glyph], apart: float = 0.015) -> tuple[Glyph, ...]:
-    """Without empty drawings and those that are near copies of an earlier one; at most PER_CLASS."""
+    """Without empty drawings and those that are near copies of an earlier one; at most MOST_DRAWINGS."""
     kept: list[Glyph] = []
     seen: list[NDArray[np.float32]] = []
     for glyph in glyphs:
@@ -87,7 +88,7 @@ def _distinct(glyphs: list[Glyph], apart: float = 0.015) -> tuple[Glyph, ...]:
         if all(1 - print_ @ other > apart for other in seen):
             kept.append(glyph)
             seen.append(print_)
-    return tuple(kept[:PER_CLASS])
+    return tuple(kept[:MOST_DRAWINGS])
 
 
 def fingerprints(masks: list[NDArray[np.uint8]]) -> NDArray[np.float32]:

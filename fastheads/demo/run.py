@@ -6,11 +6,13 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,9 @@ from fastheads.ops.dispatch import IMPL_VARIABLE
 from fastheads.train.answers import changed_answers
 from fastheads.train.data.batches import clip_transforms
 from fastheads.train.data.domains import DomainFolders, read_domains
-from fastheads.train.evaluation import Problem, image_features, make_problem
-from fastheads.train.experiment import device, run_experiment, run_method, versions
+from fastheads.train.earlier import hashes, run_key
+from fastheads.train.evaluation import Problem, image_features, make_problem, score
+from fastheads.train.experiment import device, run_experiment, versions
 from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
 from fastheads.train.progress import Bars, phase
@@ -50,26 +53,36 @@ LIMITS = [
     "sources stands beside its pictures.",
     "Published results use ViT-B/16 pretrained on 400 million images; its heads have far more to be purified of.",
 ]
-# What `demo --tune` tries, one setting after the other; the best on source validation stands in recipes.json.
+# What `demo --tune` tries, one setting after the other; it goes on beyond the end where the best is, to MOST values.
 GRID: dict[str, dict[str, tuple[float, ...]]] = {
-    "fine-tune": {"lr": (1e-4, 3e-4, 1e-3, 3e-3)},
-    "car-ft": {"lr": (1e-4, 3e-4, 1e-3, 3e-3)},
+    "fine-tune": {"lr": (3e-4, 1e-3, 3e-3)},
+    "car-ft": {"lr": (3e-4, 1e-3, 3e-3)},
     "lora": {"lr": (3e-3, 1e-2, 3e-2)},
-    "ha-lora": {"lr": (3e-3, 1e-2, 3e-2, 1e-1)},
-    "dig": {"gate_lr": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)},
-    "hap": {"gate_lr": (1e-4, 1e-3, 1e-2, 1e-1), "mmd_weight": (1e-4, 1e-3, 1e-2, 1e-1, 1.0)},
+    "ha-lora": {"lr": (3e-3, 1e-2, 3e-2)},
+    "dig": {"gate_lr": (1e-2, 1e-1, 1.0)},
+    "hap": {"gate_lr": (1e-3, 1e-2, 1e-1), "mmd_weight": (1e-2, 1e-1, 1.0)},
 }
+MOST = 5
 
 
-def recipe_of(method: str, target: str, steps: int | None = None) -> Recipe:
-    """The recipe fixed beforehand for a method and a held-out domain (recipes.json), optionally with other steps."""
+def recipe_of(method: str, target: str | None, steps: int | None = None) -> Recipe:
+    """The recipe fixed beforehand for a method and a held-out domain (recipes.json), optionally with other steps.
+
+    target: None: without what was searched for a target.
+    """
     settings = json.loads(RECIPES.read_text())
-    values = {**settings["all"], **settings["methods"].get(method, {}), **settings["targets"][target].get(method, {})}
+    values = {**settings["all"], **settings["methods"].get(method, {})}
+    values |= {} if target is None else settings["targets"][target].get(method, {})
     return Recipe(**values) if steps is None else Recipe(**{**values, "steps": steps})
 
 
-def demo_problem(base: nn.Module, folders: DomainFolders, target: str, seed: int) -> Problem:
-    """Holding out `target`; class text from the plain caption, contexts from all captions of pretraining."""
+def demo_problem(
+    base: nn.Module, folders: DomainFolders, target: str, seed: int, sources: Sequence[str] | None = None
+) -> Problem:
+    """Holding out `target`; class text from the plain caption, contexts from all captions of pretraining.
+
+    sources: None: all other domains.
+    """
     size = base.visual.image_size[0]  # type: ignore[union-attr,index]
     mean, std = open_clip.constants.OPENAI_DATASET_MEAN, open_clip.constants.OPENAI_DATASET_STD
     return make_problem(
@@ -81,6 +94,7 @@ def demo_problem(base: nn.Module, folders: DomainFolders, target: str, seed: int
         prompts=(PROMPT,),
         contexts=sayings(),
         seed=seed,
+        sources=sources,
         split_by="folder",
     )
 
@@ -203,39 +217,84 @@ def _kept_megabytes(base: nn.Module, method: str, problem: Problem, recipe: Reci
 
 
 def tune_demo(out: Path, *, targets: Iterable[str] = icons.DOMAINS, steps: int | None = None) -> dict[str, Any]:
-    """Chooses learning rates and lambda for each held-out domain on source validation; writes `out/tuning.json`.
+    """Chooses learning rates and lambda for each held-out domain on its sources alone; writes `out/tuning.json`.
 
-    The target is never scored. hap takes over HA-LoRA's learning rate. A search that was killed goes on.
+    DomainBed's leave-one-domain-out validation (Gulrajani and Lopez-Paz, 2021, section 3): each source is held out in
+    turn, the setting with the best mean accuracy there wins, of equals the one with the lower loss. hap takes over
+    HA-LoRA's learning rate. A search that was killed goes on.
     """
     rows: list[dict[str, Any]] = []
     chosen: dict[str, dict[str, dict[str, float]]] = {}
     out = out.expanduser()
     with Bars() as bars:
-        base, folders = set_up(out)
+        trials = Trials(*set_up(out), out / "tuning", steps, bars)
         for target in targets:
-            problem = demo_problem(base, folders, target, seed=0)
-            blind = dataclasses.replace(problem, target=problem.sources[0])  # so that no run can score the target
             settled: dict[str, dict[str, float]] = {}
             for name, grid in GRID.items():
                 settled[name] = dict(settled["ha-lora"]) if name == "hap" else {}
                 for option, values in grid.items():
-                    mine: list[dict[str, Any]] = []
-                    for value in values:
-                        changed: dict[str, Any] = {**settled[name], option: value}
-                        recipe = dataclasses.replace(recipe_of(name, target, steps), **changed)
-                        report = bars.watch(f"{target}: {METHODS[name].label} {option} {value:g}")
-                        settings = "-".join(f"{key}-{each:g}" for key, each in changed.items())
-                        folder = out / "tuning" / target / f"{name}-{settings}"
-                        run_method(base, METHODS[name], blind, recipe, folder, base_name=MODEL, report=report)
-                        run = json.loads((folder / "result.json").read_text())["run"]
-                        best = max(run["history"]["validation"], key=lambda entry: entry[1])
-                        mine.append({"target": target, "method": name, "option": option, **changed})
-                        mine[-1] |= {"validation": best[1], "validation_loss": run["validation_loss"]}
-                    won = max(mine, key=lambda row: (round(row["validation"], 6), -row["validation_loss"]))
-                    settled[name][option] = won[option]
-                    rows += mine
+                    tried: dict[float, dict[str, Any]] = {}
+                    left: tuple[float, ...] = values
+                    while left:
+                        for value in left:
+                            tried[value] = trials.transfer(name, target, {**settled[name], option: value})
+                        won = max(tried, key=lambda value: (round(tried[value]["mean"], 6), -tried[value]["loss"]))
+                        left = _beyond(sorted(tried), won)
+                    about = {"target": target, "method": name, "option": option}
+                    rows += [about | settled[name] | {option: value} | tried[value] for value in sorted(tried)]
+                    settled[name][option] = won
             chosen[target] = settled
-    result: dict[str, Any] = {"rows": rows, "chosen": chosen, "grid": GRID, "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"rows": rows, "chosen": chosen, "threads": torch.get_num_threads()}
     result |= {"command": "fastheads demo --tune", "versions": versions()}
     write_json(out / "tuning.json", result)
     return result
+
+
+def _beyond(tried: list[float], best: float) -> tuple[float, ...]:
+    """The next value past an end of those `tried` where the best is there, as far from it as they are apart."""
+    if tried[0] < best < tried[-1] or not 1 < len(tried) < MOST:
+        return ()
+    halves = [round(2 * math.log10(value)) for value in tried]  # the values are 1 and 3 times powers of ten
+    past = halves[0] - halves[1] + halves[0] if best == tried[0] else halves[-1] - halves[-2] + halves[-1]
+    return (float(f"{10 ** (past / 2):.0e}"),)
+
+
+@dataclass
+class Trials:
+    """The search's runs: on two domains each, scored on the two others, kept in `folder`."""
+
+    base: nn.Module
+    folders: DomainFolders
+    folder: Path
+    steps: int | None
+    bars: Bars
+    problems: dict[tuple[str, ...], Problem] = field(default_factory=dict)
+
+    def transfer(self, method: str, target: str, settings: dict[str, float]) -> dict[str, Any]:
+        """Of each source of `target` the accuracy where it is held out too, their mean, and the mean loss."""
+        sources = [domain for domain in icons.DOMAINS if domain != target]
+        found = {held: self._run(method, [d for d in sources if d != held], settings)[held] for held in sources}
+        accuracy = {held: accuracy for held, (accuracy, _) in found.items()}
+        loss = statistics.fmean(loss for _, loss in found.values())
+        return {"accuracy": accuracy, "mean": statistics.fmean(accuracy.values()), "loss": loss}
+
+    def _run(self, method: str, sources: Sequence[str], settings: dict[str, float]) -> dict[str, tuple[float, float]]:
+        """Accuracy and loss on the domains that are not among the sources."""
+        others = [domain for domain in icons.DOMAINS if domain not in sources]
+        pair = tuple(sources)
+        if pair not in self.problems:
+            self.problems[pair] = demo_problem(self.base, self.folders, others[0], 0, sources)
+        problem = self.problems[pair]
+        recipe = dataclasses.replace(recipe_of(method, None, self.steps), **settings)  # type: ignore[arg-type]
+        key = run_key(hashes(self.base, problem), METHODS[method], problem, recipe, "no")
+        path = self.folder / "-".join(sources) / f"{method}-{'-'.join(f'{k}-{v:g}' for k, v in settings.items())}.json"
+        if path.is_file() and (saved := json.loads(path.read_text()))["key"] == key:
+            return dict(saved["scores"])
+        label = f"{METHODS[method].label.split(' (')[0]} {settings} on {' and '.join(sources)}"
+        model = copy.deepcopy(self.base)
+        fit(model, METHODS[method], problem, recipe, report=self.bars.watch(label))
+        scores = {domain: score(model, problem, domain, "all", recipe) for domain in others}
+        found = {domain: (each.accuracy, each.loss) for domain, each in scores.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key, "scores": found})
+        return found
