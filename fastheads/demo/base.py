@@ -38,18 +38,26 @@ def caption(name: str = "{}", form: str = "", tone: str = "", ground: str = "") 
 
 
 # What the captions can say of the demo's looks, by domain.
-LOOK_PROMPTS = {
-    "art": caption(form="filled", ground="busy"),
-    "neon": caption(form="line", tone="light"),
-    "photo": caption(ground="busy"),
-    "sketch": caption(form="line", tone="dark", ground="plain"),
+LOOK_WORDS: dict[str, dict[str, str]] = {
+    "art": {"form": "filled", "ground": "busy"},
+    "neon": {"form": "line", "tone": "light", "ground": "plain"},
+    "photo": {"ground": "busy"},
+    "sketch": {"form": "line", "tone": "dark", "ground": "plain"},
 }
 
 
-def sayings() -> tuple[str, ...]:
-    """All captions, name left open: each axis told or not."""
-    choices = (("", *values) for values in AXES.values())
-    return tuple(caption("{}", *words) for words in itertools.product(*choices))
+def sayings(words: dict[str, str] | None = None) -> tuple[str, ...]:
+    """All captions, name left open, each axis told or not; or, of some axes' `words`, those that tell one or more."""
+    choices: list[tuple[str, ...]] = [("", *values) for values in AXES.values()]
+    if words is not None:
+        choices = [("", words[axis]) if axis in words else ("",) for axis in AXES]
+    said = [caption("{}", *each) for each in itertools.product(*choices)]
+    return tuple(said if words is None else said[1:])
+
+
+def opposite(words: dict[str, str]) -> dict[str, str]:
+    """Of each axis the other word."""
+    return {axis: next(other for other in AXES[axis] if other != word) for axis, word in words.items()}
 
 
 def config() -> dict[str, object]:

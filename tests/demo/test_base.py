@@ -31,7 +31,12 @@ def test_every_caption_fits_the_context():
 
 def test_no_caption_names_a_domain_and_every_domain_has_its_own():
     assert not any(domain in saying for saying in base.sayings() for domain in icons.DOMAINS)
-    assert set(base.LOOK_PROMPTS) == set(icons.DOMAINS) and set(base.LOOK_PROMPTS.values()) <= set(base.sayings())
+    assert set(base.LOOK_WORDS) == set(icons.DOMAINS)
+    for words in base.LOOK_WORDS.values():
+        told, opposed = base.sayings(words), base.sayings(base.opposite(words))
+        assert len(told) == len(opposed) == 2 ** len(words) - 1
+        assert set(told) | set(opposed) < set(base.sayings()) and set(told).isdisjoint(opposed)
+        assert all(any(word in saying for word in words.values()) for saying in told)
 
 
 def test_the_shipped_model_knows_icons_without_a_network(monkeypatch):
