@@ -60,8 +60,8 @@ GRID: dict[str, dict[str, tuple[float, ...]]] = {
     "car-ft": {"lr": (3e-4, 1e-3, 3e-3)},
     "lora": {"lr": (3e-3, 1e-2, 3e-2)},
     "ha-lora": {"lr": (3e-3, 1e-2, 3e-2)},
-    "dig": {"gate_lr": (1e-2, 1e-1, 1.0)},
-    "hap": {"gate_lr": (1e-3, 1e-2, 1e-1), "mmd_weight": (1e-2, 1e-1, 1.0)},
+    "dig": {"gate_lr": (1e-3, 1e-2, 1e-1)},
+    "hap": {"mmd_weight": (1e-2, 1e-1, 1.0)},
 }
 MOST = 5
 
@@ -148,7 +148,7 @@ def run_demo(
 
 
 def what_captions_mean(base: nn.Module, folders: DomainFolders) -> dict[str, dict[str, Any]]:
-    """Of every domain: zero-shot accuracy by the plain prompt, by all that "tell" the look, by all that tell its opposite.
+    """Of every domain: zero-shot accuracy by the plain prompt, by those that tell the look, and by those of its opposite.
 
     And "words": axis -> word -> the share of pictures that match the caption with it better than with its opposite,
     the name being right. That is what CAR-FT's contexts are made of.
@@ -221,8 +221,8 @@ def tune_demo(out: Path, *, targets: Iterable[str] = icons.DOMAINS, steps: int |
     """Chooses learning rates and lambda for each held-out domain on its sources alone; writes `out/tuning.json`.
 
     DomainBed's leave-one-domain-out validation (Gulrajani and Lopez-Paz, 2021, section 3): each source is held out in
-    turn, the setting with the best mean accuracy there wins, of equals the one with the lower loss. hap takes over
-    HA-LoRA's learning rate. A search that was killed goes on.
+    turn, the setting with the best mean accuracy there wins, of equals the one with the lower loss. HAP takes over
+    HA-LoRA's learning rate and DIG's of the gates. A search that was killed goes on.
     """
     rows: list[dict[str, Any]] = []
     chosen: dict[str, dict[str, dict[str, float]]] = {}
@@ -232,7 +232,7 @@ def tune_demo(out: Path, *, targets: Iterable[str] = icons.DOMAINS, steps: int |
         for target in targets:
             settled: dict[str, dict[str, float]] = {}
             for name, grid in GRID.items():
-                settled[name] = dict(settled["ha-lora"]) if name == "hap" else {}
+                settled[name] = {} if name != "hap" else settled["ha-lora"] | settled["dig"]
                 for option, values in grid.items():
                     tried: dict[float, dict[str, Any]] = {}
                     left: tuple[float, ...] = values
