@@ -105,21 +105,6 @@ def check_powers(powers: tuple[int, ...]) -> None:
 
 
 @triton.jit
-def inner_products(p_x, stride, o_i, o_j, m_i, m_j, D, PREC: tl.constexpr, BD: tl.constexpr):
-    """`[BM, BN]` x_i·x_j, the features BD at a time."""
-    o_d = tl.arange(0, BD)
-    p_i = p_x + (o_i * stride)[:, None] + o_d[None, :]
-    p_j = p_x + (o_j * stride)[None, :] + o_d[:, None]
-    b_g = tl.zeros([o_i.shape[0], o_j.shape[0]], tl.float32)
-    for d in range(0, D, BD):
-        m_d = d + o_d < D
-        b_i = tl.load(p_i + d, mask=m_i[:, None] & m_d[None, :], other=0.0)
-        b_j = tl.load(p_j + d, mask=m_j[None, :] & m_d[:, None], other=0.0)
-        b_g = tl.dot(b_i, b_j, b_g, input_precision=PREC)
-    return b_g
-
-
-@triton.jit
 def coeff_of_pairs(p_coeff, b_a, b_b, S, last, BS: tl.constexpr):
     """`[BM, BN]` C[dom_i, dom_j]: rows of C times a one-hot."""
     b_c = tl.zeros([b_a.shape[0], b_b.shape[0]], tl.float32)
@@ -152,11 +137,10 @@ def mmd_tile_kernel(
     POWERS: tl.constexpr, WEIGHTS: tl.constexpr, PREC: tl.constexpr, BLOCKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """A program: one tile [BM, BN] of one layer's panel, whose rows are a's and whose columns are b's samples.
+    """A program: one tile [BM, BN] of one layer's panel.
 
-        d²_ij = max(‖x_i‖² + ‖x_j‖² − 2 x_i·x_j, 0), 0 where i = j        e_u = exp(−γ_u d²_ij)
-        out_ij = C[a, b] Σ_u γ_u e_u, 0 where i = j, rounded to TF32 where products may be
-        K[a, b] = Σ_{i∈a, j∈b} t_j Σ_u e_u,    t_j: 1 in the first `once` columns, 2 beyond
+        e_u = exp(−γ_u ‖x_i − x_j‖²)        K[a, b] = Σ_{i∈a, j∈b} t_j Σ_u e_u,  t_j = 1 for j < once, else 2
+        out_ij = C[a, b] Σ_u γ_u e_u for i ∈ a, j ∈ b, 0 where i = j, rounded to TF32 where products may be
 
     panel: first, rows, start, own, once of `mmd_tile`. Neighbours share their columns.
     """
@@ -168,8 +152,16 @@ def mmd_tile_kernel(
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     o_i, o_j = (first + o_m).to(tl.int64), (start + o_n).to(tl.int64)
     m_m, m_n = o_m < rows, o_n < N - start
+    o_d = tl.arange(0, BD)
+    p_i = x[0] + i_l * x[1] + (o_i * x[2])[:, None] + o_d[None, :]
+    p_j = x[0] + i_l * x[1] + (o_j * x[2])[None, :] + o_d[:, None]
     # [BM, BN]
-    b_g = inner_products(x[0] + i_l * x[1], x[2], o_i, o_j, m_m, m_n, D, PREC, BD)
+    b_g = tl.zeros([BM, BN], tl.float32)
+    for d in range(0, D, BD):
+        m_d = d + o_d < D
+        b_i = tl.load(p_i + d, mask=m_m[:, None] & m_d[None, :], other=0.0)
+        b_j = tl.load(p_j + d, mask=m_n[None, :] & m_d[:, None], other=0.0)
+        b_g = tl.dot(b_i, b_j, b_g, input_precision=PREC)
     p_x2 = x2[0] + i_l * x2[1]
     b_x2 = tl.load(p_x2 + o_i * x2[2], mask=m_m, other=0.0)
     b_y2 = tl.load(p_x2 + o_j * x2[2], mask=m_n, other=0.0)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.launch import architecture, launch, on_grid, packed, strides
 from fastheads.kernels import mmd as shared
+from fastheads.kernels.launch import architecture, launch, on_grid, packed, strides
 from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, gammas_of, gaussians, load_domains, to_tf32
 
 MAX_ROWS = 128
@@ -64,20 +64,6 @@ def minus_gram(x, dom, p_gate, first, n, c_first, c_last, N, DH, chunks, S, BN: 
 
 
 @triton.jit
-def lowest_gamma(b_raw, b_y2, n, PRESET: tl.constexpr):
-    """`1 / (4 m)`, m the mean squared distance `(2/n) Σ‖x_i − x̄‖²`: of n² pairs, or, for "dan", of n² − n."""
-    floor = EPS2 * (tl.sum(b_raw) / n) + TINY
-    mean4 = 4 * tl.maximum(2 * tl.sum(b_y2) / n, floor, propagate_nan=tl.PropagateNan.ALL)
-    return 1 / (mean4 * (n / tl.maximum(n - 1, 1.0)) if PRESET == "dan" else mean4)
-
-
-@triton.jit
-def inverse(b_size):
-    """1 / samples in a domain; 0 where that counts none."""
-    return tl.where(b_size > 0, 1 / tl.maximum(b_size, 1.0), 0.0)
-
-
-@triton.jit
 def sweep(p_g, dom, b_y2, gammas, N, S, POWERS: tl.constexpr, UNBIASED: tl.constexpr, BACKWARD: tl.constexpr,
     BN: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +77,8 @@ def sweep(p_g, dom, b_y2, gammas, N, S, POWERS: tl.constexpr, UNBIASED: tl.const
     b_counts = tl.where(b_counts > (1 if UNBIASED else 0), b_counts, 0.0)
     present = tl.sum(tl.where(b_counts > 0, 1.0, 0.0))
     per_domain = tl.where(present > 1, 2 / tl.maximum(present, 1.0), 0.0)
-    b_across = inverse(tl.sum(b_right * b_counts[None, :], 1)) / tl.maximum(present - 1, 1.0)
+    b_size2 = tl.sum(b_right * b_counts[None, :], 1)
+    b_across = tl.where(b_size2 > 0, 1 / tl.maximum(b_size2, 1.0), 0.0) / tl.maximum(present - 1, 1.0)
     b_loss = tl.zeros([BR], tl.float32)
     b_sums = tl.zeros([BS, BS], tl.float32)
     for i in range(0, N, BR):
@@ -106,7 +93,7 @@ def sweep(p_g, dom, b_y2, gammas, N, S, POWERS: tl.constexpr, UNBIASED: tl.const
         b_k, b_w = gaussians(b_x2, b_y2, b_gi, same, gammas, POWERS)
         b_in = tl.where(b_a[:, None] == o_s[None, :], 1.0, 0.0)
         b_size = tl.sum(b_in * b_counts[None, :], 1)
-        b_inverse = inverse(b_size)
+        b_inverse = tl.where(b_size > 0, 1 / tl.maximum(b_size, 1.0), 0.0)
         b_within = b_inverse / tl.maximum(b_size - 1, 1.0) if UNBIASED else b_inverse * b_inverse
         b_c = tl.where(b_a[:, None] == b_b[None, :], b_within[:, None], -b_inverse[:, None] * b_across[None, :])
         b_c *= per_domain
@@ -149,28 +136,27 @@ def mmd_small_kernel(
     BACKWARD: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A program: one layer's kernel matrix, and of its gradient the part of some heads. For p present domains, x gated:
+    """A program: one layer's kernel matrix, and of its gradient the part of some heads. For p domains, x gated:
 
-        e_u = exp(−γ_u ‖x_i − x_j‖²)     K[a, b] = Σ_{i∈a, j∈b} Σ_u e_u     loss = Σ_ij c_ij Σ_u e_u
-        c_ij = 2/p / n_a² (unbiased: n_a (n_a − 1), and 0 where i = j) within domain a, −2/(p (p − 1)) / (n_a n_b) across
-        dx_i = −4 Σ_j c_ij Σ_u γ_u e_u (x_i − x_j) = Σ_j m_ij x_j        dgate_h = Σ_i dx_i·x_i = gate_h Σ_ij m_ij x_i·x_j
+        e_u = exp(−γ_u ‖x_i − x_j‖²)        K[a, b] = Σ_{i∈a, j∈b} Σ_u e_u        loss = Σ_ij c_ij Σ_u e_u
+        c_ij = 2/p / n_a² in domain a (unbiased: / n_a (n_a − 1), i ≠ j), −2/(p (p − 1)) / (n_a n_b) across
+        dx_i = −4 Σ_j c_ij Σ_u γ_u e_u (x_i − x_j) = Σ_j m_ij x_j    dgate_h = gate_h Σ_ij m_ij x_ih·x_jh, x un-gated
+        presets: γ_u = 2^u / (4 m),  m = (2/n) Σ_i ‖x_i − x̄‖², "dan" of n² − n pairs: n / (n − 1) times that
 
-    heads: how many, features of each, in how many chunks of BD, how many a program has; without gates the gradient's
-    heads are BC features. The first of a layer's programs stores loss and sums. A and M, `[BN, BN]` each, go
-    through memory, to be worked on by blocks of rows: with all that hangs on their columns there are too few registers.
+    heads: how many, features of each, chunks of BD in each, heads per program (without gates, of BC features).
+    The first of a layer's programs stores loss and sums. A and M, `[BN, BN]` each, go through memory, to be worked on
+    by blocks of rows: with all that hangs on their columns there are too few registers.
     """
     pid = tl.program_id(0)
     i_l, i_s = (pid // slices).to(tl.int64), pid % slices
     U: tl.constexpr = len(POWERS)
     H, DH, chunks, share = heads
     x_l = (x[0] + i_l * x[1], x[2], x[3])
-    p_gates = None
-    if GATE:
-        p_gates = p_gate + i_l * H
+    p_gates = p_gate + i_l * H if GATE else None
     o_n, o_s = tl.arange(0, BN), tl.arange(0, BS)
-    m_first = load_domains(dom, o_n, o_n < N, S) >= 0
-    first = tl.minimum(tl.min(tl.where(m_first, o_n, BN), 0), N - 1)
-    n = tl.maximum(tl.sum(tl.where(m_first, 1.0, 0.0), 0), 1.0)
+    m_n = load_domains(dom, o_n, o_n < N, S) >= 0
+    first = tl.minimum(tl.min(tl.where(m_n, o_n, BN), 0), N - 1)
+    n = tl.maximum(tl.sum(tl.where(m_n, 1.0, 0.0), 0), 1.0)
     b_g, b_raw = minus_gram(x_l, dom, p_gates, first, n, 0, H * chunks, N, DH, chunks, S, BN, BD)
     p_g = p_work + pid.to(tl.int64) * (2 * BN * BN)
     p_m = p_g + BN * BN
@@ -178,10 +164,11 @@ def mmd_small_kernel(
     tl.debug_barrier()
     # squared norms as the product rounds them: where points nearly meet, its errors cancel
     b_y2 = -tl.load(p_g + o_n * (BN + 1))
-    if PRESET == "":
-        gammas = gammas_of(p_gammas + i_l * U, 0, U)
-    else:
-        gammas = gammas_of(None, lowest_gamma(b_raw, b_y2, n, PRESET), U)
+    floor = EPS2 * (tl.sum(b_raw) / n) + TINY
+    mean4 = 4 * tl.maximum(2 * tl.sum(b_y2) / n, floor, propagate_nan=tl.PropagateNan.ALL)
+    if PRESET == "dan":
+        mean4 *= n / tl.maximum(n - 1, 1.0)
+    gammas = gammas_of(p_gammas + i_l * U if PRESET == "" else None, 1 / mean4, U)
     b_loss, b_sums = sweep(p_g, dom, b_y2, gammas, N, S, POWERS, UNBIASED, BACKWARD, BN, BS, BR)
     if i_s == 0:
         tl.store(p_loss + i_l, tl.sum(b_loss))
@@ -192,9 +179,8 @@ def mmd_small_kernel(
         dx_l = (dx[0] + i_l * dx[1], dx[2])
         if GATE:
             for h in range(i_s * share, tl.minimum(i_s * share + share, H)):
-                b_gh, _ = minus_gram(
-                    x_l, dom, None, first, n, h * chunks, h * chunks + chunks, N, DH, chunks, S, BN, BD
-                )
+                c = h * chunks
+                b_gh, _ = minus_gram(x_l, dom, None, first, n, c, c + chunks, N, DH, chunks, S, BN, BD)
                 b_m = tl.load(p_m + o_n[:, None] * BN + o_n[None, :], mask=(o_n < N)[:, None], other=0.0)
                 tl.store(dx_l[0] + h, -tl.load(p_gates + h) * tl.sum(tl.sum(b_m * b_gh, 1), 0))
         else:
