@@ -152,7 +152,7 @@ def mmd_small_kernel(
     U: tl.constexpr = len(POWERS)
     H, DH, chunks, share = heads
     x_l = (x[0] + i_l * x[1], x[2], x[3])
-    p_gates = p_gate + i_l * H if GATE else None
+    p_gates = p_gate + i_l * H if GATE else p_gate
     o_n, o_s = tl.arange(0, BN), tl.arange(0, BS)
     m_n = load_domains(dom, o_n, o_n < N, S) >= 0
     first = tl.minimum(tl.min(tl.where(m_n, o_n, BN), 0), N - 1)
@@ -231,7 +231,7 @@ def mmd_small(
     parts = triton.cdiv(D, COLUMNS) if gate is None else H
     share = triton.cdiv(parts, SLICES)
     slices = triton.cdiv(parts, share) if backward else 1
-    options = {"dtype": torch.float32, "device": x.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     loss, sums = torch.empty((L,), **options), torch.empty((L, S, S), **options)
     work = torch.empty((L, slices, 2, tile["BN"], tile["BN"]), **options)
     grad = torch.empty((L, N, D) if gate is None else (L, H), **options) if backward else None
