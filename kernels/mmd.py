@@ -30,7 +30,7 @@ TILES = {80: SAFE, 86: SAFE, 89: SAFE, 90: WIDE, 100: {"tf32x3": MANY, "tf32": M
 FEW_BANDWIDTHS, BLOCK_DOMAINS = 5, 16
 
 # Of the small batch by rows, padded: features at a time, rows of the kernel matrix at a time, warps, stages. No row
-# spills but 128 on a 120, with gates: 40 bytes, the fewest of seven rows tried.
+# spills but that of 128 on a 120, with gates: 40 bytes, the fewest of six with eight warps.
 SMALL_SAFE = {16: (64, 16, 4, 2), 32: (64, 32, 4, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 1)}
 SMALL_90 = SMALL_SAFE | {128: (16, 16, 8, 1)}
 SMALL_TILES = {80: SMALL_SAFE, 86: SMALL_SAFE, 89: SMALL_SAFE, 90: SMALL_90, 100: SMALL_90, 120: SMALL_90}
@@ -59,19 +59,11 @@ def to_tf32(b_x):
 
 
 @triton.jit
-def gammas_of(p_gammas, base, U: tl.constexpr):
-    """The γ_u given, or, where none are, base · 2^u."""
-    gammas = ()
-    for u in tl.static_range(U):
-        gammas = gammas + (base * 2**u if p_gammas is None else tl.load(p_gammas + u),)
-    return gammas
-
-
-@triton.jit
-def gaussians(b_x2, b_y2, b_cross, same, gammas, POWERS: tl.constexpr):
+def gaussians(b_x2, b_y2, b_cross, same, p_gammas, lowest, POWERS: tl.constexpr):
     """`Σ_u e_u` and `Σ_u γ_u e_u`, with `e_u = exp(−γ_u d²)`, or that power of `e_{u−1}` which POWERS[u] names.
 
-    `d²_ij = ‖x_i‖² + ‖x_j‖² − 2 x_i·x_j`, of which the last is given, never negative, and 0 where `same`.
+    `d²_ij = ‖x_i‖² + ‖x_j‖² − 2 x_i·x_j`, of which the last is given, never negative, and 0 where `same`. Without
+    p_gammas, `γ_u = 2^u lowest`.
     """
     b_d2 = tl.maximum(b_x2[:, None] + b_y2[None, :] + b_cross, 0.0, propagate_nan=tl.PropagateNan.ALL)
     b_d2 = tl.where(same, 0.0, b_d2)
@@ -79,13 +71,14 @@ def gaussians(b_x2, b_y2, b_cross, same, gammas, POWERS: tl.constexpr):
     b_w = tl.zeros_like(b_d2)
     b_e = tl.zeros_like(b_d2)
     for u in tl.static_range(len(POWERS)):
+        gamma = lowest * 2**u if p_gammas is None else tl.load(p_gammas + u)
         if POWERS[u] == 0:
-            b_e = tl.exp2(b_d2 * (-gammas[u] * LOG2E))
+            b_e = tl.exp2(b_d2 * (-gamma * LOG2E))
         else:
             b_e2 = b_e * b_e
             b_e = b_e2 if POWERS[u] == 2 else (b_e2 * b_e2) * (b_e2 * b_e2) * b_e2
         b_k += b_e
-        b_w += gammas[u] * b_e
+        b_w += gamma * b_e
     return b_k, b_w
 
 
@@ -148,7 +141,6 @@ def mmd_tile_kernel(
     pid = tl.program_id(0)
     i_m, i_n, i_l = pid % tiles_m, (pid // tiles_m) % tiles_n, (pid // (tiles_m * tiles_n)).to(tl.int64)
     first, rows, start, own, once = panel
-    U: tl.constexpr = len(POWERS)
     # rows and columns within the panel, and the samples they are; row o_m is column o_m + own
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     o_i, o_j = (first + o_m).to(tl.int64), (start + o_n).to(tl.int64)
@@ -167,7 +159,7 @@ def mmd_tile_kernel(
     b_x2 = tl.load(p_x2 + o_i * x2[2], mask=m_m, other=0.0)
     b_y2 = tl.load(p_x2 + o_j * x2[2], mask=m_n, other=0.0)
     same = (o_m + own)[:, None] == o_n[None, :]
-    b_k, b_w = gaussians(b_x2, b_y2, -2 * b_g, same, gammas_of(p_gammas + i_l * U, 0, U), POWERS)
+    b_k, b_w = gaussians(b_x2, b_y2, -2 * b_g, same, p_gammas + i_l * len(POWERS), 0, POWERS)
     b_a, b_b = load_domains(dom, o_i, m_m, S), load_domains(dom, o_j, m_n, S)
     # Of a loop with one turn at compile time no loop is made: it would keep its operands in registers.
     last = BS if BLOCKS == 1 else S

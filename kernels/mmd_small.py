@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels import mmd as shared
 from fastheads.kernels.launch import architecture, launch, on_grid, packed, strides
-from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, gammas_of, gaussians, load_domains, to_tf32
+from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, check_powers, gaussians, load_domains, mmd_small_tiles, to_tf32
 
 MAX_ROWS = 128
 # Bandwidths of a preset are each half the next: γ_u = γ_0 2^u. Two exponentials and their squares: four squares of one
@@ -64,7 +63,8 @@ def minus_gram(x, dom, p_gate, first, n, c_first, c_last, N, DH, chunks, S, BN: 
 
 
 @triton.jit
-def sweep(p_g, dom, b_y2, gammas, N, S, POWERS: tl.constexpr, UNBIASED: tl.constexpr, BACKWARD: tl.constexpr,
+def sweep(
+    p_g, dom, b_y2, p_gammas, lowest, N, S, POWERS: tl.constexpr, UNBIASED: tl.constexpr, BACKWARD: tl.constexpr,
     BN: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Loss `[BR]` and K `[BS, BS]` by blocks of rows of the kernel matrix; M is left behind −A."""
@@ -90,7 +90,7 @@ def sweep(p_g, dom, b_y2, gammas, N, S, POWERS: tl.constexpr, UNBIASED: tl.const
         b_gi = tl.load(p_g + o_i[:, None] * BN + o_n[None, :], mask=m_i[:, None], other=0.0)
         b_gi += tl.load(p_g + o_n[None, :] * BN + o_i[:, None], mask=m_i[:, None], other=0.0)
         b_x2 = -tl.load(p_g + o_i * (BN + 1), mask=m_i, other=0.0)
-        b_k, b_w = gaussians(b_x2, b_y2, b_gi, same, gammas, POWERS)
+        b_k, b_w = gaussians(b_x2, b_y2, b_gi, same, p_gammas, lowest, POWERS)
         b_in = tl.where(b_a[:, None] == o_s[None, :], 1.0, 0.0)
         b_size = tl.sum(b_in * b_counts[None, :], 1)
         b_inverse = tl.where(b_size > 0, 1 / tl.maximum(b_size, 1.0), 0.0)
@@ -149,7 +149,6 @@ def mmd_small_kernel(
     """
     pid = tl.program_id(0)
     i_l, i_s = (pid // slices).to(tl.int64), pid % slices
-    U: tl.constexpr = len(POWERS)
     H, DH, chunks, share = heads
     x_l = (x[0] + i_l * x[1], x[2], x[3])
     p_gates = p_gate + i_l * H if GATE else p_gate
@@ -168,8 +167,8 @@ def mmd_small_kernel(
     mean4 = 4 * tl.maximum(2 * tl.sum(b_y2) / n, floor, propagate_nan=tl.PropagateNan.ALL)
     if PRESET == "dan":
         mean4 *= n / tl.maximum(n - 1, 1.0)
-    gammas = gammas_of(p_gammas + i_l * U if PRESET == "" else None, 1 / mean4, U)
-    b_loss, b_sums = sweep(p_g, dom, b_y2, gammas, N, S, POWERS, UNBIASED, BACKWARD, BN, BS, BR)
+    p_u = p_gammas + i_l * len(POWERS) if PRESET == "" else p_gammas
+    b_loss, b_sums = sweep(p_g, dom, b_y2, p_u, 1 / mean4, N, S, POWERS, UNBIASED, BACKWARD, BN, BS, BR)
     if i_s == 0:
         tl.store(p_loss + i_l, tl.sum(b_loss))
         p_s = p_sums + i_l * (S * S) + o_s[:, None] * S + o_s[None, :]
@@ -223,10 +222,10 @@ def mmd_small(
         powers = PRESETS[preset]
     elif gammas is None:
         raise ValueError("gammas: got None; are needed where there is no preset")
-    shared.check_powers(powers)
+    check_powers(powers)
     if estimator not in ("biased", "unbiased"):
         raise ValueError(f'estimator: got {estimator!r}; takes "biased" or "unbiased"')
-    tile = shared.mmd_small_tiles(architecture(x), N)
+    tile = mmd_small_tiles(architecture(x), N)
     H = 1 if gate is None else gate.shape[1]
     parts = triton.cdiv(D, COLUMNS) if gate is None else H
     share = triton.cdiv(parts, SLICES)
