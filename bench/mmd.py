@@ -33,8 +33,7 @@ from bench.contests.contest import Contender
 from bench.report import mmd_page as page
 from bench.report.mmd_page import OURS
 from bench.roofline.loops import mmd_pairs
-from fastheads.ops import mmd as operator
-from fastheads.ops import native
+from fastheads.ops import mmd_cpu, mmd_panels, native
 
 GROUP = "mmd on a CPU"
 CANDIDATES = (OURS, "ours: adaptive", "ours: dan", *PEERS, "reference")
@@ -105,8 +104,8 @@ def stages(run: Callable[[], Any], rounds: int = 3) -> dict[str, float]:
         found[name][at] += time.perf_counter() - started
         return out
 
-    names = {"sort and centre": (operator, "_samples"), "exponentials": (operator, "_run_tile")}
-    names |= {"gradient's products": (operator, "_pull"), "inner products": (torch, "bmm")}
+    names = {"sort and centre": (mmd_cpu, "ordered"), "exponentials": (mmd_cpu, "tile")}
+    names |= {"gradient's products": (mmd_panels, "pull_"), "inner products": (torch, "bmm")}
     for at in range(rounds):
         with contextlib.ExitStack() as stack:
             for name, (owner, function) in names.items():

@@ -14,7 +14,7 @@ from fastheads.kernels.attention_bwd import tile_for, whole_blocks
 from fastheads.kernels.attention_fwd import tiles_of
 from fastheads.kernels.low_rank import BLOCK_ROWS, PROGRAMS
 from fastheads.kernels.one_pass import one_pass_tiles
-from fastheads.ops.mmd import panel_rows
+from fastheads.ops.mmd_panels import panel_rows
 
 DTYPE = torch.bfloat16
 

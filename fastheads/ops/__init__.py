@@ -7,7 +7,7 @@ Both operators are told in the same order:
 | formula | `reference/attention.py` | `reference/mmd.py` |
 | schema, fakes, autograd, the function to call | `head_attention.py` | `mmd.py` |
 | choice | `dispatch.choose` | `dispatch.choose_mmd` |
-| implementations | `fused.py`, of parts: `kernels/`, `cpu.py` | `mmd.py`, of parts: `kernels/`, `native.py` (`csrc/`) |
+| implementations | `fused.py`, of parts: `kernels/`, `cpu.py` | `mmd_triton.py`; `mmd_cpu.py`, `native.py` |
 """
 
 from fastheads.ops.dispatch import NAMES, Choice, Problem, asked_for, choose, surroundings

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmd_cases import PANELS
 
-from fastheads.ops import mmd, native
+from fastheads.ops import mmd_panels, native
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -18,7 +18,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture(params=PANELS, ids=["one_panel", "panels"])
 def panels(request, monkeypatch):
-    monkeypatch.setattr(mmd, "WORKSPACE", request.param)
+    monkeypatch.setattr(mmd_panels, "WORKSPACE", request.param)
     return request.param
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fastheads import reference
 from fastheads.losses import mmd
 from fastheads.losses.samples import bandwidths
-from fastheads.ops import kernel_sums, mmd_fused
+from fastheads.ops import kernel_sums, mmd_fused, mmd_panels
 from fastheads.ops import mmd as module
 
 # ---- as an operator -----------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_nothing_of_n_times_n_is_allocated(impl, monkeypatch):
     if impl == "triton" and torch.cuda.is_available():
         pytest.skip("Triton's launchers want tensors on the GPU")
     limit = 2**15
-    monkeypatch.setattr(module, "WORKSPACE", limit)
+    monkeypatch.setattr(mmd_panels, "WORKSPACE", limit)
     monkeypatch.setattr(reference.mmd, "BLOCK", limit)
     peaks = []
     for N in (300, 600):

@@ -14,8 +14,7 @@ from mmd_formulas import dan_snippet, domainbed_mmd, labels, randn, tllib_mk_mmd
 
 from fastheads import reference
 from fastheads.losses import mmd
-from fastheads.ops import kernel_sums, mmd_fused
-from fastheads.ops import mmd as module
+from fastheads.ops import kernel_sums, mmd_fused, mmd_panels
 
 # ---- against the reference, float64 -------------------------------------------------------------
 
@@ -111,7 +110,7 @@ def test_mmd_fused_equals_the_weighted_reference(per_layer, offset, backend, pan
 
 @pytest.mark.parametrize("panel", PANELS)
 def test_shares_of_rows_add_up_to_the_whole(panel, backend, monkeypatch):
-    monkeypatch.setattr(module, "WORKSPACE", panel)
+    monkeypatch.setattr(mmd_panels, "WORKSPACE", panel)
     S, L, N = 3, 2, 150
     dom = torch.randint(0, S, (N,), generator=torch.Generator().manual_seed(1))
     coeff, x = torch.eye(S, dtype=F64) - 0.3, leaf(randn(L, N, 5))

@@ -11,8 +11,7 @@ from fastheads import reference
 from fastheads.capture import CapturedHeads
 from fastheads.kernels.launch import launching
 from fastheads.losses.mmd_loss import _mmd
-from fastheads.ops import kernel_sums, mmd_fused
-from fastheads.ops import mmd as operator
+from fastheads.ops import kernel_sums, mmd_fused, mmd_panels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ["adaptive", "dan", "domainbed", [0.01, 0.1]]
@@ -33,7 +32,7 @@ def loss_and_gradient(x, domains, dtype=torch.float32, **options):
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 @pytest.mark.parametrize("n", [17, 150])  # one launch, and panels
 def test_loss_and_gradient_meet_the_numerics_rule(kernel, estimator, n, monkeypatch):
-    monkeypatch.setattr(operator, "WORKSPACE", 128 * 150)  # two panels, a layer at a time
+    monkeypatch.setattr(mmd_panels, "WORKSPACE", 128 * 150)  # two panels, a layer at a time
     x, domains = samples(n)
     options = {"kernel": kernel, "estimator": estimator, "num_domains": 3}
     got = loss_and_gradient(x, domains, impl="triton", **options)
@@ -177,7 +176,7 @@ SHARES = [(0, 50), (50, 50), (50, 51), (51, 170)]  # rows of four processes: one
 @pytest.mark.parametrize("panel", [2**22, 128 * 170])
 def test_processes_rows_add_up_to_the_whole(panel, monkeypatch):
     """What `group=` computes on each process of its rows against all columns, by the same kernel, in panels or not."""
-    monkeypatch.setattr(operator, "WORKSPACE", panel)
+    monkeypatch.setattr(mmd_panels, "WORKSPACE", panel)
     x, domains = samples(170)
     gammas, coeff = torch.tensor([[0.01, 0.1], [0.02, 0.05]], device=DEVICE), torch.eye(3, device=DEVICE) - 0.3
     results = []

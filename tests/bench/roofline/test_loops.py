@@ -9,7 +9,7 @@ from fastheads import mmd
 from fastheads.kernels import attention_bwd, attention_fwd, low_rank, one_pass
 from fastheads.kernels.launch import launching
 from fastheads.kernels.low_rank import LowRank
-from fastheads.ops import mmd as operator
+from fastheads.ops import mmd_panels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 DH = 64
@@ -104,7 +104,7 @@ def test_padding_of_the_backward_pass_at_197_tokens_is_what_the_compiler_was_giv
 @pytest.mark.parametrize("samples", [100, 300, 700])
 def test_pairs_of_the_mmd_on_a_cpu(samples, monkeypatch):
     """Of one panel all, of several fewer."""
-    monkeypatch.setattr(operator, "WORKSPACE", 64 * 1000)
+    monkeypatch.setattr(mmd_panels, "WORKSPACE", 64 * 1000)
     made, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y, **k: made.append(x.shape[1] * y.shape[2]) or bmm(x, y, **k))
     mmd(torch.randn(samples, 4), torch.arange(samples) % 2, num_domains=2, impl="cpu")
@@ -115,7 +115,7 @@ def test_pairs_of_the_mmd_on_a_cpu(samples, monkeypatch):
 @pytest.mark.parametrize("samples", [140, 500])
 def test_pairs_of_the_mmd_on_a_gpu(samples, counted, monkeypatch):
     """The kernel's products, less those of sums by domain, in whole tiles."""
-    monkeypatch.setattr(operator, "WORKSPACE", 128 * 500)
+    monkeypatch.setattr(mmd_panels, "WORKSPACE", 128 * 500)
     panels = []
 
     def run(kernel, grid, *args, **meta):
