@@ -148,7 +148,7 @@ def run_demo(
 
 
 def what_captions_mean(base: nn.Module, folders: DomainFolders) -> dict[str, dict[str, Any]]:
-    """Of every domain: zero-shot accuracy by the plain prompt, by those that tell the look, and by those of its opposite.
+    """Zero-shot accuracy in every domain: by the plain prompt, by those that tell the look, by those of its opposite.
 
     And "words": axis -> word -> the share of pictures that match the caption with it better than with its opposite,
     the name being right. That is what CAR-FT's contexts are made of.
