@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from fastheads.kernels.direct import start
+
 Run = Callable[..., Any]
 _instead: Run | None = None
 
@@ -19,7 +21,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _instead is not None:
         _instead(kernel, grid, *args, **meta)
     elif all(grid):
-        kernel[grid](*args, **meta)
+        start(kernel, grid, args, meta)
 
 
 @contextmanager
