@@ -41,33 +41,72 @@ torch.library.register_fake(_OP, fused.forward_shapes, lib=_LIBRARY)
 torch.library.register_fake(f"{_OP}_backward", fused.backward_shapes, lib=_LIBRARY)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_in, b_in, lora_A, lora_B, gate, mask, seed, _, _, _, _, *problem = inputs
-    o, lse, cls, projected, low, heads = output
-    ctx.mark_non_differentiable(lse, cls, projected, low, heads)
-    ctx.set_materialize_grads(False)
-    if gate is None and projected.numel() and inputs[-1] == "cpu":
-        heads = o
-    ctx.save_for_backward(x, w_in, b_in, lora_A, lora_B, gate, mask, seed, lse, projected, low, heads)
-    ctx.problem = problem
+_FORWARD = torch.ops.fastheads.head_attention.default
+_BACKWARD = torch.ops.fastheads.head_attention_backward.default
+_TENSOR_INPUTS = 9  # of the operator, which come first: x … pool_tokens
 
 
-def _backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """From the gradient of o to those of x, w_in, b_in, lora_A, lora_B and gate; see `fused.backward`."""
-    needed = list(ctx.needs_input_grad[:6])
-    if do is None:
-        return (None,) * len(ctx.needs_input_grad)
-    grads = torch.ops.fastheads.head_attention_backward(do, *ctx.saved_tensors, needed, *ctx.problem)
-    found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    return (*found, *(None,) * (len(ctx.needs_input_grad) - 6))
+class _HeadAttention(torch.autograd.Function):
+    """The operator's gradients: of x, w_in, b_in, lora_A, lora_B and gate, from the gradient of o; see `fused.backward`.
+
+    `torch.library.register_autograd` would do, but for the 100 µs in which it looks for defaults of 18 arguments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, others: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, ...] = _FORWARD.redispatch(keyset, *tensors, *others)
+        o, lse, cls, projected, low, heads = output
+        gate, problem = tensors[5], others[3:]
+        ctx.mark_non_differentiable(lse, cls, projected, low, heads)
+        ctx.set_materialize_grads(False)
+        if gate is None and problem[-1] == "cpu" and projected.numel():
+            heads = o
+        ctx.save_for_backward(*tensors[:8], lse, projected, low, heads)
+        ctx.problem = problem
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needed = list(ctx.needs_input_grad[2:8])
+        if do is None:
+            return (None,) * (2 + _TENSOR_INPUTS)
+        grads = _BACKWARD(do, *ctx.saved_tensors, needed, *ctx.problem)
+        found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        return (None, None, *found, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("head_attention has no second derivative in this implementation; use impl='reference'")
+def _differentiable(keyset: Any, *args: Any) -> Any:
+    keyset = keyset & torch._C._after_autograd_keyset
+    tensors, others = args[:_TENSOR_INPUTS], args[_TENSOR_INPUTS:]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors[:6]):
+        return _HeadAttention.apply(keyset, others, *tensors)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD.redispatch(keyset, *args)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=_LIBRARY)
-torch.library.register_autograd(f"{_OP}_backward", _no_second_derivative, lib=_LIBRARY)
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, others: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, ...] = _BACKWARD.redispatch(keyset, *tensors, *others)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # type: ignore[override]
+        raise RuntimeError("head_attention has no second derivative in this implementation; use impl='reference'")
+
+
+def _differentiated(keyset: Any, *args: Any) -> Any:
+    keyset = keyset & torch._C._after_autograd_keyset
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _NoSecondDerivative.apply(keyset, args[13:], *args[:13])
+    with torch._C._AutoDispatchBelowAutograd():
+        return _BACKWARD.redispatch(keyset, *args)
+
+
+_LIBRARY.impl("head_attention", _differentiable, "Autograd", with_keyset=True)
+_LIBRARY.impl("head_attention_backward", _differentiated, "Autograd", with_keyset=True)
 
 
 def head_attention(
