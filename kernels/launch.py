@@ -67,7 +67,8 @@ def on_grid(programs: int, what: str) -> int:
 
 def strides(x: Tensor, *dims: int) -> tuple[int, ...]:
     """x's strides along `dims`."""
-    return tuple(x.stride(d) for d in dims)
+    every = x.stride()
+    return tuple([every[d] for d in dims])
 
 
 def packed(x: Tensor | None) -> Tensor | None:

@@ -93,7 +93,7 @@ def mmd_step(rehearse: bool) -> Callable[[], Any]:
 
 
 def host(out: Path, seconds: float, rehearse: bool) -> None:
-    """Host time of a layer beside stock's, by form and by how launches are started (`bench.launches`), CUDA's share too."""
+    """Host time of a layer beside stock's, by form and way of launching (`bench.launches`), CUDA's share in it."""
     rounds, device = (1, "cpu") if rehearse else (21, "cuda")
     rows = [row for autocast in (True, False) for row in launches.timed(autocast, rounds, device)]
     write(out / "host.rows.json", environment(device), rows)
