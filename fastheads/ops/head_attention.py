@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastheads import reference
 from fastheads.ops import fused
 from fastheads.ops.dispatch import Problem, choose, looked_at, surroundings
+from fastheads.ops.flops import tell_counters
 from fastheads.reference import TARGETS, HeadAttentionOutput
 
 __all__ = ["HeadAttentionOutput", "head_attention"]
@@ -52,7 +53,10 @@ def _unwatched(*tensors: Tensor | None) -> bool:
     Then the functions behind the operators are called without them: a trip through the dispatcher and back takes as
     long as what it is for.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        tell_counters()
         return False
     return _PLAIN.issuperset(map(type, tensors))
 
@@ -68,7 +72,7 @@ class _HeadAttention(torch.autograd.Function):
     def forward(ctx: Any, keyset: Any, others: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             if keyset is None:
-                output: Any = fused.forward(*cast(Any, tensors), *others)
+                output: Any = cast(Any, fused.forward)(*tensors, *others)
             else:
                 output = _FORWARD.redispatch(keyset, *tensors, *others)
         o, lse, cls, projected, low, heads = output
@@ -91,7 +95,7 @@ class _HeadAttention(torch.autograd.Function):
             grads = _BACKWARD(do, *saved, needed, *ctx.problem)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = fused.backward(do, *saved, needed, *ctx.problem)
+                grads = cast(Any, fused.backward)(do, *saved, needed, *ctx.problem)
         found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         return (None, None, *found, None, None, None)
 
@@ -193,7 +197,7 @@ def head_attention(
     inputs = (x, w_in, b_in, lora_A, lora_B, gate)
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     parts = [TARGETS.index(t) for t in targets]
-    if name == "cpu" and not (backward or dropout or torch.compiler.is_compiling()) and x.numel():
+    if name == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*inputs, mask):
         # The way through the dispatcher costs as much as a short sequence's attention.
         return HeadAttentionOutput(*fused.infer(*inputs, mask, pool, num_heads, parts, scale, causal))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
