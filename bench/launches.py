@@ -38,7 +38,7 @@ from bench.base.timing import compare
 from bench.base.towers import SETTINGS, Setting
 from bench.contests.models import blocks_of, clip
 from fastheads.kernels import attention_bwd, attention_fwd, fold, low_rank, mmd_small, one_pass
-from fastheads.kernels.launch import launching
+from fastheads.kernels.launch import launch, launching
 from fastheads.ops import dispatch
 
 GROUP = "launches"
@@ -241,6 +241,28 @@ def _inside(way: Callable[[], AbstractContextManager[Any]], step: Callable[[], A
     return run
 
 
+def launch_times(rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds of each of our launches alone, by kernel(arguments) and way, without a GPU."""
+    found: dict[str, tuple[Any, ...]] = {}
+
+    def keep(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        found[f"{kernel.__name__}({_arguments(args)})"] = kernel, grid, args, meta
+
+    with _no_gpu():
+        for form in FORMS:
+            with launching(keep):
+                Layer(form, TINY, 1).step()()
+
+        def again(kernel: Any, grid: tuple[int, ...], args: Any, meta: Any) -> Callable[[], Any]:
+            return lambda: launch(kernel, grid, *args, **meta)
+
+        times = {}
+        for name, launched in found.items():
+            runs = {way: _inside(inside, again(*launched)) for way, inside in WAYS.items() if way != "stubbed"}
+            times[name] = compare(runs, "thread", rounds=rounds, sample_seconds=0.005)
+    return times
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 
@@ -268,14 +290,19 @@ def timed(autocast: bool, rounds: int, device: str = "cpu") -> list[Row]:
     ]
 
 
+def launched(rounds: int) -> list[Row]:
+    rows = []
+    for name, times in launch_times(rounds).items():
+        base = times["Triton's run"]["median"]
+        of = {"group": GROUP, "case": f"launch: {name}", "baseline": "Triton's run"}
+        rows += [Row(contender=way, seconds=took, ratio=took["median"] / base, **of) for way, took in times.items()]
+    return rows
+
+
 def measure(rounds: int) -> list[Row]:
-    settings = (SETTINGS["B/16"], 64), (SETTINGS["B/32"], 64)
-    of = [
-        Layer(form, s, b, autocast=a)
-        for (s, b), a in itertools.product(settings, (True, False))
-        for form in ("stock", *FORMS)
-    ]
-    return [*counted(of), *timed(True, rounds), *timed(False, rounds)]
+    towers = itertools.product((SETTINGS["B/16"], SETTINGS["B/32"]), (True, False), ("stock", *FORMS))
+    layers = [Layer(form, setting, 64, autocast=autocast) for setting, autocast, form in towers]
+    return [*counted(layers), *launched(rounds), *timed(True, rounds), *timed(False, rounds)]
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -288,8 +315,8 @@ def report(rows: Sequence[Row]) -> str:
             for r in own:
                 lines += [f"- {r.contender}: " + "; ".join(_counts(r.extra[p]) for p in ("forward", "backward"))]
         else:
-            cells = [[r.contender, f"{r.median * 1e6:,.0f}", f"{r.ratio:.2f}"] for r in own]
-            lines += [f"{case}:", "", table(["", "µs", "/ stock"], cells)]
+            cells = [[r.contender, f"{r.median * 1e6:,.1f}", f"{r.ratio:.2f}"] for r in own]
+            lines += [f"{case}:", "", table(["", "µs", f"/ {own[0].baseline}"], cells)]
         lines.append("")
     return "\n".join(lines)
 
