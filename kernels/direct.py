@@ -15,6 +15,7 @@ from collections.abc import Callable
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -32,7 +33,9 @@ USUAL: dict[str, Any] = {
     "compilation.instrumentation_mode": "",
 }
 LATER: dict[str, Any] = {"compilation.fpsan_homomorphic_casts": False}  # not in 3.6
-USED = {"self", "args", "grid", "warmup", "kwargs", "device", "stream", "kernel_cache", "kernel", "launch_metadata"}
+# Of its code, and the versions it was tried with: another may start kernels with other arguments.
+USED = {"device_caches", "packed_metadata", "function", "launch_enter_hook", "launch_exit_hook", "pre_run_hooks"}
+TRIED = (3, 6), (3, 9)
 
 
 def _has(name: str) -> bool:
@@ -43,7 +46,13 @@ def _has(name: str) -> bool:
     return True
 
 
-KNOWN = all(map(_has, USUAL)) and set(JITFunction.run.__code__.co_varnames) >= USED
+def _known() -> bool:
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    code = getattr(JITFunction.run, "__code__", None)
+    return TRIED[0] <= version <= TRIED[1] and all(map(_has, USUAL)) and USED <= set(getattr(code, "co_names", ()))
+
+
+KNOWN = _known()
 _read = {**USUAL, **{name: value for name, value in LATER.items() if _has(name)}}
 _settings, _usual = attrgetter(*_read), tuple(_read.values())
 
