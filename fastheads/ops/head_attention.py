@@ -43,22 +43,25 @@ torch.library.register_fake(f"{_OP}_backward", fused.backward_shapes, lib=_LIBRA
 
 _FORWARD = torch.ops.fastheads.head_attention.default
 _BACKWARD = torch.ops.fastheads.head_attention_backward.default
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _INPUTS = 9  # of the operator that are tensors, or None; they come first
 
 
 def _unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nobody asks what runs here, a compiler, a tracer, a mode or a tensor's own class.
+    """Whether nobody asks what runs here: a compiler, a tracer, a transform, a mode, a tensor's own class.
 
     Then the functions behind the operators are called without them: a trip through the dispatcher and back takes as
-    long as what it is for.
+    long as what it is for. The first of the tensors is x, or a gradient, which may be a batch of them (torch's
+    `is_grads_batched`).
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or reference.transformed():
         return False
     if torch._C._len_torch_dispatch_stack():
         tell_counters()
         return False
-    return _PLAIN.issuperset(map(type, tensors))
+    batched = torch._C._dispatch_keys(cast(Tensor, tensors[0])).has(_BATCHED)
+    return not batched and _PLAIN.issuperset(map(type, tensors))
 
 
 class _HeadAttention(torch.autograd.Function):

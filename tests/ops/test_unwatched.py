@@ -83,3 +83,23 @@ def test_a_tensor_of_a_class_of_its_own_goes_through_the_operator():
     tensors, _, options = made(FULL, "cpu")
     head_attention(**(tensors | {"x": tensors["x"].as_subclass(Own)}), **options, impl="cpu")
     assert "fastheads.head_attention.default" in Own.done
+
+
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_a_batch_of_gradients_goes_through_the_operator(how):
+    tensors, do, options = made(FULL, "cpu")
+    own = leaves(tensors)
+    o, wanted = head_attention(**own, **options, impl="cpu").o, list(own.values())
+    several = torch.stack([do, 2 * do])
+
+    def backward(v, **how):
+        return torch.autograd.grad(o, wanted, v, retain_graph=True, **how)
+
+    if how == "vmap":
+        together = torch.func.vmap(backward)(several)
+    else:
+        together = backward(several, is_grads_batched=True)
+    for i, v in enumerate(several):
+        assert all(
+            torch.allclose(t[i], alone, rtol=1e-5, atol=1e-6) for t, alone in zip(together, backward(v), strict=True)
+        )
