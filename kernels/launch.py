@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from fastheads.kernels.direct import start
+
 Run = Callable[..., Any]
 _instead: Run | None = None
 
@@ -19,7 +21,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _instead is not None:
         _instead(kernel, grid, *args, **meta)
     elif all(grid):
-        kernel[grid](*args, **meta)
+        start(kernel, grid, args, meta)
 
 
 @contextmanager
@@ -65,7 +67,8 @@ def on_grid(programs: int, what: str) -> int:
 
 def strides(x: Tensor, *dims: int) -> tuple[int, ...]:
     """x's strides along `dims`."""
-    return tuple(x.stride(d) for d in dims)
+    every = x.stride()
+    return tuple([every[d] for d in dims])
 
 
 def packed(x: Tensor | None) -> Tensor | None:

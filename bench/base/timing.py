@@ -16,12 +16,13 @@ FEW = 5  # rounds at least, where `seconds` allow it; of so few samples low and 
 
 
 def seconds_of(run: Callable[[], Any], calls: int, device: str) -> float:
-    """Seconds of one call, in the mean over `calls`."""
+    """Seconds of one call, in the mean over `calls`. device: "cpu", "cuda", or "thread": this thread's work alone."""
     if device != "cuda":
-        started = time.perf_counter()
+        clock = time.thread_time if device == "thread" else time.perf_counter
+        started = clock()
         for _ in range(calls):
             run()
-        return (time.perf_counter() - started) / calls
+        return (clock() - started) / calls
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):

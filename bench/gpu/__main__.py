@@ -32,6 +32,7 @@ PARTS = (
     Part("attention", "bench", 60, 25, ("bench/", "-k", "test_attention")),
     Part("mmd", "bench", 60, 25, ("bench/", "-k", "test_mmd")),
     Part("inference", "bench", 50, 25, ("bench/", "-k", "test_inference")),
+    Part("host", "python", 60, 20, ("bench.gpu.parts", "host")),
     Part("sweeps", "python", 110, 40, ("bench.gpu.parts", "sweeps")),
     Part("profile", "python", 60, 20, ("bench.gpu.parts", "profile")),
 )

@@ -15,8 +15,9 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
 import fastheads
+from bench import launches
 from bench import sweeps as sweeping
-from bench.base.results import write_json
+from bench.base.results import environment, write, write_json
 from bench.base.timing import compare
 from bench.base.towers import BATCHES, SETTINGS
 from bench.contests.contenders.towers import AUTO, training
@@ -91,6 +92,13 @@ def mmd_step(rehearse: bool) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(fastheads.mmd(x, ids, num_domains=3), [x], seed)
 
 
+def host(out: Path, seconds: float, rehearse: bool) -> None:
+    """Host time of a layer beside stock's, by form and way of launching (`bench.launches`), CUDA's share in it."""
+    rounds, device = (1, "cpu") if rehearse else (21, "cuda")
+    rows = [row for autocast in (True, False) for row in launches.timed(autocast, rounds, device)]
+    write(out / "host.rows.json", environment(device), rows)
+
+
 def profile(out: Path, seconds: float, rehearse: bool) -> None:
     """Kernels by time and launches, of a step and of the paper's MMD, with traces; what memory a step allocates."""
 
@@ -116,7 +124,7 @@ def profile(out: Path, seconds: float, rehearse: bool) -> None:
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
-PARTS = {"rates": rates, "sweeps": sweeps, "profile": profile}
+PARTS = {"rates": rates, "sweeps": sweeps, "host": host, "profile": profile}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

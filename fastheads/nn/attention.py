@@ -38,9 +38,27 @@ class HeadAttention:
         """Gated heads `[B, N, D]` of x `[B, N, D]`, and the probabilities `[B, H, N, N]` where asked for.
 
         mask: broadcasts to `[B, H, N, N]`, additive or True = masked. `norms` (of q and k), `score_scale`,
-        `head_scale` and `attention_dropout` are what only the reference path covers.
+        `head_scale` and `attention_dropout` are what only the reference path covers. A profiler sees it by the layer's
+        name, `fastheads::visual.3`.
         """
         own = self.heads
+        options: Any = (x, mask, need_weights, norms, score_scale, head_scale, attention_dropout)
+        if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
+            with torch.autograd.profiler.record_function(f"fastheads::{own.tower}.{own.layer}"):
+                return self._heads_of(own, *options)
+        return self._heads_of(own, *options)
+
+    def _heads_of(
+        self,
+        own: HeadLoRA,
+        x: Tensor,
+        mask: Tensor | None,
+        need_weights: bool,
+        norms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        score_scale: Tensor | None,
+        head_scale: Tensor | None,
+        attention_dropout: float,
+    ) -> tuple[Tensor, Tensor | None]:
         if self.training and own.frozen() and torch.is_grad_enabled() and own.watch is not None:
             own.watch.warn()
         dropout_p = own.dropout if self.training else 0.0

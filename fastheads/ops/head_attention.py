@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastheads import reference
 from fastheads.ops import fused
 from fastheads.ops.dispatch import Problem, choose, looked_at, surroundings
+from fastheads.ops.flops import tell_counters
 from fastheads.reference import TARGETS, HeadAttentionOutput
 
 __all__ = ["HeadAttentionOutput", "head_attention"]
@@ -40,34 +41,99 @@ for _device in ("CPU", "CUDA"):
 torch.library.register_fake(_OP, fused.forward_shapes, lib=_LIBRARY)
 torch.library.register_fake(f"{_OP}_backward", fused.backward_shapes, lib=_LIBRARY)
 
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_in, b_in, lora_A, lora_B, gate, mask, seed, _, _, _, _, *problem = inputs
-    o, lse, cls, projected, low, heads = output
-    ctx.mark_non_differentiable(lse, cls, projected, low, heads)
-    ctx.set_materialize_grads(False)
-    if gate is None and projected.numel() and inputs[-1] == "cpu":
-        heads = o
-    ctx.save_for_backward(x, w_in, b_in, lora_A, lora_B, gate, mask, seed, lse, projected, low, heads)
-    ctx.problem = problem
+_FORWARD = torch.ops.fastheads.head_attention.default
+_BACKWARD = torch.ops.fastheads.head_attention_backward.default
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_INPUTS = 9  # of the operator that are tensors, or None; they come first
 
 
-def _backward(ctx: Any, do: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """From the gradient of o to those of x, w_in, b_in, lora_A, lora_B and gate; see `fused.backward`."""
-    needed = list(ctx.needs_input_grad[:6])
-    if do is None:
-        return (None,) * len(ctx.needs_input_grad)
-    grads = torch.ops.fastheads.head_attention_backward(do, *ctx.saved_tensors, needed, *ctx.problem)
-    found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    return (*found, *(None,) * (len(ctx.needs_input_grad) - 6))
+def _unwatched(*tensors: Tensor | None) -> bool:
+    """Whether nobody asks what runs here: a compiler, a tracer, a transform, a mode, a tensor's own class.
+
+    Then the functions behind the operators are called without them: a trip through the dispatcher and back takes as
+    long as what it is for. The first of the tensors is x, or a gradient, which may be a batch of them (torch's
+    `is_grads_batched`).
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or reference.transformed():
+        return False
+    if torch._C._len_torch_dispatch_stack():
+        tell_counters()
+        return False
+    batched = torch._C._dispatch_keys(cast(Tensor, tensors[0])).has(_BATCHED)
+    return not batched and _PLAIN.issuperset(map(type, tensors))
 
 
-def _no_second_derivative(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
-    raise RuntimeError("head_attention has no second derivative in this implementation; use impl='reference'")
+class _HeadAttention(torch.autograd.Function):
+    """The gradients of x, w_in, b_in, lora_A, lora_B and gate, from the gradient of o; see `fused.backward`.
+
+    `torch.library.register_autograd` would do, but for the 100 µs in which it looks for defaults of 18 arguments.
+    keyset: what the operator goes on with; None: without the operator.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, others: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            if keyset is None:
+                output: Any = cast(Any, fused.forward)(*tensors, *others)
+            else:
+                output = _FORWARD.redispatch(keyset, *tensors, *others)
+        o, lse, cls, projected, low, heads = output
+        problem = others[3:]
+        ctx.mark_non_differentiable(lse, cls, projected, low, heads)
+        ctx.set_materialize_grads(False)
+        if tensors[5] is None and problem[-1] == "cpu" and projected.numel():
+            heads = o  # un-gated as they are
+        ctx.save_for_backward(*tensors[:8], lse, projected, low, heads)
+        ctx.problem = problem
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        do = grad_outputs[0]
+        if do is None:
+            return (None,) * (2 + _INPUTS)
+        needed, saved = list(ctx.needs_input_grad[2:8]), ctx.saved_tensors
+        if torch.is_grad_enabled() or not _unwatched(do, *saved):
+            grads = _BACKWARD(do, *saved, needed, *ctx.problem)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = cast(Any, fused.backward)(do, *saved, needed, *ctx.problem)
+        found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        return (None, None, *found, None, None, None)
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=_LIBRARY)
-torch.library.register_autograd(f"{_OP}_backward", _no_second_derivative, lib=_LIBRARY)
+def _differentiable(keyset: Any, *args: Any) -> Any:
+    keyset = keyset & torch._C._after_autograd_keyset
+    tensors, others = args[:_INPUTS], args[_INPUTS:]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors[:6]):
+        return _HeadAttention.apply(keyset, others, *tensors)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _FORWARD.redispatch(keyset, *args)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, others: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, ...] = _BACKWARD.redispatch(keyset, *tensors, *others)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise RuntimeError("head_attention has no second derivative in this implementation; use impl='reference'")
+
+
+def _differentiated(keyset: Any, *args: Any) -> Any:
+    keyset = keyset & torch._C._after_autograd_keyset
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _NoSecondDerivative.apply(keyset, args[13:], *args[:13])
+    with torch._C._AutoDispatchBelowAutograd():
+        return _BACKWARD.redispatch(keyset, *args)
+
+
+_LIBRARY.impl("head_attention", _differentiable, "Autograd", with_keyset=True)
+_LIBRARY.impl("head_attention_backward", _differentiated, "Autograd", with_keyset=True)
 
 
 def head_attention(
@@ -128,31 +194,28 @@ def head_attention(
         if recompute and torch.is_grad_enabled():
             return checkpoint(plain, gate, *tensors, use_reentrant=False)
         return plain(gate, *tensors)
-    x, wide = x.to(dtype), torch.promote_types(dtype, torch.float32)
-    lora_A, lora_B, gate = (None if t is None else t.to(wide) for t in (lora_A, lora_B, gate))
+    wide = dtype if dtype == torch.float64 else torch.float32
+    x = x if x.dtype == dtype else x.to(dtype)
+    lora_A, lora_B, gate = (t if t is None or t.dtype == wide else t.to(wide) for t in (lora_A, lora_B, gate))
     inputs = (x, w_in, b_in, lora_A, lora_B, gate)
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     parts = [TARGETS.index(t) for t in targets]
-    if name == "cpu" and not (backward or dropout or torch.compiler.is_compiling()) and x.numel():
+    if name == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*inputs, mask):
         # The way through the dispatcher costs as much as a short sequence's attention.
         return HeadAttentionOutput(*fused.infer(*inputs, mask, pool, num_heads, parts, scale, causal))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
     kind = "" if pool is None else pool if isinstance(pool, str) else "token" if isinstance(pool, int) else "tokens"
-    o, lse, cls, *_ = torch.ops.fastheads.head_attention(
-        *inputs,
-        mask,
-        seed,
-        pool if isinstance(pool, Tensor) else None,
-        kind,
-        pool if isinstance(pool, int) else 0,
-        ("inputs" if recompute else "projections") if backward else "nothing",
-        num_heads,
-        parts,
-        scale,
-        causal,
-        dropout_p,
-        name,
-    )
+    given: Any = (*inputs, mask, seed, pool if isinstance(pool, Tensor) else None)
+    token = pool if isinstance(pool, int) else 0
+    keep = ("inputs" if recompute else "projections") if backward else "nothing"
+    others: Any = (kind, token, keep, num_heads, parts, scale, causal, dropout_p, name)
+    if not _unwatched(*given):
+        o, lse, cls, *_ = _FORWARD(*given, *others)
+    elif backward:
+        o, lse, cls, *_ = _HeadAttention.apply(None, others, *given)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            o, lse, cls, *_ = fused.forward(*given, *others)
     return HeadAttentionOutput(o, lse, cls if kind else None)
 
 

@@ -1,0 +1,86 @@
+"""Floating-point operations of `fastheads::head_attention` and its gradients, for `torch.utils.flop_counter`.
+
+Counted is what the formulas ask for, as PyTorch counts its own attention on a GPU: two operations per multiplication in
+a product, softmax and gates free, scores computed again in the backward pass. With T targets, C rows of lora_A, rank r:
+
+    forward   x W  2·BN·3D·D      T = x Aᵀ  2·BN·D·C      T Bᵀ  2·BN·T·D·r      attention  4·B·H·N²·dh
+    backward  for each gradient asked for as many as its products in `fused.backward`; attention 10·B·H·N²·dh
+
+`register_flop_formula` is not used: its module imports Triton, and who imports fastheads has not asked for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+
+def _products(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> tuple[int, int, int]:
+    """Operations of x W, of T = x Aᵀ, and of T Bᵀ head by head."""
+    B, N, D = x.shape
+    projection = 2 * B * N * 3 * D * D
+    if lora_A is None or lora_B is None:
+        return projection, 0, 0
+    return projection, 2 * B * N * lora_A.numel(), 2 * B * N * lora_B.numel()
+
+
+def _score_product(x: Tensor) -> int:
+    """Operations of q kᵀ, and of every other product of attention."""
+    B, N, D = x.shape
+    return 2 * B * N * N * D
+
+
+def forward_flops(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    *args: Any,
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
+    return sum(_products(x, lora_A, lora_B)) + 2 * _score_product(x)
+
+
+def backward_flops(
+    do: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    projected: Tensor,
+    low: Tensor,
+    heads: Tensor,
+    needed: Sequence[bool],
+    *args: Any,
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
+    projection, down, up = _products(x, lora_A, lora_B)
+    dx, dw, _, dA, dB, _ = needed
+    products = [5 * _score_product(x)]
+    products += [projection * (dx + dw)]  # dY W, dYᵀ x
+    products += [up * ((dx or dA) + dB)]  # U = dY B, dYᵀ T
+    products += [down * (dA + dx)]  # Uᵀ x, U A
+    if not projected.numel():  # nothing was kept
+        products += [projection + down + up]
+    return sum(products)
+
+
+def tell_counters() -> None:
+    """Gives the formulas to every `FlopCounterMode` that is on."""
+    for mode in _get_current_dispatch_mode_stack():
+        formulas = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+        if formulas is not None:
+            formulas.setdefault(torch.ops.fastheads.head_attention, forward_flops)
+            formulas.setdefault(torch.ops.fastheads.head_attention_backward, backward_flops)

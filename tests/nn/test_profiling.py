@@ -1,0 +1,19 @@
+"""Layers by name where a profiler looks."""
+
+import torch
+from standins import features, patched
+from torch.profiler import ProfilerActivity, profile
+
+
+def test_a_profiler_sees_each_layer_by_its_name():
+    model = patched()
+    features(model)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        features(model)
+    named = {event.key: event.count for event in seen.key_averages() if event.key.startswith("fastheads::visual")}
+    assert named == {f"fastheads::visual.{layer}": 1 for layer in range(3)}
+
+
+def test_nothing_is_recorded_where_none_looks(monkeypatch):
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", None)
+    features(patched())
