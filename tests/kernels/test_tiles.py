@@ -46,9 +46,10 @@ def test_every_backward_and_one_pass_has_a_row(arch):
                     given = {"deltas": deltas, "rank": 8, "masked": masked, "spread": spread}
                     tiles = row_for(BACKWARD, arch, head_dim, length, dtype, **given).tiles(length)
                     assert tiles.block_n >= 16 and min(tiles.key_m, tiles.key_n) >= 16
-                    assert not (tiles.chunks or spread and length > 80) or tiles.whole != spread or length <= 80
-                    rest = length - length % tiles.block_m if tiles.tail else 0
-                    assert not tiles.tail or 0 < length - rest <= tiles.tail
+                    assert not tiles.chunks or tiles.chunks[-1][0] < length <= sum(tiles.chunks[-1])
+                    assert not (spread and length > 80 and tiles.whole)
+                    for tail, block in ((tiles.tail, tiles.block_m), (tiles.key_tail, tiles.key_n)):
+                        assert not tail or (tiles.whole and 0 < length % block <= tail < block)
                 if length <= 272:
                     tiles = row_for(ONE_PASS, arch, head_dim, length, dtype).tiles(length)
                     assert tiles.chunks[-1][0] < length <= sum(tiles.chunks[-1]) and tiles.block_n >= 16
@@ -58,7 +59,7 @@ def test_every_family_has_tables_or_takes_the_row_for_unknown_chips():
     assert set(FAMILY.values()) == set(SHARED)
     for table in (FORWARD, BACKWARD, ONE_PASS):
         assert {0, "float32", 80, 90} <= set(table) <= {0, "float32", *SHARED}
-    # an 89 is an 86; of an 75 nothing is known
+    # an 89 is an 86; of a 75 nothing is known
     assert row_for(FORWARD, 89, 64, 50, torch.bfloat16) == row_for(FORWARD, 86, 64, 50, torch.bfloat16)
     assert row_for(FORWARD, 75, 64, 50, torch.bfloat16) == FORWARD[0][0]
 
