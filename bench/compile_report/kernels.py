@@ -16,7 +16,7 @@ from bench.compile_report.offline import Compiled, compiling
 
 SHARED_NAME = {80: "A100", 90: "H100, H200"}
 # Constexprs that say which problem it is, not which tile.
-PROBLEM = {"H", "T", "D", "HEADS", "HEAD", "HEAD_DIM", "DIM", "PREC", "PRECISION", "CAUSAL"}
+PROBLEM = {"H", "DH", "D", "HEADS", "HEAD", "HEAD_DIM", "DIM", "PREC", "PRECISION", "CAUSAL"}
 PROBLEM |= {"MASK", "GATE", "POOL", "RANK", "LOW", "SLOTS", "SHARED", "PARTS"}
 PROBLEM |= {"num_warps", "num_stages"}  # have columns of their own
 # Of an SM: 32-bit registers in each of its four parts, bytes of shared memory, of which a block takes 1 KB more than it
