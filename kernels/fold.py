@@ -19,8 +19,8 @@ def padded_rank(columns: int) -> int:
 
 @triton.jit
 def fold_kernel(
-    p_w, stride_m, stride_n, p_a, p_b, p_out, scale, D, rows, R, columns,
-    HEADS: tl.constexpr, DIM: tl.constexpr, LOW: tl.constexpr, MERGE: tl.constexpr,
+    p_w, stride_m, stride_n, p_a, p_b, p_out, scale, D, rank, rows, R, columns,
+    HEADS: tl.constexpr, DIM: tl.constexpr, TARGETS: tl.constexpr, SHARED: tl.constexpr, MERGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """W_h + s·B_h A_h, or W_h; below, A. A program: BM rows of a head of q, k or v, or BM rows of A, by BN columns."""
@@ -39,14 +39,14 @@ def fold_kernel(
         if MERGE:
             i_t = -1
             for part in tl.static_range(3):
-                i_t = tl.where(i_p == part, LOW.targets[part], i_t)
+                i_t = tl.where(i_p == part, TARGETS[part], i_t)
             if i_t >= 0:
-                i_a = i_t if LOW.shared else i_t * HEADS + i_h
-                p_ar = p_a + i_a * LOW.rank * D + o_n
-                p_br = p_b + ((i_t * HEADS + i_h) * DIM + o_d) * LOW.rank
+                i_a = i_t if SHARED else i_t * HEADS + i_h
+                p_ar = p_a + i_a * rank * D + o_n
+                p_br = p_b + ((i_t * HEADS + i_h) * DIM + o_d) * rank
                 b_d = tl.zeros([BM, BN], tl.float32)
                 # a rank of 2 to 64 would be padding in tl.dot, and this is exact float32 on every chip
-                for r in range(LOW.rank):
+                for r in range(rank):
                     b_a = tl.load(p_ar + r * D, mask=m_n, other=0.0)
                     b_b = tl.load(p_br + r, mask=o_d < DIM, other=0.0)
                     b_d += b_b[:, None] * b_a[None, :]
@@ -81,8 +81,8 @@ def fold(
     out = torch.empty((3 * D + R, D), dtype=dtype, device=w_in.device)
     columns = triton.cdiv(D, BLOCK_COLUMNS)
     row_blocks = 3 * H * triton.cdiv(dh, BLOCK_ROWS) + triton.cdiv(R, BLOCK_ROWS)
-    args = (w_in, *strides(w_in, 0, 1), packed(lora_A), packed(lora_B), out, float(scale), D, rows, R, columns)
-    meta = {"HEADS": H, "DIM": dh, "LOW": low_of(parts, r, shared), "MERGE": merge, "num_warps": 4, "num_stages": 1}
+    args = (w_in, *strides(w_in, 0, 1), packed(lora_A), packed(lora_B), out, float(scale), D, r, rows, R, columns)
+    meta = {"HEADS": H, "DIM": dh, "TARGETS": low_of(parts, r, shared).targets, "SHARED": shared, "MERGE": merge}
     grid = (on_grid(row_blocks * columns, "fold"),)
-    launch(fold_kernel, grid, *args, **meta, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS)
+    launch(fold_kernel, grid, *args, **meta, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, num_warps=4, num_stages=1)
     return out

@@ -74,7 +74,7 @@ def add_rest(b_y, b_up, p_bias, dtype: tl.constexpr, h, PART: tl.constexpr, HEAD
 
 @triton.jit
 def project_rows(
-    x, weight, lora, b_up, first, rows, h,
+    x, weight, lora, b_up, first, rows, width, h,
     PARTS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """The parts (of q 0, k 1, v 2) of one head for ROWS rows of x: for each a tuple of tiles `[R, P]`."""
@@ -82,7 +82,8 @@ def project_rows(
     b_ys = ()
     for j in tl.static_range(len(PARTS)):
         b_ys = b_ys + (heads.zero_head(ROWS, b_up[PARTS[j]], HEAD),)
-    for start in range(0, HEAD.heads * HEAD.dim, TILES.block_n):
+    # width is D, known at run time only: a loop of known length would be unrolled.
+    for start in range(0, width, TILES.block_n):
         # [R, block_n]
         b_x = load_columns(x.p, o_r, x.stride, rows, start, TILES, HEAD)
         b_new = ()
@@ -97,7 +98,7 @@ def project_rows(
 
 @triton.jit
 def one_pass_fwd_kernel(
-    x, weight, lora, mask, p_gate, o, p_lse, pool, rows,
+    x, weight, lora, width, mask, p_gate, o, p_lse, pool, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h and lse_h of x `[N, D]`.
@@ -113,17 +114,17 @@ def one_pass_fwd_kernel(
     b_vs = ()
     for c in tl.static_range(len(TILES.chunks)):
         b_k, b_v = project_rows(
-            x_b, weight, lora, b_up, TILES.chunks[c][0], rows, h, (1, 2), TILES.chunks[c][1], TILES, HEAD, LOW
+            x_b, weight, lora, b_up, TILES.chunks[c][0], rows, width, h, (1, 2), TILES.chunks[c][1], TILES, HEAD, LOW
         )
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
     whole = rows - rows % TILES.block_m if TILES.tail > 0 else rows
     for start in range(0, whole, TILES.block_m):
-        b_q = project_rows(x_b, weight, lora, b_up, start, rows, h, (0,), TILES.block_m, TILES, HEAD, LOW)
+        b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), TILES.block_m, TILES, HEAD, LOW)
         attend_chunks(b_q[0], b_ks, b_vs, (), b_mask, out, start, rows, TILES.block_m, TILES, HEAD, CAUSAL, POOL)
     if TILES.tail > 0:
         for last in range(whole, rows, TILES.tail):
-            b_qt = project_rows(x_b, weight, lora, b_up, last, rows, h, (0,), TILES.tail, TILES, HEAD, LOW)
+            b_qt = project_rows(x_b, weight, lora, b_up, last, rows, width, h, (0,), TILES.tail, TILES, HEAD, LOW)
             attend_chunks(b_qt[0], b_ks, b_vs, (), b_mask, out, last, rows, TILES.tail, TILES, HEAD, CAUSAL, POOL)
 
 
@@ -171,6 +172,6 @@ def one_pass_fwd(
         low = heads.low_of(parts, lora_A.shape[2], lora_A.shape[1] < num_heads)
         s_t, s_h, s_r = strides(lora_A, 0, 1, 2)
         lora = Lora(lora_A, s_t, 0 if low.shared else s_h, s_r, packed(lora_B), float(scale))
-    inputs = (heads.as_rows(x), Weight(w_in, w_in.stride(0), packed(b_in)), lora)
+    inputs = (heads.as_rows(x), Weight(w_in, w_in.stride(0), packed(b_in)), lora, x.shape[2])
     kernel = one_pass_fwd_kernel
     return attend(kernel, 1, inputs, x, tiles, head, low, gate=gate, mask=mask, causal=causal, pool=pool)
