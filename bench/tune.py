@@ -1,8 +1,8 @@
 """The search for tile rows on a GPU: each candidate is checked against the default's output, then timed.
 
 Writes tune.result.json problem by problem; started again, it goes on with those that are not there. Prints, where a
-candidate is faster, the row to paste: forward in `tiles_of` (kernels/attention_fwd.py), backward in WHOLE or LONG
-(kernels/attention_bwd.py). A new row is compiled for its chips first (`python -m bench.compile_report`): no spills.
+candidate is faster, the row to paste into FORWARD or BACKWARD (kernels/tiles.py). A new row is compiled for its chips
+first (`python -m bench.compile_report`): no spills.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -61,28 +60,26 @@ def problems(rehearse: bool) -> list[Problem]:
 
 
 def candidates(p: Problem) -> list[Any]:
-    from fastheads.kernels.attend import Tiles
-    from fastheads.kernels.attention_bwd import Tile
-    from fastheads.kernels.attention_fwd import LONGEST_ON_CHIP, on_chip
+    from fastheads.kernels.tiles import LONGEST_ON_CHIP, Row
 
     if p.direction == "backward":
         if p.device == "cpu":
-            return [Tile(True, 16, 16, 16, 16), Tile(False, 16, 16, 16, 32)]
+            return [Row(16, 16, (16, 16), whole=True), Row(16, 16, (16, 32))]
         blocks = ((64, 32, 32, 64), (64, 64, 64, 64), (64, 16, 16, 64), (128, 32, 32, 128), (128, 64, 64, 128))
         each = itertools.product((True, False), blocks, (4, 8), (1, 2))
-        return [Tile(whole, *b, warps=warps, stages=stages) for whole, b, warps, stages in each]
+        return [Row(m, n, tuple(key), whole=w, warps=warps, stages=s) for w, (m, n, *key), warps, s in each]
     if p.device == "cpu":
-        return [Tiles((), 32, 0, 16, 4, 1), on_chip(p.length, 64, 0)]
-    chunks = itertools.product((64, 128), (0, 16), (4, 8)) if p.length <= LONGEST_ON_CHIP else ()
+        return [Row(32, 16), Row(64, chunk=64)]
+    chunks = itertools.product((64, 128), (False, True), (4, 8)) if p.length <= LONGEST_ON_CHIP else ()
     streamed = itertools.product((64, 128), (32, 64), (4, 8), (2, 3))
-    found = [on_chip(p.length, largest, tail)._replace(num_warps=warps) for largest, tail, warps in chunks]
-    return found + [Tiles((), m, 0, n, warps, stages) for m, n, warps, stages in streamed]
+    found = [Row(64, chunk=largest, tail=tail, warps=warps) for largest, tail, warps in chunks]
+    return found + [Row(m, n, warps=warps, stages=stages) for m, n, warps, stages in streamed]
 
 
 def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:
     """What a candidate is timed and checked by: its kernel's outputs; None is the default's row."""
-    from fastheads.kernels import attention_fwd
     from fastheads.kernels.attention_bwd import attention_bwd
+    from fastheads.kernels.attention_fwd import attention_fwd
     from fastheads.kernels.low_rank import LowRank
 
     torch.manual_seed(0)
@@ -92,16 +89,10 @@ def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:
     if p.deltas:
         low = torch.randn(B, N, 2 * H * r, device=p.device, dtype=p.dtype)
         options["delta"] = LowRank(low, 0.05 * torch.randn(2, H, dh, r, device=p.device), (0, 2), 1.0, False)
-    default = attention_fwd.tiles_of
-
-    def forward(candidate: Any) -> list[Tensor]:
-        with mock.patch.object(attention_fwd, "tiles_of", lambda *a, **k: candidate or default(*a, **k)):
-            return list(attention_fwd.attention_fwd(qkv, **options)[:2])
-
     if p.direction == "forward":
-        return forward
-    _, lse = forward(None)
-    return lambda candidate: list(attention_bwd(do, qkv, lse, **options, _tile=candidate))
+        return lambda candidate: list(attention_fwd(qkv, **options, _row=candidate)[:2])
+    _, lse, _ = attention_fwd(qkv, **options)
+    return lambda candidate: list(attention_bwd(do, qkv, lse, **options, _row=candidate))
 
 
 def off_by(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -1,109 +1,205 @@
-"""Backward of gated attention: dQ, dK, dV and the gate's gradient from qkv, the log-sum-exp and dO alone.
+"""Attention backward: dQ, dK, dV and the gate's gradient from qkv, the log-sum-exp and dO alone, for every head h.
 
-    P = exp(S - lse)      dP = dO Vᵀ (dO not gated)      delta_i = Σ_j P_ij dP_ij      dgate_h = Σ_{b,i} delta_i
-    dS = g P (dP - delta) / sqrt(dh)                     dQ = dS K      dK = dSᵀ Q      dV = g Pᵀ dO
+    P = exp(q kᵀ / sqrt(dh) + mask − lse)     dP = dO Vᵀ (dO not gated)      δ_i = Σ_j P_ij dP_ij     dg_h = Σ_{b,i} δ_i
+    dS = g P ∘ (dP − δ) / sqrt(dh)            dQ = dS K                      dK = dSᵀ Q               dV = g Pᵀ dO
 
-Nothing here reads the output: delta comes from a whole key row, so dgate is right at g = 0 too.
+A sweep over the queries makes δ and dQ, then one over the keys dK and dV. Nothing reads the output o: δ comes from a
+whole row of keys, so dg is right at g = 0 too. q, k and v are with their deltas, y0 + s·T_h B_hᵀ, and so is dY.
 """
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.attend import pieces_of
-from fastheads.kernels.attention_bwd_kernels import attention_bwd_kernel
-from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
+from fastheads.kernels import heads
+from fastheads.kernels.launch import architecture, launch, on_grid, packed, rows_of
 from fastheads.kernels.low_rank import LowRank
+from fastheads.kernels.tiles import BACKWARD, Row, is_spread, row_for
+
+# One head of one image. p_lse: as the forward left it; p_mean, p_lse2: δ and base-2 lse of each query, made here.
+Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_lse2")
 
 
-class Tile(NamedTuple):
-    """Blocks of the query sweep (q × k) and of the key sweep (q2 × k2).
+@triton.jit
+def problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
+    q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
+    dq = heads.rows_of_head(dqkv, b, h, HEAD)
+    dk = heads.rows_of_head(dqkv, b, HEAD.heads + h, HEAD)
+    dv = heads.rows_of_head(dqkv, b, 2 * HEAD.heads + h, HEAD)
+    do_h, b_mask = heads.rows_of_head(do, b, h, HEAD), heads.mask_of_head(mask, b, h)
+    b_gate = heads.load_gate(p_gate, h)
+    o_l = (b * HEAD.heads + h) * rows
+    return Problem(q, k, v, do_h, dq, dk, dv, b_mask, b_gate, p_lse + o_l, made[0] + o_l, made[1] + o_l)
 
-    whole: one program per (image, head) makes both sweeps; else two launches, a program per block of queries or keys.
-    chunks: only where whole: all keys on chip in these chunks, and the query sweep is one pass; (): two passes.
+
+@triton.jit
+def load_lse(p_lse, o_m, rows):
+    """lse in base 2. Rows that see nothing, and rows that aren't there, get +inf: their P is 0, never NaN. So do rows
+    that see only keys masked by a huge number: float32 cannot tell such a lse from its neighbours 100 away."""
+    b_lse = tl.load(p_lse + o_m, mask=o_m < rows, other=float("inf")) * heads.LOG2E
+    return tl.where(b_lse < -1.2e7, float("inf"), b_lse)  # -1 / float32's epsilon
+
+
+@triton.jit
+def probabilities(b_x, b_y, b_lse, o_m, o_n, rows, mask, CAUSAL: tl.constexpr, HEAD: tl.constexpr):
+    """P of queries and keys, or its transpose, as `scores` takes them; b_lse broadcasts as o_m does."""
+    b_s, factor = heads.scores(b_x, b_y, o_m, o_n, rows, mask, HEAD)
+    return heads.hide(tl.exp2(b_s * factor - b_lse), o_m, o_n, rows, 0.0, True, CAUSAL)
+
+
+@triton.jit
+def load_keys(x, start, rows, ROWS: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr):
+    """Keys and values start … start + ROWS - 1 with their deltas, and which they are."""
+    o_n = start + tl.arange(0, ROWS)
+    return heads.load_part(x.k, o_n, rows, HEAD, LOW), heads.load_part(x.v, o_n, rows, HEAD, LOW), o_n
+
+
+@triton.jit
+def query_rows(
+    x, b_ks, b_vs, first, rows,
+    ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """δ and dQ of the queries first … first + ROWS - 1; returns Σ δ.
+
+    δ must be known before dS, for Σ P dP K − δ Σ P K would cancel where the values have a common mean. So where keys
+    stream there are two passes over them; where all are on chip, P and dP of all of them stay.
     """
-
-    whole: bool
-    q: int
-    k: int
-    q2: int
-    k2: int
-    warps: int = 4
-    stages: int = 1
-    chunks: tuple[tuple[int, int], ...] = ()
-
-
-# Blocks per (architecture, with a delta or mask) for a head_dim up to so much: where the heads fill the chip, and
-# spread over it. Chosen by compiling for 16 bits (bench.compile_report): nothing of OpenCLIP's own sizes spills. Other
-# chips take an A100's.
-WHOLE: dict[tuple[int, bool], dict[int, Tile]] = {
-    (80, False): {
-        64: Tile(True, 64, 32, 32, 64, stages=2),
-        80: Tile(True, 64, 32, 32, 64),
-        112: Tile(True, 64, 16, 16, 32),
-        128: Tile(True, 64, 32, 32, 64),
-    },
-    (80, True): {
-        64: Tile(True, 64, 32, 32, 64),
-        80: Tile(False, 64, 16, 16, 64, stages=2),
-        128: Tile(False, 64, 16, 16, 64),
-    },
-    (90, False): {
-        64: Tile(True, 64, 64, 64, 64),
-        80: Tile(True, 64, 32, 32, 64),
-        112: Tile(True, 64, 16, 16, 64),
-        128: Tile(True, 64, 32, 32, 64),
-    },
-    (90, True): {64: Tile(True, 64, 64, 32, 64), 80: Tile(True, 64, 16, 16, 64), 128: Tile(False, 64, 16, 16, 64)},
-}
-LONG: dict[tuple[int, bool], dict[int, Tile]] = {
-    (80, False): {
-        64: Tile(False, 64, 32, 32, 64, stages=2),
-        80: Tile(False, 64, 32, 32, 64),
-        128: Tile(False, 64, 16, 16, 64),
-    },
-    (80, True): {
-        64: Tile(False, 64, 32, 32, 64),
-        80: Tile(False, 64, 16, 16, 64, stages=2),
-        128: Tile(False, 64, 16, 16, 64),
-    },
-    (90, False): {
-        64: Tile(False, 64, 64, 64, 64, stages=2),
-        80: Tile(False, 64, 64, 32, 64, stages=2),
-        128: Tile(False, 64, 16, 16, 64),
-    },
-    (90, True): {64: Tile(False, 64, 64, 64, 64, stages=2), 128: Tile(False, 64, 16, 16, 64)},
-}
-# A text tower with adapters on an A100, head_dim up to 64: with a delta and a mask, more keys at a time spill.
-MASKED_DELTA = Tile(True, 64, 16, 16, 64)
-# All keys on chip: head_dim up to 64, this many keys
-AT_ONCE = {
-    64: Tile(True, 64, 32, 32, 64, chunks=((0, 64),)),
-    80: Tile(True, 64, 32, 32, 64, chunks=((0, 64), (64, 16))),
-}
+    o_m = first + tl.arange(0, ROWS)
+    b_q = heads.load_part(x.q, o_m, rows, HEAD, LOW)
+    b_do = heads.load_head(x.do, o_m, rows, HEAD, b_q[0].dtype)
+    b_lse = load_lse(x.p_lse, o_m, rows)
+    b_mean = tl.zeros([ROWS], tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    end = rows
+    if CAUSAL:
+        end = tl.minimum(rows, first + ROWS)
+    b_ps = ()
+    b_dps = ()
+    for c in tl.static_range(len(TILES.chunks)):
+        o_c = TILES.chunks[c][0] + tl.arange(0, TILES.chunks[c][1])
+        # [M, chunk]
+        b_pc = probabilities(b_q, b_ks[c], b_lse[:, None], o_m[:, None], o_c[None, :], rows, x.mask, CAUSAL, HEAD)
+        b_dpc = heads.dot_over(b_do, heads.transposed(b_vs[c]), HEAD)
+        b_mean += tl.sum(b_pc * b_dpc, 1)
+        b_sum += tl.sum(b_pc, 1)
+        b_ps = b_ps + (b_pc,)
+        b_dps = b_dps + (b_dpc,)
+    if len(TILES.chunks) == 0:
+        for start in range(0, end, TILES.block_n):
+            b_k, b_v, o_n = load_keys(x, start, rows, TILES.block_n, HEAD, LOW)
+            # [M, N]
+            b_p = probabilities(b_q, b_k, b_lse[:, None], o_m[:, None], o_n[None, :], rows, x.mask, CAUSAL, HEAD)
+            b_dp = heads.dot_over(b_do, heads.transposed(b_v), HEAD)
+            b_mean += tl.sum(b_p * b_dp, 1)
+            b_sum += tl.sum(b_p, 1)
+    # P's rows sum to 1 only as far as q and k are rounded here as they were for lse, and where they don't, a common
+    # mean of dP stays in dS: so they are made to. A row that sees nothing is left at 0.
+    b_sum = tl.where(b_sum > 0, b_sum, 1.0)
+    b_mean = b_mean / b_sum
+    b_lse = b_lse + tl.log2(b_sum)
+    b_dq = heads.zero_head(ROWS, (), HEAD)
+    for c in tl.static_range(len(TILES.chunks)):
+        b_dq = heads.add_product(b_dq, b_ps[c] * (b_dps[c] - b_mean[:, None]) / b_sum[:, None], b_ks[c], HEAD)
+    if len(TILES.chunks) == 0:
+        for start in range(0, end, TILES.block_n):
+            b_k, b_v, o_n = load_keys(x, start, rows, TILES.block_n, HEAD, LOW)
+            b_p = probabilities(b_q, b_k, b_lse[:, None], o_m[:, None], o_n[None, :], rows, x.mask, CAUSAL, HEAD)
+            b_dp = heads.dot_over(b_do, heads.transposed(b_v), HEAD)
+            b_dq = heads.add_product(b_dq, b_p * (b_dp - b_mean[:, None]), b_k, HEAD)
+    tl.store(x.p_mean + o_m, b_mean, mask=o_m < rows)
+    tl.store(x.p_lse2 + o_m, b_lse, mask=o_m < rows)
+    heads.store_head(x.dq, o_m, rows, b_dq, x.gate * HEAD.scale, HEAD)
+    return tl.sum(b_mean, 0)
 
 
-def tile_for(arch: int, head_dim: int, length: int, heads: int, delta: bool, masked: bool, wide: bool) -> Tile:
-    """heads: of the whole batch. Fewer than two for each SM of an A100 leave it idle, unless their blocks are spread.
-    wide: float32, whose tiles take twice the registers."""
-    spread = length > 272 or (length > 80 and heads < 2 * 108)
-    if wide:
-        return Tile(not spread, 32, 32, 32, 32)
-    if head_dim <= 64 and length <= 80 and not delta and not (masked and arch == 90):
-        return AT_ONCE[64 if length <= 64 else 80]
-    if head_dim <= 64 and delta and masked and not spread and arch != 90:
-        return MASKED_DELTA
-    rows = (LONG if spread else WHOLE)[arch if arch in (80, 90) else 80, delta or masked]
-    return next(tile for most, tile in rows.items() if head_dim <= most)
+@triton.jit
+def key_rows(
+    x, first, rows,
+    ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of the keys first … first + ROWS - 1. P and dP are formed transposed, `[N, M]`: as they come out of
+    the product they are the left operand of the next one."""
+    b_k, b_v, o_n = load_keys(x, first, rows, ROWS, HEAD, LOW)
+    b_dk = heads.zero_head(ROWS, (), HEAD)
+    b_dv = heads.zero_head(ROWS, (), HEAD)
+    begin = 0
+    if CAUSAL:
+        begin = first // TILES.key_m * TILES.key_m
+    for start in range(begin, rows, TILES.key_m):
+        o_m = start + tl.arange(0, TILES.key_m)
+        b_q = heads.load_part(x.q, o_m, rows, HEAD, LOW)
+        b_do = heads.load_head(x.do, o_m, rows, HEAD, b_q[0].dtype)
+        b_lse = tl.load(x.p_lse2 + o_m, mask=o_m < rows, other=float("inf"))
+        b_mean = tl.load(x.p_mean + o_m, mask=o_m < rows, other=0.0)
+        # [N, M]
+        b_p = probabilities(b_k, b_q, b_lse[None, :], o_m[None, :], o_n[:, None], rows, x.mask, CAUSAL, HEAD)
+        b_dv = heads.add_product(b_dv, b_p, b_do, HEAD)
+        b_dp = heads.dot_over(b_v, heads.transposed(b_do), HEAD)
+        b_dk = heads.add_product(b_dk, b_p * (b_dp - b_mean[None, :]), b_q, HEAD)
+    heads.store_head(x.dv, o_n, rows, b_dv, x.gate, HEAD)
+    heads.store_head(x.dk, o_n, rows, b_dk, x.gate * HEAD.scale, HEAD)
 
 
-def whole_blocks(length: int, block: int) -> int:
-    """How many rows to take in whole blocks: what is left, up to 16 rows, would leave most of one more empty."""
-    return length - length % block if length % block <= 16 else length
+@triton.jit
+def attention_bwd_kernel(
+    do, qkv, delta, mask, p_gate, p_lse, made, dqkv, p_dgate, rows,
+    TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK, dV `[N, dh]` and Σ δ of one head: a program per (image, head) makes both sweeps.
+
+    made: δ and lse `[B, H, N]`, which the first sweep leaves to the second; p_dgate: `[B, H, 1]`.
+    """
+    b, h, _ = heads.program(1, HEAD)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, HEAD, LOW)
+    b_ks = ()
+    b_vs = ()
+    for c in tl.static_range(len(TILES.chunks)):
+        b_k, b_v, _ = load_keys(x, TILES.chunks[c][0], rows, TILES.chunks[c][1], HEAD, LOW)
+        b_ks = b_ks + (b_k,)
+        b_vs = b_vs + (b_v,)
+    b_dgate = 0.0
+    whole = rows - rows % TILES.block_m if TILES.tail > 0 else rows
+    for start in range(0, whole, TILES.block_m):
+        b_dgate += query_rows(x, b_ks, b_vs, start, rows, TILES.block_m, TILES, HEAD, LOW, CAUSAL)
+    if TILES.tail > 0:
+        for start in range(whole, rows, TILES.tail):
+            b_dgate += query_rows(x, b_ks, b_vs, start, rows, TILES.tail, TILES, HEAD, LOW, CAUSAL)
+    tl.store(p_dgate + tl.program_id(0), b_dgate)
+    # δ and lse, written by other threads of this program, are read below
+    tl.debug_barrier()
+    whole_keys = rows - rows % TILES.key_n if TILES.key_tail > 0 else rows
+    for start in range(0, whole_keys, TILES.key_n):
+        key_rows(x, start, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
+    if TILES.key_tail > 0:
+        for start in range(whole_keys, rows, TILES.key_tail):
+            key_rows(x, start, rows, TILES.key_tail, TILES, HEAD, LOW, CAUSAL)
+
+
+@triton.jit
+def attention_bwd_queries_kernel(
+    do, qkv, delta, mask, p_gate, p_lse, made, dqkv, p_dgate, rows,
+    TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The first sweep, a program per (image, head, block_m queries): dQ, δ and lse; Σ δ of each block."""
+    b, h, i_m = heads.program(tl.cdiv(rows, TILES.block_m), HEAD)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, HEAD, LOW)
+    b_dgate = query_rows(x, (), (), i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, LOW, CAUSAL)
+    tl.store(p_dgate + tl.program_id(0), b_dgate)
+
+
+@triton.jit
+def attention_bwd_keys_kernel(
+    do, qkv, delta, mask, p_gate, p_lse, made, dqkv, p_dgate, rows,
+    TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The second sweep, a program per (image, head, key_n keys): dK and dV."""
+    b, h, i_n = heads.program(tl.cdiv(rows, TILES.key_n), HEAD)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, HEAD, LOW)
+    key_rows(x, i_n * TILES.key_n, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
 
 
 def attention_bwd(
@@ -117,7 +213,7 @@ def attention_bwd(
     causal: bool = False,
     delta: LowRank | None = None,
     out: Tensor | None = None,
-    _tile: Tile | None = None,
+    _row: Row | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of gated attention: dqkv `[B, N, 3D]` in qkv's dtype, dgate `[H]` float32 (None without a gate).
 
@@ -133,83 +229,18 @@ def attention_bwd(
     rows_of(qkv=qkv, out=out, low=None if delta is None else delta.low)
     B, N, D = do.shape
     H, dh = num_heads, D // num_heads
-    lse, gate = lse.contiguous(), packed(gate)
+    do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty((B, N, 3 * D), dtype=qkv.dtype, device=qkv.device) if out is None else out
-    tile = _tile or tile_for(
-        architecture(qkv), dh, N, B * H, delta is not None, mask is not None, qkv.dtype == torch.float32
-    )
-    query_blocks = 1 if tile.whole else triton.cdiv(N, tile.q)
-    delta_rows, lse_rows = torch.empty((2, B, H, N), dtype=torch.float32, device=qkv.device).unbind()
-    partial = torch.empty((B, H, query_blocks), dtype=torch.float32, device=qkv.device)
-    kind = 0
-    s_mask: tuple[int, ...] = (0, 0, 0, 0)
-    if mask is not None:
-        kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask.expand(B, H, N, N)
-        s_mask = mask.stride()
-        mask = mask.view(torch.uint8) if kind == 1 else mask
-    slots: tuple[int, ...] = (-1, -1, -1)
-    rank = 0
-    if delta is not None:
-        slots = tuple(delta.parts.index(p) if p in delta.parts else -1 for p in range(3))
-        rank = delta.up.shape[-1]
-        delta = delta._replace(up=delta.up.contiguous())
-
-    whole_q, whole_k = whole_blocks(N, tile.q), whole_blocks(N, tile.k2)
-
-    def sweep(which: int, blocks: int) -> None:
-        low = qkv if delta is None else delta.low
-        launch(
-            attention_bwd_kernel,
-            (on_grid(B * H * blocks, "attention_bwd"),),
-            do,
-            *strides(do, 0, 1, 2),
-            qkv,
-            *strides(qkv, 0, 1),
-            lse,
-            lse if gate is None else gate,
-            lse if mask is None else mask,
-            *s_mask,
-            low,
-            *strides(low, 0, 1),
-            lse if delta is None else delta.up,
-            0.0 if delta is None else float(delta.scale),
-            delta_rows,
-            lse_rows,
-            dqkv,
-            *strides(dqkv, 0, 1),
-            partial,
-            dh**-0.5,
-            N,
-            blocks,
-            whole_q,
-            whole_k,
-            H=H,
-            DH=dh,
-            PIECES=pieces_of(dh),
-            LOW=tuple(rank if s >= 0 else 0 for s in slots),
-            SLOTS=slots,
-            SHARED=delta is not None and delta.shared,
-            R=max(16, triton.next_power_of_2(rank)),
-            GATE=gate is not None,
-            MASK=kind,
-            CAUSAL=causal,
-            PREC=dot_precision(qkv.dtype),
-            SWEEP=which,
-            BQ=tile.q,
-            BK=tile.k,
-            BQ2=tile.q2,
-            BK2=tile.k2,
-            CHUNKS=tile.chunks,
-            TAIL_Q=whole_q < N,
-            TAIL_K=whole_k < N,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-
-    if tile.whole:
-        sweep(0, 1)
-    else:
-        sweep(1, query_blocks)
-        sweep(2, triton.cdiv(N, tile.k2))
-    return dqkv, None if gate is None else partial.sum((0, 2))
+    low, deltas = (heads.Low(), 0) if delta is None else (delta.form(), len(delta.parts))
+    given: dict[str, Any] = {"deltas": deltas, "masked": mask is not None, "spread": is_spread(N, B * H)}
+    tiles = (_row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, **given)).tiles(N)
+    meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype), low, causal)
+    blocks = 1 if tiles.whole else triton.cdiv(N, tiles.block_m)
+    made = torch.empty((2, B, H, N), dtype=torch.float32, device=qkv.device).unbind()
+    dgate = torch.empty((B, H, blocks), dtype=torch.float32, device=qkv.device)
+    inputs = (heads.as_rows(do), heads.as_rows(qkv), None if delta is None else delta.on_chip())
+    args = (*inputs, heads.as_mask(mask, B, H, N), packed(gate), packed(lse), made, heads.as_rows(dqkv), dgate, N)
+    sweeps = ((attention_bwd_queries_kernel, blocks), (attention_bwd_keys_kernel, triton.cdiv(N, tiles.key_n)))
+    for kernel, blocks in ((attention_bwd_kernel, 1),) if tiles.whole else sweeps:
+        launch(kernel, (on_grid(B * H * blocks, "attention_bwd"),), *args, **meta)
+    return dqkv, None if gate is None else dgate.sum((0, 2))

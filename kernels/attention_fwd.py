@@ -1,223 +1,213 @@
-"""Attention forward with per-head gates and, by a compile-time switch, per-head low-rank deltas; q, k, v are read where
-the projection's GEMM left them, `[B, N, 3D]`.
+"""Attention forward: every head's deltas, softmax and gate in one pass over q, k, v, which are read where the
+projection's product left them, `[B, N, 3D]`.
 
-    y_t = y0_t + scale · low_t up_tᵀ  for targets t of q, k, v;    o_h = gate_h · softmax(q kᵀ / sqrt(dh) + mask) v
+    q_h = q0_h + s·T_h B_hᵀ, the same for k and v where they have a delta;      T_h = x A_hᵀ
+    o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h                         lse_h = log Σ exp(…)
 
-y0 is rounded already: a delta added to it and rounded again would vanish under half a unit in the last place. So it
-stays a product of its own, as columns beside those of the head (T = low, U = scale · up):
+q0 is rounded already: a delta added to it and rounded again would vanish under half a unit in the last place. So it
+stays a product of its own, as columns beside those of the head:
 
-    q kᵀ = q0 k0ᵀ + T_q (k U_q)ᵀ + (q0 U_k) T_kᵀ        P v = P v0 + (P T_v) U_vᵀ
+    q kᵀ = q0 k0ᵀ + T_q (k s·B_q)ᵀ + (q0 s·B_k) T_kᵀ        P v = P v0 + (P T_v) (s·B_v)ᵀ
 
 Sequences of ViT length keep k and v on chip, in chunks that add up to little more than N; longer ones stream them.
 """
 
-from __future__ import annotations
-
-import math
+from collections import namedtuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.attend import (
-    Head,
-    Tiles,
-    attend_chunks,
-    attend_keys,
-    attend_none,
-    attend_store,
-    chunks_of,
-    cls_of_block,
-    load_head,
-    load_tile,
-    load_up,
-    low_form,
-    mask_of_head,
-    out_of_head,
-    outputs_of,
-    pieces_of,
-)
-from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
+from fastheads.kernels import heads
+from fastheads.kernels.launch import architecture, launch, on_grid, packed, rows_of
 from fastheads.kernels.low_rank import LowRank
+from fastheads.kernels.tiles import FORWARD, Row, Tiles, row_for
 
-LONGEST_ON_CHIP = 272  # 257 tokens, and what a multiple of 16 adds
-
-
-def tiles_of(arch: int, head_dim: int, length: int, dtype: torch.dtype, deltas: int = 0, rank: int = 0) -> Tiles:
-    """The tile table; `deltas`: how many of q, k, v have one, of `rank`.
-
-    Chosen with the compiler only: bf16, without deltas and with those of q and v at rank 8, nothing spills.
-    """
-    columns = sum(width for _, width in pieces_of(head_dim))
-    low = deltas * max(16, triton.next_power_of_2(rank))
-    if dtype == torch.float32:
-        return Tiles((), 64, 0, 32 if columns <= 64 else 16, 8, 1)
-    if arch == 80:
-        # Keys, values and the deltas' columns beside them, of 163 KB, of which queries and up-projections need a fifth.
-        fits = triton.cdiv(length, 16) * 16 * 2 * (2 * columns + low) <= 128 * 1024
-        # Of 80 columns more keys than these spill.
-        if length <= (LONGEST_ON_CHIP if columns <= 64 else 80) and columns <= 80 and fits:
-            # 16 more queries are as dear as 64 where the head's last tile is 16 wide: every warp does all of them.
-            tail = 16 if columns <= 64 and length > 64 and 0 < length % 64 <= 16 else 0
-            return on_chip(length, 128, tail)
-        if deltas:
-            return Tiles((), 64, 0, 32 if columns <= 80 else 16, 4, 2)
-        return Tiles((), 128, 0, 64, 8, 3) if columns <= 64 else Tiles((), 64, 0, 64, 4, 2)
-    if arch == 90:
-        # Of what stays on chip every address is kept in registers: three deltas, or two at 80 columns, are too many.
-        longest = LONGEST_ON_CHIP if columns <= 64 and deltas < 3 else 208 if columns <= 80 and not deltas else 80
-        if length <= longest and columns <= 80:
-            return on_chip(length, 64 if deltas and length > 208 else 128, 0)
-        if length <= LONGEST_ON_CHIP:
-            return Tiles((), 64, 0, 64, 4, 2)
-        return Tiles((), 128, 0, 64, 4, 3) if columns <= 64 and not deltas else Tiles((), 128, 0, 64, 8, 2)
-    # Chips that nobody has looked at, and the interpreter.
-    return Tiles((), 64, 0, 32, 4, 1)
-
-
-def on_chip(length: int, largest: int, tail: int) -> Tiles:
-    """Keys on chip in chunks of at most `largest` rows."""
-    return Tiles(chunks_of(length, largest), 64 if length > 32 else 32 if length > 16 else 16, tail, 0, 4, 1)
-
-
-# --------------------------------------------------------------------------------------------------------- deltas
+# p_cls: `[B, H, 1 | blocks of queries, dh]`; which token: that of every image, or of each (p_tokens `[B]`).
+Pool = namedtuple("Pool", "p_cls p_tokens token")
+OutOfHead = namedtuple("OutOfHead", "o p_lse gate p_cls token")
 
 
 @triton.jit
-def load_low(p_low, o_r, stride, rows, h, heads, part: tl.constexpr, LOW: tl.constexpr):
-    """T of one head for q, k or v, `[R, r]`."""
-    if LOW.shared:
-        column = LOW.targets[part] * LOW.rank
-    else:
-        column = (LOW.targets[part] * heads + h) * LOW.rank
-    return load_tile(p_low + column, o_r, stride, rows, 0, LOW.tile, LOW.rank)
-
-
-@triton.jit
-def dot_up(b_x, b_up, HEAD: tl.constexpr):
-    """x U, `[R, r]` in float32, of tiles `[R, P]` and `[P, r]`."""
-    b_y = tl.dot(b_x[0], b_up[0], input_precision=HEAD.precision)
-    for i in tl.static_range(1, len(b_up)):
-        b_y = tl.dot(b_x[i], b_up[i], b_y, input_precision=HEAD.precision)
-    return b_y
-
-
-@triton.jit
-def load_queries(p_q, o_m, stride, rows, p_low, stride_low, b_up, h, heads, HEAD: tl.constexpr, LOW: tl.constexpr):
-    """Queries as tiles `[R, P]`, and the columns of the deltas: T_q, q0 U_k."""
-    b_q0 = load_head(p_q, o_m, stride, rows, HEAD)
+def load_queries(q, b_up, o_m, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
+    """Queries as tiles `[R, P]`, and the columns of the deltas: T_q, q0 s·B_k."""
+    dtype: tl.constexpr = q.p.dtype.element_ty
+    b_q0 = heads.load_head(q, o_m, rows, HEAD, dtype)
     b_q = b_q0
-    if LOW is not None:
-        if LOW.targets[0] >= 0:
-            b_q = b_q + (load_low(p_low, o_m, stride_low, rows, h, heads, 0, LOW),)
-        if LOW.targets[1] >= 0:
-            b_q = b_q + (dot_up(b_q0, b_up[1], HEAD).to(b_q0[0].dtype),)
+    if len(b_up[0]) > 0:
+        b_q = b_q + (heads.load_low(q, o_m, rows, LOW),)
+    if len(b_up[1]) > 0:
+        b_q = b_q + (heads.dot_over(b_q0, b_up[1], HEAD).to(dtype),)
     return b_q
 
 
 @triton.jit
-def load_keys(p_q, o_n, stride, rows, p_low, stride_low, b_up, h, heads, HEAD: tl.constexpr, LOW: tl.constexpr):
-    """Keys and values as tiles `[R, P]`, and the columns of the deltas: k U_q, T_k; T_v. They lie D and 2D after q."""
-    p_k = p_q + heads * HEAD.dim
-    p_v = p_k + heads * HEAD.dim
-    b_k0 = load_head(p_k, o_n, stride, rows, HEAD)
+def load_keys(k, v, b_up, o_n, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
+    """Keys and values as tiles `[R, P]`, and the columns of the deltas: k s·B_q, T_k; T_v."""
+    dtype: tl.constexpr = k.p.dtype.element_ty
+    b_k0 = heads.load_head(k, o_n, rows, HEAD, dtype)
     b_k = b_k0
-    b_v = load_head(p_v, o_n, stride, rows, HEAD)
-    if LOW is not None:
-        dtype: tl.constexpr = b_k0[0].dtype
-        if LOW.targets[0] >= 0:
-            b_ku = dot_up(b_k0, b_up[0], HEAD)
-            if LOW.targets[1] >= 0:
-                # k is k0 + T_k U_kᵀ: the deltas' product with each other, small but at large deltas not nothing.
-                b_uu = tl.dot(tl.trans(b_up[1][0]), b_up[0][0], input_precision=HEAD.precision)
-                for i in tl.static_range(1, len(HEAD.pieces)):
-                    b_uu = tl.dot(tl.trans(b_up[1][i]), b_up[0][i], b_uu, input_precision=HEAD.precision)
-                b_tk = load_low(p_low, o_n, stride_low, rows, h, heads, 1, LOW)
-                b_ku = tl.dot(b_tk, b_uu.to(dtype), b_ku, input_precision=HEAD.precision)
-            b_k = b_k + (b_ku.to(dtype),)
-        if LOW.targets[1] >= 0:
-            b_k = b_k + (load_low(p_low, o_n, stride_low, rows, h, heads, 1, LOW),)
-        if LOW.targets[2] >= 0:
-            b_v = b_v + (load_low(p_low, o_n, stride_low, rows, h, heads, 2, LOW),)
+    b_v = heads.load_head(v, o_n, rows, HEAD, dtype)
+    if len(b_up[0]) > 0:
+        b_ku = heads.dot_over(b_k0, b_up[0], HEAD)
+        if len(b_up[1]) > 0:
+            # k is k0 + T_k s·B_kᵀ: the deltas' product with each other, small but at large deltas not nothing.
+            b_uu = heads.dot_over(heads.transposed(b_up[1]), b_up[0], HEAD)
+            b_ku = tl.dot(heads.load_low(k, o_n, rows, LOW), b_uu.to(dtype), b_ku, input_precision=HEAD.precision)
+        b_k = b_k + (b_ku.to(dtype),)
+    if len(b_up[1]) > 0:
+        b_k = b_k + (heads.load_low(k, o_n, rows, LOW),)
+    if len(b_up[2]) > 0:
+        b_v = b_v + (heads.load_low(v, o_n, rows, LOW),)
     return b_k, b_v
 
 
-# -------------------------------------------------------------------------------------------------------- kernels
+@triton.jit
+def softmax_step(
+    state, b_q, b_k, b_v, o_m, o_n, rows, mask, EDGE: tl.constexpr, CAUSAL: tl.constexpr, HEAD: tl.constexpr
+):
+    """More keys: m' = max(m, S), l' = l·2^(m − m') + Σ 2^(S − m'), o' = o·2^(m − m') + 2^(S − m') v."""
+    b_m, b_l, b_acc = state
+    # [M, N]
+    b_s, factor = heads.scores(b_q, b_k, o_m[:, None], o_n[None, :], rows, mask, HEAD)
+    b_s = heads.hide(b_s, o_m[:, None], o_n[None, :], rows, float("-inf"), EDGE, CAUSAL)
+    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
+    # A row whose keys are all masked has no maximum yet: subtract 0, not -inf.
+    b_zero = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    # Where no mask was added the scores are scaled here, at no cost: a multiply-add.
+    b_p = tl.exp2(b_s * factor - b_zero[:, None])
+    b_alpha = tl.exp2(b_m - b_zero)
+    b_w = b_p.to(b_v[0].dtype)
+    b_out = ()
+    for i in tl.static_range(len(b_v)):
+        b_out = b_out + (tl.dot(b_w, b_v[i], b_acc[i] * b_alpha[:, None], input_precision=HEAD.precision),)
+    return b_m_new, b_l * b_alpha + tl.sum(b_p, 1), b_out
+
+
+@triton.jit
+def softmax_of_none(ROWS: tl.constexpr, b_up, HEAD: tl.constexpr):
+    """The running maximum m `[M]`, sum l `[M]` and outputs o, tiles `[M, P]`, before any key. b_up: that of v."""
+    b_m, b_l = tl.full([ROWS], float("-inf"), tl.float32), tl.full([ROWS], 0.0, tl.float32)
+    return b_m, b_l, heads.zero_head(ROWS, b_up, HEAD)
+
+
+@triton.jit
+def softmax_store(
+    state, b_up, out, start, rows, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, POOL: tl.constexpr
+):
+    """o / l, and (P T_v / l) (s·B_v)ᵀ where v has a delta: the pooled token as it is; all of it gated, rounded once."""
+    b_m, b_l, b_acc = state
+    o_m = start + tl.arange(0, ROWS)
+    m_m = o_m < rows
+    b_sum = tl.where(b_l == 0.0, 1.0, b_l)
+    tl.store(out.p_lse + o_m, tl.where(b_l == 0.0, float("-inf"), (b_m + tl.log2(b_sum)) * heads.LN2), mask=m_m)
+    b_inverse = (1.0 / b_sum)[:, None]
+    b_out = ()
+    for i in tl.static_range(len(HEAD.pieces)):
+        # [M, P]
+        b_o = b_acc[i] * b_inverse
+        if len(b_up) > 0:
+            b_low = (b_acc[len(HEAD.pieces)] * b_inverse).to(b_up[i].dtype)
+            b_o = tl.dot(b_low, tl.trans(b_up[i]), b_o, input_precision=HEAD.precision)
+        o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
+        m_d = o_d < HEAD.dim
+        if POOL == "token":
+            # Every row points at the same place; the pooled token's alone is written.
+            o_cls = tl.zeros_like(o_m)[:, None] + o_d[None, :]
+            tl.store(out.p_cls + o_cls, b_o, mask=(m_m & (o_m == out.token))[:, None] & m_d[None, :])
+        if POOL == "mean":
+            p_cls = out.p_cls + start // TILES.block_m * HEAD.dim + o_d
+            tl.store(p_cls, tl.sum(tl.where((m_m & (o_m > 0))[:, None], b_o, 0.0), 0), mask=m_d)
+        b_out = b_out + (b_o,)
+    heads.store_head(out.o, o_m, rows, b_out, out.gate, HEAD)
+
+
+@triton.jit
+def out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES: tl.constexpr, HEAD: tl.constexpr, POOL: tl.constexpr):
+    """Where one head's outputs go, its gate, and the pooled token."""
+    i_bh = b * HEAD.heads + h
+    p_cls, token = i_bh, 0  # nobody reads them
+    if POOL == "mean":
+        p_cls = pool.p_cls + i_bh * tl.cdiv(rows, TILES.block_m) * HEAD.dim
+    if POOL == "token":
+        p_cls = pool.p_cls + i_bh * HEAD.dim
+        token = pool.token
+        if pool.p_tokens is not None:
+            token = tl.load(pool.p_tokens + b)
+    return OutOfHead(heads.rows_of_head(o, b, h, HEAD), p_lse + i_bh * rows, heads.load_gate(p_gate, h), p_cls, token)
+
+
+@triton.jit
+def attend_chunks(
+    b_q, b_ks, b_vs, b_up, mask, out, start, rows,
+    ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    """Queries start … start + ROWS - 1 against all keys, which are on chip. b_up: v's."""
+    o_m = start + tl.arange(0, ROWS)
+    state = softmax_of_none(ROWS, b_up, HEAD)
+    LAST: tl.constexpr = len(TILES.chunks) - 1
+    for c in tl.static_range(len(TILES.chunks)):
+        o_n = TILES.chunks[c][0] + tl.arange(0, TILES.chunks[c][1])
+        # Only the last chunk has rows to spare; of the others a causal program skips those above the diagonal.
+        if CAUSAL and c > 0:
+            if start + ROWS > TILES.chunks[c][0]:
+                state = softmax_step(state, b_q, b_ks[c], b_vs[c], o_m, o_n, rows, mask, c == LAST, CAUSAL, HEAD)
+        else:
+            state = softmax_step(state, b_q, b_ks[c], b_vs[c], o_m, o_n, rows, mask, c == LAST, CAUSAL, HEAD)
+    softmax_store(state, b_up, out, start, rows, ROWS, TILES, HEAD, POOL)
 
 
 @triton.jit
 def attention_fwd_chunks_kernel(
-    p_qkv, stride_b, stride_n, p_gate, mask, low, p_tokens, token, p_o, p_lse, p_cls, heads, rows, tail_start, blocks,
-    scale, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
+    qkv, delta, mask, p_gate, o, p_lse, pool, rows,
+    TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """A program per (image, head): its keys and values stay on chip while the queries go by."""
-    h = tl.program_id(0) % heads
-    b = (tl.program_id(0) // heads).to(tl.int64)
-    p_q = p_qkv + b * stride_b + h * HEAD.dim
-    b_mask = mask_of_head(mask, b, h)
-    out = out_of_head(p_o, p_lse, p_gate, p_tokens, token, b, h, heads, rows, HEAD)
-    p_low = None
-    stride_low = None
-    b_up = None
-    if LOW is not None:
-        p_low = low[0] + b * low[1]
-        stride_low = low[2]
-        b_up = load_up(low[3], low[4], h, heads, p_o.dtype.element_ty, HEAD, LOW)
+    """o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h and lse_h; q, k, v with their deltas.
 
+    A program per (image, head): keys and values `[N, dh]` stay on chip while the queries go by, block_m at a time.
+    """
+    b, h, _ = heads.program(1, HEAD)
+    q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
+    b_up = heads.load_ups(delta, h, o.p.dtype.element_ty, HEAD, LOW)
+    b_mask = heads.mask_of_head(mask, b, h)
+    out = out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES, HEAD, POOL)
     b_ks = ()
     b_vs = ()
     for c in tl.static_range(len(TILES.chunks)):
         o_n = TILES.chunks[c][0] + tl.arange(0, TILES.chunks[c][1])
-        b_k, b_v = load_keys(p_q, o_n, stride_n, rows, p_low, stride_low, b_up, h, heads, HEAD, LOW)
+        b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
-
-    i_bh = b * heads + h
-    for start in range(0, tail_start, TILES.block_m):
-        o_m = start + tl.arange(0, TILES.block_m)
-        b_q = load_queries(p_q, o_m, stride_n, rows, p_low, stride_low, b_up, h, heads, HEAD, LOW)
-        p_part = cls_of_block(p_cls, i_bh, start // TILES.block_m, blocks, HEAD, POOL)
-        attend_chunks(
-            b_q, b_ks, b_vs, b_up, b_mask, out, p_part, start, rows, scale,
-            TILES.block_m, TILES, HEAD, LOW, CAUSAL, POOL,
-        )  # fmt: skip
+    whole = rows - rows % TILES.block_m if TILES.tail > 0 else rows
+    for start in range(0, whole, TILES.block_m):
+        b_q = load_queries(q, b_up, start + tl.arange(0, TILES.block_m), rows, HEAD, LOW)
+        attend_chunks(b_q, b_ks, b_vs, b_up[2], b_mask, out, start, rows, TILES.block_m, TILES, HEAD, CAUSAL, POOL)
     if TILES.tail > 0:
         # A loop of one round: outside of one, keys and values would leave shared memory for registers.
-        for start_tail in range(tail_start, rows, TILES.tail):
-            o_t = start_tail + tl.arange(0, TILES.tail)
-            b_qt = load_queries(p_q, o_t, stride_n, rows, p_low, stride_low, b_up, h, heads, HEAD, LOW)
-            p_tail = cls_of_block(p_cls, i_bh, blocks - 1, blocks, HEAD, POOL)
-            attend_chunks(
-                b_qt, b_ks, b_vs, b_up, b_mask, out, p_tail, start_tail, rows, scale,
-                TILES.tail, TILES, HEAD, LOW, CAUSAL, POOL,
-            )  # fmt: skip
+        for last in range(whole, rows, TILES.tail):
+            b_qt = load_queries(q, b_up, last + tl.arange(0, TILES.tail), rows, HEAD, LOW)
+            attend_chunks(b_qt, b_ks, b_vs, b_up[2], b_mask, out, last, rows, TILES.tail, TILES, HEAD, CAUSAL, POOL)
 
 
 @triton.jit
 def attention_fwd_stream_kernel(
-    p_qkv, stride_b, stride_n, p_gate, mask, low, p_tokens, token, p_o, p_lse, p_cls, heads, rows, tail_start, blocks,
-    scale, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
+    qkv, delta, mask, p_gate, o, p_lse, pool, rows,
+    TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """A program per (image, head, block of queries): keys and values stream by."""
+    """The same, a program per (image, head, block_m queries): keys and values stream by, block_n at a time."""
+    blocks = tl.cdiv(rows, TILES.block_m)
+    b, h, i_block = heads.program(blocks, HEAD)
     # Causal: the blocks with most keys first, so that none is left over at the end.
-    i_m = blocks - 1 - tl.program_id(0) % blocks
-    h = tl.program_id(0) // blocks % heads
-    b = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    p_q = p_qkv + b * stride_b + h * HEAD.dim
-    b_mask = mask_of_head(mask, b, h)
-    out = out_of_head(p_o, p_lse, p_gate, p_tokens, token, b, h, heads, rows, HEAD)
-    p_low = None
-    stride_low = None
-    b_up = None
-    if LOW is not None:
-        p_low = low[0] + b * low[1]
-        stride_low = low[2]
-        b_up = load_up(low[3], low[4], h, heads, p_o.dtype.element_ty, HEAD, LOW)
-
+    i_m = blocks - 1 - i_block
+    q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
+    b_up = heads.load_ups(delta, h, o.p.dtype.element_ty, HEAD, LOW)
+    b_mask = heads.mask_of_head(mask, b, h)
+    out = out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES, HEAD, POOL)
     o_m = i_m * TILES.block_m + tl.arange(0, TILES.block_m)
-    b_q = load_queries(p_q, o_m, stride_n, rows, p_low, stride_low, b_up, h, heads, HEAD, LOW)
-    state = attend_none(TILES.block_m, HEAD, LOW)
+    b_q = load_queries(q, b_up, o_m, rows, HEAD, LOW)
+    state = softmax_of_none(TILES.block_m, b_up[2], HEAD)
     # Whole blocks of keys first: nothing of them is masked but by the mask given.
     last = rows
     whole = rows // TILES.block_n * TILES.block_n
@@ -226,16 +216,37 @@ def attention_fwd_stream_kernel(
         whole = i_m * TILES.block_m // TILES.block_n * TILES.block_n
     for start in range(0, whole, TILES.block_n):
         o_n = start + tl.arange(0, TILES.block_n)
-        b_k, b_v = load_keys(p_q, o_n, stride_n, rows, p_low, stride_low, b_up, h, heads, HEAD, LOW)
-        state = attend_keys(state, b_q, b_k, b_v, o_m, o_n, rows, b_mask, scale, False, False, HEAD)
+        b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
+        state = softmax_step(state, b_q, b_k, b_v, o_m, o_n, rows, b_mask, False, False, HEAD)
     for start_edge in range(whole, last, TILES.block_n):
         o_e = start_edge + tl.arange(0, TILES.block_n)
-        b_ke, b_ve = load_keys(p_q, o_e, stride_n, rows, p_low, stride_low, b_up, h, heads, HEAD, LOW)
-        state = attend_keys(state, b_q, b_ke, b_ve, o_m, o_e, rows, b_mask, scale, True, CAUSAL, HEAD)
-    attend_store(state, b_up, out, cls_of_block(p_cls, b * heads + h, i_m, blocks, HEAD, POOL), o_m, rows, HEAD, POOL)
+        b_ke, b_ve = load_keys(k, v, b_up, o_e, rows, HEAD, LOW)
+        state = softmax_step(state, b_q, b_ke, b_ve, o_m, o_e, rows, b_mask, True, CAUSAL, HEAD)
+    softmax_store(state, b_up[2], out, i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, POOL)
 
 
-# ------------------------------------------------------------------------------------------------------- launcher
+def attend(
+    kernel: Any, blocks: int, inputs: tuple[Any, ...], x: Tensor, tiles: Tiles, head: heads.Head, low: heads.Low, *,
+    gate: Tensor | None, mask: Tensor | None, causal: bool, pool: int | Tensor | str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Launches `kernel` on its inputs, `blocks` programs for each head of x `[B, N, …]`: o, lse, cls."""
+    B, N = x.shape[:2]
+    o = torch.empty(B, N, head.heads * head.dim, dtype=x.dtype, device=x.device)
+    lse = torch.empty(B, head.heads, N, dtype=torch.float32, device=x.device)
+    cls, pooled, form = None, None, "mean" if isinstance(pool, str) else None if pool is None else "token"
+    if pool is not None:
+        parts = triton.cdiv(N, tiles.block_m) if form == "mean" else 1  # of a mean every block of queries has its own
+        cls = torch.empty(B, head.heads, parts, head.dim, dtype=torch.float32, device=x.device)
+        pooled = Pool(cls, None, pool % N if isinstance(pool, int) else 0)
+    if cls is not None and isinstance(pool, Tensor):
+        cls.fill_(float("nan"))  # what an index out of range leaves
+        pooled = Pool(cls, packed(pool), 0)
+    grid = (on_grid(B * head.heads * blocks, "attention_fwd"),)
+    outputs = (heads.as_mask(mask, B, head.heads, N), packed(gate), heads.as_rows(o), lse, pooled, N)
+    launch(kernel, grid, *inputs, *outputs, **heads.compiled_for(tiles, head, low, causal), POOL=form)
+    if cls is not None:
+        cls = cls.sum(2) / (N - 1) if form == "mean" else cls[:, :, 0]
+    return o, lse, cls
 
 
 def attention_fwd(
@@ -247,6 +258,7 @@ def attention_fwd(
     causal: bool = False,
     delta: LowRank | None = None,
     pool: int | Tensor | str | None = None,
+    _row: Row | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Attention of every head, and its pooled token.
 
@@ -263,46 +275,13 @@ def attention_fwd(
     Returns o `[B, N, D]`, gated, in qkv's dtype; lse `[B, H, N]` float32, natural log; cls `[B, H, dh]` float32,
     un-gated, or None. A row that sees no key is 0, its lse -inf.
     """
-    rows_of(qkv=qkv)
-    B, N, _ = qkv.shape
-    dh = qkv.shape[2] // 3 // num_heads
-    deltas, rank = (0, 0) if delta is None else (len(delta.parts), delta.up.shape[-1])
-    tiles = tiles_of(architecture(qkv), dh, N, qkv.dtype, deltas, rank)
-    out = outputs_of(qkv, num_heads, dh, tiles, pool)
-    low, form = None, None
-    if delta is not None:
-        rows_of(low=delta.low)
-        low = (delta.low, *strides(delta.low, 0, 1), packed(delta.up), float(delta.scale))
-        form = low_form(delta.parts, delta.up.shape[-1], delta.shared)
-    if mask is not None:
-        mask = mask.expand(B, num_heads, N, N)
-    kernel, programs = attention_fwd_stream_kernel, B * num_heads * out.blocks
+    rows_of(qkv=qkv, low=None if delta is None else delta.low)
+    N, dh = qkv.shape[1], qkv.shape[2] // 3 // num_heads
+    low, deltas = (heads.Low(), 0) if delta is None else (delta.form(), len(delta.parts))
+    row = _row or row_for(FORWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, rank=low.rank)
+    tiles, head = row.tiles(N), heads.head_of(num_heads, dh, qkv.dtype)
+    kernel, blocks = attention_fwd_stream_kernel, triton.cdiv(N, tiles.block_m)
     if tiles.chunks:
-        kernel, programs = attention_fwd_chunks_kernel, B * num_heads
-    launch(
-        kernel,
-        (on_grid(programs, "attention_fwd"),),
-        qkv,
-        *strides(qkv, 0, 1),
-        packed(gate),
-        None if mask is None else (mask, *strides(mask, 0, 1, 2, 3)),
-        low,
-        packed(pool) if isinstance(pool, Tensor) else None,
-        pool % N if isinstance(pool, int) else 0,
-        out.o,
-        out.lse,
-        out.parts,
-        num_heads,
-        N,
-        out.tail_start,
-        out.blocks,
-        dh**-0.5 * math.log2(math.e),
-        TILES=tiles,
-        HEAD=Head(dh, pieces_of(dh), dot_precision(qkv.dtype)),
-        LOW=form,
-        CAUSAL=causal,
-        POOL=out.pool,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    return out.o, out.lse, out.cls()
+        kernel, blocks = attention_fwd_chunks_kernel, 1
+    inputs = (heads.as_rows(qkv), None if delta is None else delta.on_chip())
+    return attend(kernel, blocks, inputs, qkv, tiles, head, low, gate=gate, mask=mask, causal=causal, pool=pool)

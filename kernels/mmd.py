@@ -13,41 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
+from fastheads.kernels.tiles import MMD_DOMAINS, mmd_tiles
 
 MAX_DOMAINS = 64
 LOG2E = tl.constexpr(1.4426950408889634)
 # The products of sums by domain: three TF32 products add up to float32, and a one-hot side is exact.
 EXACT = tl.constexpr("tf32x3")
-
-# ---------------------------------------------------------------------------------------------------------- tiles
-
-# By architecture (else the safe one) and precision: rows, columns, features at a time, warps, stages. No row spills at
-# widths D that 16 divides, nor needs more than the 99 KB of shared memory that a block has on an 86, 89 or 120.
-MANY = (128, 32, 32, 8, 3)  # of many bandwidths or domains, on every architecture
-SAFE = {"tf32x3": (64, 64, 32, 4, 3), "tf32": (128, 64, 32, 8, 3)}
-WIDE = SAFE | {"tf32x3": (128, 64, 32, 8, 3)}
-TILES = {80: SAFE, 86: SAFE, 89: SAFE, 90: WIDE, 100: {"tf32x3": MANY, "tf32": MANY}, 120: WIDE}
-FEW_BANDWIDTHS, BLOCK_DOMAINS = 5, 16
-
-# Of the small batch by rows, padded: features at a time, rows of the kernel matrix at a time, warps, stages. No row
-# spills but that of 128 on a 120, with gates: 40 bytes, the fewest of six with eight warps.
-SMALL_SAFE = {16: (64, 16, 4, 2), 32: (64, 32, 4, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 1)}
-SMALL_90 = SMALL_SAFE | {128: (16, 16, 8, 1)}
-SMALL_TILES = {80: SMALL_SAFE, 86: SMALL_SAFE, 89: SMALL_SAFE, 90: SMALL_90, 100: SMALL_90, 120: SMALL_90}
-
-
-def mmd_tiles(arch: int, precision: str, bandwidths: int, blocks: int) -> dict[str, int]:
-    """Options of `mmd_tile_kernel`'s launch; blocks: of domains."""
-    row = TILES.get(arch, SAFE)[precision] if blocks == 1 and bandwidths <= FEW_BANDWIDTHS else MANY
-    return dict(zip(("BM", "BN", "BD", "num_warps", "num_stages"), row, strict=True))
-
-
-def mmd_small_tiles(arch: int, samples: int) -> dict[str, int]:
-    """Options of `mmd_small_kernel`'s launch."""
-    rows = max(16, triton.next_power_of_2(samples))
-    row = (rows, *SMALL_TILES.get(arch, SMALL_SAFE)[rows])
-    return dict(zip(("BN", "BD", "BR", "num_warps", "num_stages"), row, strict=True))
-
 
 # ------------------------------------------------------------------------------------- parts of both MMD kernels
 
@@ -231,7 +202,7 @@ def mmd_tile(
     else:
         once = N - start
         own = -rows if own is None else min(max(own, -rows), once)  # out of range is no column, and never overflows
-    precision, blocks = product_precision(), triton.cdiv(S, BLOCK_DOMAINS)
+    precision, blocks = product_precision(), triton.cdiv(S, MMD_DOMAINS)
     tile = mmd_tiles(architecture(x), precision, len(powers), blocks)
     tiles_m, tiles_n = triton.cdiv(rows, tile["BM"]), triton.cdiv(N - start, tile["BN"])
     partial = torch.empty((L, tiles_m * tiles_n, S, S), dtype=torch.float32, device=x.device)
@@ -240,7 +211,7 @@ def mmd_tile(
     sizes = ((first, rows, start, own, once), N, D, S, tiles_m, tiles_n)
     form: dict[str, Any] = {"POWERS": powers, "WEIGHTS": coeff is not None, "PREC": precision, "BLOCKS": blocks}
     # sm_80's ptxas would sometimes settle on 128 registers and spill
-    form |= {"BS": BLOCK_DOMAINS, "maxnreg": 255, **tile}
+    form |= {"BS": MMD_DOMAINS, "maxnreg": 255, **tile}
     launch(mmd_tile_kernel, (on_grid(L * tiles_m * tiles_n, "mmd_tile"),), *samples, *results, *sizes, **form)
     sums = partial.sum(1)
     # the square block is symmetric, the rest was counted twice in one direction

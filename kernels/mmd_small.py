@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels.launch import architecture, launch, on_grid, packed, strides
-from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, check_powers, gaussians, load_domains, mmd_small_tiles, to_tf32
+from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, check_powers, gaussians, load_domains, to_tf32
+from fastheads.kernels.tiles import mmd_small_tiles
 
 MAX_ROWS = 128
 # Bandwidths of a preset are each half the next: γ_u = γ_0 2^u. Two exponentials and their squares: four squares of one

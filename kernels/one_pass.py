@@ -1,183 +1,138 @@
 """Head attention in one pass: a program per (image, head) projects its own queries, keys and values, which never reach
 memory, attends and gates.
 
-    y_t = x W_{t,h}ᵀ + scale · (x A_{t,h}ᵀ) B_{t,h}ᵀ + b_{t,h}  for q, k, v, in float32, rounded once; then attention
+    q_h = x W_q,hᵀ + (x A_hᵀ) (s·B_h)ᵀ + b_q,h        the same for k and v; in float32, rounded once
 
 Every head reads all of x, so this is for short sequences and small batches, and for where memory runs out.
 """
 
-from __future__ import annotations
-
-import math
+from collections import namedtuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.attend import (
-    Head,
-    Tiles,
-    attend_chunks,
-    chunks_of,
-    cls_of_block,
-    load_up,
-    low_form,
-    mask_of_head,
-    out_of_head,
-    outputs_of,
-    pieces_of,
-)
-from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
+from fastheads.kernels import heads
+from fastheads.kernels.attention_fwd import attend, attend_chunks, out_of_head
+from fastheads.kernels.launch import architecture, packed, rows_of, strides
+from fastheads.kernels.tiles import LONGEST_ON_CHIP, ONE_PASS, Row, chunks_of, columns_of, row_for
 
-LONGEST = 272  # tokens whose keys and values stay on chip
+# W `[3D, D]`, bias `[3D]` or None; A `[T, H | 1, r, D]`, stride_h 0 where heads share it, B `[T, H, dh, r]`, scale s.
+Weight = namedtuple("Weight", "p stride p_bias")
+Lora = namedtuple("Lora", "p stride_t stride_h stride_r p_up scale")
 
 
 @triton.jit
-def load_columns(p_x, o_r, stride, rows, start, width, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """Columns start … start + BLOCK - 1 of the rows o_r; zero past the last row and column."""
-    o_c = start + tl.arange(0, BLOCK)
+def load_columns(p_x, o_r, stride, rows, start, TILES: tl.constexpr, HEAD: tl.constexpr):
+    """block_n columns from `start` of the rows o_r; zero past the last row and column."""
+    D: tl.constexpr = HEAD.heads * HEAD.dim
+    o_c = start + tl.arange(0, TILES.block_n)
     m_x = (o_r < rows)[:, None]
-    if not EVEN:
-        m_x = m_x & (o_c < width)[None, :]
-    # [R, BLOCK]
+    if D % TILES.block_n != 0:
+        m_x = m_x & (o_c < D)[None, :]
+    # [R, block_n]
     return tl.load(p_x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m_x, other=0.0)
 
 
 @triton.jit
+def add_columns(
+    b_y, b_x, weight, lora, start, h, PART: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr
+):
+    """y + x Wᵀ, tiles `[R, P]`, and T + x Aᵀ beside them, for some columns of x."""
+    b_sums = ()
+    p_w = weight.p + ((PART * HEAD.heads + h) * HEAD.dim).to(tl.int64) * weight.stride
+    for i in tl.static_range(len(HEAD.pieces)):
+        o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
+        # [P, block_n]
+        b_w = load_columns(p_w, o_d, weight.stride, HEAD.dim, start, TILES, HEAD)
+        b_sums = b_sums + (tl.dot(b_x, tl.trans(b_w), b_y[i], input_precision=HEAD.precision),)
+    if LOW.targets[PART] >= 0:
+        p_a = lora.p + LOW.targets[PART] * lora.stride_t + h * lora.stride_h
+        # [r, block_n]
+        b_a = load_columns(p_a, tl.arange(0, LOW.tile), lora.stride_r, LOW.rank, start, TILES, HEAD)
+        b_sums = b_sums + (tl.dot(b_x, tl.trans(b_a), b_y[len(HEAD.pieces)], input_precision=HEAD.precision),)
+    return b_sums
+
+
+@triton.jit
+def add_rest(b_y, b_up, p_bias, dtype: tl.constexpr, h, PART: tl.constexpr, HEAD: tl.constexpr):
+    """y + T (s·B)ᵀ + b, rounded once. b_up: s·B of the part, or ()."""
+    b_out = ()
+    for i in tl.static_range(len(HEAD.pieces)):
+        b_sum = b_y[i]
+        if len(b_up) > 0:
+            b_t = b_y[len(HEAD.pieces)].to(dtype)
+            b_sum = tl.dot(b_t, tl.trans(b_up[i]), b_sum, input_precision=HEAD.precision)
+        if p_bias is not None:
+            o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
+            p_b = p_bias + (PART * HEAD.heads + h) * HEAD.dim + o_d
+            b_sum += tl.load(p_b, mask=o_d < HEAD.dim, other=0.0).to(tl.float32)[None, :]
+        b_out = b_out + (b_sum.to(dtype),)
+    return b_out
+
+
+@triton.jit
 def project_rows(
-    x, weight, lora, b_up, o_r, rows, h, heads,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr, HEAD: tl.constexpr,
-    LOW: tl.constexpr,
+    x, weight, lora, b_up, first, rows, width, h,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """The parts (of q 0, k 1, v 2) of one head for the rows o_r of x: for each a tuple of tiles `[R, P]`."""
-    p_x, stride_x = x
-    p_w, stride_w, p_b = weight
-    width = heads * HEAD.dim
-    # Of every part its columns, and those of x Aᵀ.
+    """The parts (of q 0, k 1, v 2) of one head for ROWS rows of x: for each a tuple of tiles `[R, P]`."""
+    o_r = first + tl.arange(0, ROWS)
     b_ys = ()
     for j in tl.static_range(len(PARTS)):
-        b_y = ()
-        for i in tl.static_range(len(HEAD.pieces)):
-            b_y = b_y + (tl.full([ROWS, HEAD.pieces[i][1]], 0.0, tl.float32),)
-        if LOW is not None:
-            if LOW.targets[PARTS[j]] >= 0:
-                b_y = b_y + (tl.full([ROWS, LOW.tile], 0.0, tl.float32),)
-        b_ys = b_ys + (b_y,)
-    for start in range(0, width, BLOCK):
-        # [R, BLOCK]
-        b_x = load_columns(p_x, o_r, stride_x, rows, start, width, BLOCK, EVEN)
+        b_ys = b_ys + (heads.zero_head(ROWS, b_up[PARTS[j]], HEAD),)
+    # width is D, known at run time only: a loop of known length would be unrolled.
+    for start in range(0, width, TILES.block_n):
+        # [R, block_n]
+        b_x = load_columns(x.p, o_r, x.stride, rows, start, TILES, HEAD)
         b_new = ()
         for j in tl.static_range(len(PARTS)):
-            p_wh = p_w + (PARTS[j] * width + h * HEAD.dim).to(tl.int64) * stride_w
-            b_sums = ()
-            for i in tl.static_range(len(HEAD.pieces)):
-                o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
-                # [P, BLOCK]
-                b_w = load_columns(p_wh, o_d, stride_w, HEAD.dim, start, width, BLOCK, EVEN)
-                b_sums = b_sums + (tl.dot(b_x, tl.trans(b_w), b_ys[j][i], input_precision=HEAD.precision),)
-            if LOW is not None:
-                if LOW.targets[PARTS[j]] >= 0:
-                    p_a, stride_t, stride_h, stride_r = lora
-                    p_ah = p_a + LOW.targets[PARTS[j]] * stride_t + h * stride_h
-                    # [r, BLOCK]
-                    b_a = load_columns(p_ah, tl.arange(0, LOW.tile), stride_r, LOW.rank, start, width, BLOCK, EVEN)
-                    b_low = tl.dot(b_x, tl.trans(b_a), b_ys[j][len(HEAD.pieces)], input_precision=HEAD.precision)
-                    b_sums = b_sums + (b_low,)
-            b_new = b_new + (b_sums,)
+            b_new = b_new + (add_columns(b_ys[j], b_x, weight, lora, start, h, PARTS[j], TILES, HEAD, LOW),)
         b_ys = b_new
     b_out = ()
     for j in tl.static_range(len(PARTS)):
-        b_part = ()
-        for i in tl.static_range(len(HEAD.pieces)):
-            b_sum = b_ys[j][i]
-            if LOW is not None:
-                if LOW.targets[PARTS[j]] >= 0:
-                    b_t = b_ys[j][len(HEAD.pieces)].to(p_x.dtype.element_ty)
-                    b_sum = tl.dot(b_t, tl.trans(b_up[PARTS[j]][i]), b_sum, input_precision=HEAD.precision)
-            if p_b is not None:
-                o_b = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
-                p_bias = p_b + PARTS[j] * width + h * HEAD.dim + o_b
-                b_sum += tl.load(p_bias, mask=o_b < HEAD.dim, other=0.0).to(tl.float32)[None, :]
-            b_part = b_part + (b_sum.to(p_x.dtype.element_ty),)
-        b_out = b_out + (b_part,)
+        b_out = b_out + (add_rest(b_ys[j], b_up[PARTS[j]], weight.p_bias, x.p.dtype.element_ty, h, PARTS[j], HEAD),)
     return b_out
 
 
 @triton.jit
 def one_pass_fwd_kernel(
-    x, weight, lora, p_gate, mask, p_tokens, token, p_o, p_lse, p_cls, heads, rows, tail_start, blocks, scale,
-    TILES: tl.constexpr, EVEN: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
-    POOL: tl.constexpr,
+    x, weight, lora, width, mask, p_gate, o, p_lse, pool, rows,
+    TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """A program per (image, head): keys and values first, which stay on chip; then the queries, a block at a time."""
-    h = tl.program_id(0) % heads
-    b = (tl.program_id(0) // heads).to(tl.int64)
-    b_mask = mask_of_head(mask, b, h)
-    out = out_of_head(p_o, p_lse, p_gate, p_tokens, token, b, h, heads, rows, HEAD)
-    x_b = (x[0] + b * x[1], x[2])
-    lora_a = ()
-    b_up = None
-    if LOW is not None:
-        lora_a = (lora[0], lora[1], lora[2], lora[3])
-        b_up = load_up(lora[4], lora[5], h, heads, p_o.dtype.element_ty, HEAD, LOW)
+    """o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h and lse_h of x `[N, D]`.
 
+    A program per (image, head): keys and values first, which stay on chip; then the queries, a block at a time.
+    """
+    b, h, _ = heads.program(1, HEAD)
+    x_b = heads.rows_of_head(x, b, 0, HEAD)
+    b_up = heads.load_ups(lora, h, o.p.dtype.element_ty, HEAD, LOW)
+    b_mask = heads.mask_of_head(mask, b, h)
+    out = out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES, HEAD, POOL)
     b_ks = ()
     b_vs = ()
     for c in tl.static_range(len(TILES.chunks)):
-        o_n = TILES.chunks[c][0] + tl.arange(0, TILES.chunks[c][1])
         b_k, b_v = project_rows(
-            x_b, weight, lora_a, b_up, o_n, rows, h, heads,
-            (1, 2), TILES.chunks[c][1], TILES.block_n, EVEN, HEAD, LOW,
-        )  # fmt: skip
+            x_b, weight, lora, b_up, TILES.chunks[c][0], rows, width, h, (1, 2), TILES.chunks[c][1], TILES, HEAD, LOW
+        )
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
-
-    i_bh = b * heads + h
-    for start in range(0, tail_start, TILES.block_m):
-        o_m = start + tl.arange(0, TILES.block_m)
-        b_q = project_rows(
-            x_b, weight, lora_a, b_up, o_m, rows, h, heads, (0,), TILES.block_m, TILES.block_n, EVEN, HEAD, LOW
-        )
-        p_part = cls_of_block(p_cls, i_bh, start // TILES.block_m, blocks, HEAD, POOL)
-        attend_chunks(
-            b_q[0], b_ks, b_vs, None, b_mask, out, p_part, start, rows, scale,
-            TILES.block_m, TILES, HEAD, None, CAUSAL, POOL,
-        )  # fmt: skip
+    whole = rows - rows % TILES.block_m if TILES.tail > 0 else rows
+    for start in range(0, whole, TILES.block_m):
+        b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), TILES.block_m, TILES, HEAD, LOW)
+        attend_chunks(b_q[0], b_ks, b_vs, (), b_mask, out, start, rows, TILES.block_m, TILES, HEAD, CAUSAL, POOL)
     if TILES.tail > 0:
-        for start_tail in range(tail_start, rows, TILES.tail):
-            o_t = start_tail + tl.arange(0, TILES.tail)
-            b_qt = project_rows(
-                x_b, weight, lora_a, b_up, o_t, rows, h, heads, (0,), TILES.tail, TILES.block_n, EVEN, HEAD, LOW
-            )
-            p_tail = cls_of_block(p_cls, i_bh, blocks - 1, blocks, HEAD, POOL)
-            attend_chunks(
-                b_qt[0], b_ks, b_vs, None, b_mask, out, p_tail, start_tail, rows, scale,
-                TILES.tail, TILES, HEAD, None, CAUSAL, POOL,
-            )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------- launcher
+        for last in range(whole, rows, TILES.tail):
+            b_qt = project_rows(x_b, weight, lora, b_up, last, rows, width, h, (0,), TILES.tail, TILES, HEAD, LOW)
+            attend_chunks(b_qt[0], b_ks, b_vs, (), b_mask, out, last, rows, TILES.tail, TILES, HEAD, CAUSAL, POOL)
 
 
 def one_pass_fits(length: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether a head's keys and values fit on chip, beside what projects them."""
-    wide = sum(width for _, width in pieces_of(head_dim)) * dtype.itemsize
     rows = sum(rows for _, rows in chunks_of(length, 64)) if length else 0
-    return 0 < length <= LONGEST and head_dim <= 128 and 2 * rows * wide <= 96 * 1024
-
-
-def one_pass_tiles(arch: int, head_dim: int, length: int, dtype: torch.dtype) -> Tiles:
-    """The tile table; block_n: columns of x at a time. Chosen with the compiler only (bf16, head size 64, rank 8).
-
-    Up to 80 tokens nothing spills; at 197 8 bytes on sm_80, at 257 8 on sm_80 and 48 on sm_90.
-    """
-    block_m = 64 if length > 32 else 32 if length > 16 else 16
-    tail = 16 if arch == 80 and 64 < length <= 80 else 0
-    # Where one block of keys leaves registers for it, more of x is under way at a time.
-    small = arch in (80, 90) and length <= (80 if arch == 90 else 64) and dtype != torch.float32 and head_dim <= 64
-    warps = 8 if dtype == torch.float32 else 4
-    return Tiles(chunks_of(length, 64), block_m, tail, 64 if small else 32, warps, 3 if small else 2)
+    small = 2 * rows * columns_of(head_dim) * dtype.itemsize <= 96 * 1024
+    return 0 < length <= LONGEST_ON_CHIP and head_dim <= 128 and small
 
 
 def one_pass_fwd(
@@ -194,6 +149,7 @@ def one_pass_fwd(
     mask: Tensor | None = None,
     causal: bool = False,
     pool: int | Tensor | str | None = None,
+    _row: Row | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Projection, attention and gates; where `one_pass_fits`.
 
@@ -209,43 +165,13 @@ def one_pass_fwd(
     Returns o `[B, N, D]`, lse `[B, H, N]`, cls `[B, H, dh]` as `attention_fwd` does.
     """
     rows_of(x=x, w_in=w_in, lora_A=lora_A)
-    B, N, D = x.shape
-    dh = D // num_heads
-    tiles = one_pass_tiles(architecture(x), dh, N, x.dtype)
-    out = outputs_of(x, num_heads, dh, tiles, pool)
-    lora, form = None, None
+    N, dh = x.shape[1], x.shape[2] // num_heads
+    tiles = (_row or row_for(ONE_PASS, architecture(x), dh, N, x.dtype)).tiles(N)
+    lora, low, head = None, heads.Low(), heads.head_of(num_heads, dh, x.dtype)
     if lora_A is not None and lora_B is not None:
-        shared = lora_A.shape[1] < num_heads
+        low = heads.low_of(parts, lora_A.shape[2], lora_A.shape[1] < num_heads)
         s_t, s_h, s_r = strides(lora_A, 0, 1, 2)
-        lora = (lora_A, s_t, 0 if shared else s_h, s_r, packed(lora_B), float(scale))
-        form = low_form(parts, lora_A.shape[2], shared)
-    if mask is not None:
-        mask = mask.expand(B, num_heads, N, N)
-    launch(
-        one_pass_fwd_kernel,
-        (on_grid(B * num_heads, "one_pass_fwd"),),
-        (x, *strides(x, 0, 1)),
-        (w_in, w_in.stride(0), packed(b_in)),
-        lora,
-        packed(gate),
-        None if mask is None else (mask, *strides(mask, 0, 1, 2, 3)),
-        packed(pool) if isinstance(pool, Tensor) else None,
-        pool % N if isinstance(pool, int) else 0,
-        out.o,
-        out.lse,
-        out.parts,
-        num_heads,
-        N,
-        out.tail_start,
-        out.blocks,
-        dh**-0.5 * math.log2(math.e),
-        TILES=tiles,
-        EVEN=D % tiles.block_n == 0,
-        HEAD=Head(dh, pieces_of(dh), dot_precision(x.dtype)),
-        LOW=form,
-        CAUSAL=causal,
-        POOL=out.pool,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    return out.o, out.lse, out.cls()
+        lora = Lora(lora_A, s_t, 0 if low.shared else s_h, s_r, packed(lora_B), float(scale))
+    inputs = (heads.as_rows(x), Weight(w_in, w_in.stride(0), packed(b_in)), lora, x.shape[2])
+    kernel = one_pass_fwd_kernel
+    return attend(kernel, 1, inputs, x, tiles, head, low, gate=gate, mask=mask, causal=causal, pool=pool)

@@ -25,9 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastheads.kernels.launch import launching
+from fastheads.kernels.tiles import FAMILY, SHARED
 
-# What one block may take, in bytes (CUDA C++ Programming Guide, table of compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -59,8 +58,8 @@ class Compiled:
         found = []
         if self.spills:
             found.append(f"spills {self.spills} bytes")
-        if self.shared > SHARED_LIMIT[self.arch]:
-            found.append(f"needs {self.shared} bytes of shared memory; sm_{self.arch} has {SHARED_LIMIT[self.arch]}")
+        if self.shared > SHARED[FAMILY[self.arch]]:
+            found.append(f"needs {self.shared} bytes of shared memory; sm_{self.arch} has {SHARED[FAMILY[self.arch]]}")
         if self.dots and not self.mma + self.wgmma:
             found.append("has products, and no tensor-core instruction")
         return found
@@ -74,8 +73,8 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set, and the interpreter compiles nothing: start Python without it")
-    if arch not in SHARED_LIMIT:
-        raise ValueError(f"arch: got {arch!r}; takes {', '.join(map(str, SHARED_LIMIT))}")
+    if arch not in FAMILY:
+        raise ValueError(f"arch: got {arch!r}; takes {', '.join(map(str, FAMILY))}")
     out: list[Compiled] = []
     before = driver._active
     caches: dict[Any, Any] = {}

@@ -5,15 +5,12 @@ A program multiplies and exponentiates whole tiles: of 197 tokens it makes 208 r
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fastheads.kernels.attend import Tiles, low_form, pieces_of
-from fastheads.kernels.attention_bwd import tile_for, whole_blocks
-from fastheads.kernels.attention_fwd import tiles_of
 from fastheads.kernels.low_rank import BLOCK_ROWS, PROGRAMS
-from fastheads.kernels.one_pass import one_pass_tiles
+from fastheads.kernels.tiles import BACKWARD, FORWARD, ONE_PASS, columns_of, is_spread, rank_tile, row_for
 from fastheads.ops.mmd_panels import panel_rows
 
 DTYPE = torch.bfloat16
@@ -42,22 +39,14 @@ def blocks(rows: int, block: int) -> list[int]:
     return [block] * -(-rows // block)
 
 
-def columns_of(head_dim: int) -> int:
-    """A head's columns, as its tiles have them."""
-    return sum(width for _, width in pieces_of(head_dim))
-
-
 def _low(parts: Sequence[int], rank: int) -> list[int]:
     """The columns that the deltas of q, k and v stand in, 0 where there is none."""
-    if not parts:
-        return [0, 0, 0]
-    form = low_form(tuple(parts), rank, False)
-    return [form.tile if target >= 0 else 0 for target in form.targets]
+    return [rank_tile(rank) if part in parts else 0 for part in range(3)]
 
 
-def _queries(tiles: Tiles, length: int) -> list[int]:
-    rest = length % tiles.block_m if tiles.tail else 0
-    return blocks(length - rest, tiles.block_m) + [tiles.tail] * bool(tiles.tail)
+def _swept(length: int, block: int, tail: int) -> list[int]:
+    """Rows in whole blocks, and what is left over in one of its own where there is a tail."""
+    return blocks(length - (length % block if tail else 0), block) + [tail] * bool(tail)
 
 
 def _attend(queries: Sequence[int], keys: Sequence[int], s_columns: int, v_columns: int) -> Work:
@@ -68,8 +57,9 @@ def _attend(queries: Sequence[int], keys: Sequence[int], s_columns: int, v_colum
 
 def attention_fwd(arch: int, head_dim: int, length: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
     """parts: which of q, k, v (0, 1, 2) have a delta that the kernel adds."""
-    tiles, columns = tiles_of(arch, head_dim, length, DTYPE, len(parts), rank), columns_of(head_dim)
-    queries = _queries(tiles, length)
+    row = row_for(FORWARD, arch, head_dim, length, DTYPE, deltas=len(parts), rank=rank)
+    tiles, columns = row.tiles(length), columns_of(head_dim)
+    queries = _swept(length, tiles.block_m, tiles.tail)
     keys = [rows for _, rows in tiles.chunks] or blocks(length, tiles.block_n)
     q, k, v = _low(parts, rank)
     of_keys = product(sum(keys), q, columns)
@@ -82,8 +72,8 @@ def attention_fwd(arch: int, head_dim: int, length: int, parts: Sequence[int] = 
 
 def one_pass_fwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
     """Projection and attention; every head projects the whole width."""
-    tiles, columns = one_pass_tiles(arch, head_dim, length, DTYPE), columns_of(head_dim)
-    queries, keys = _queries(tiles, length), [rows for _, rows in tiles.chunks]
+    tiles, columns = row_for(ONE_PASS, arch, head_dim, length, DTYPE).tiles(length), columns_of(head_dim)
+    queries, keys = _swept(length, tiles.block_m, tiles.tail), [rows for _, rows in tiles.chunks]
     width = sum(blocks(heads * head_dim, tiles.block_n))
     work = _attend(queries, keys, columns, columns)
     for low, rows in zip(_low(parts, rank), (sum(queries), sum(keys), sum(keys)), strict=True):
@@ -91,21 +81,16 @@ def one_pass_fwd(arch: int, head_dim: int, length: int, heads: int, parts: Seque
     return work
 
 
-def _swept(length: int, block: int) -> list[int]:
-    """Rows in whole blocks, and what is left over, up to 16 of them, in one of 16."""
-    whole = whole_blocks(length, block)
-    return blocks(whole, block) + blocks(length - whole, 16)
-
-
 def attention_bwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
     """heads: of the whole batch. The query sweep makes delta and dQ, the key sweep dK and dV."""
-    tile, columns = tile_for(arch, head_dim, length, heads, bool(parts), False, False), columns_of(head_dim)
+    given: dict[str, Any] = {"deltas": len(parts), "spread": is_spread(length, heads)}
+    tiles, columns = row_for(BACKWARD, arch, head_dim, length, DTYPE, **given).tiles(length), columns_of(head_dim)
     q, k, v = _low(parts, rank)
-    queries, keys2 = ((_swept if tile.whole else blocks)(length, block) for block in (tile.q, tile.k2))
-    keys, queries2 = [rows for _, rows in tile.chunks] or blocks(length, tile.k), blocks(length, tile.q2)
+    queries, keys2 = _swept(length, tiles.block_m, tiles.tail), _swept(length, tiles.key_n, tiles.key_tail)
+    keys, queries2 = [rows for _, rows in tiles.chunks] or blocks(length, tiles.block_n), blocks(length, tiles.key_m)
     pairs, of_keys = sum(queries) * sum(keys), product(sum(keys), k + v, columns)
     work = product(sum(queries), columns, q)
-    if tile.chunks:  # S, dP, dS K of keys that stay on chip
+    if tiles.chunks:  # S, dP, dS K of keys that stay on chip
         work += product(pairs, 3, columns) + Work(exps=pairs) + of_keys
     else:  # S, dP; then again, and dS K
         work += product(pairs, 5, columns) + Work(exps=2 * pairs) + of_keys * (2 * len(queries))

@@ -47,19 +47,33 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-class _Layer(NamedTuple):
-    """The operator's inputs that forward and backward read alike."""
+class Layer(NamedTuple):
+    """The operator's inputs that forward and backward read alike, in the order of its schema."""
 
     x: Tensor
     w_in: Tensor
     b_in: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None
+    gate: Tensor | None
+    mask: Tensor | None
     seed: Tensor | None
-    parts: tuple[int, ...]
+    num_heads: int
+    parts: Sequence[int]
     scale: float
+    causal: bool
     dropout_p: float
     impl: str
+
+    @property
+    def attend(self) -> dict[str, Any]:
+        """What every attention takes beside q, k and v."""
+        return {"num_heads": self.num_heads, "gate": self.gate, "mask": self.mask, "causal": self.causal}
+
+    @property
+    def low_rank(self) -> dict[str, Any]:
+        """Which of q, k and v have a delta, and its scale."""
+        return {"parts": tuple(self.parts), "scale": self.scale}
 
     @property
     def merged(self) -> bool:
@@ -85,8 +99,7 @@ class _Layer(NamedTuple):
             self.w_in,
             self.lora_A,
             self.lora_B,
-            parts=self.parts,
-            scale=self.scale,
+            **self.low_rank,
             shared=self.shared,
             merge=self.merged,
             dtype=self.x.dtype,
@@ -118,17 +131,17 @@ class _Product(NamedTuple):
         return cls(whole, whole[..., :width], whole[..., width:], False)
 
 
-def _project(layer: _Layer, low_too: bool) -> _Product:
+def _project(layer: Layer, low_too: bool) -> _Product:
     """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
     x, b_in, D3 = layer.x, layer.b_in, layer.w_in.shape[0]
     bias = None if b_in is None else b_in.to(x.dtype)
     if layer.lora_A is None or layer.lora_B is None:
         return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
     if layer.few:
-        low_rank = (layer.lora_A, layer.lora_B, layer.parts, layer.scale)
+        low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
         return _Product.of(cpu.project_few(x, layer.w_in, bias, *low_rank), None, D3)
     if layer.impl == "cpu" and not layer.merged:
-        low_rank = (layer.lora_A, layer.lora_B, layer.parts, layer.scale)
+        low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
         return _Product.of(*cpu.project_beside(x, layer.dropped(), layer.w_in, bias, *low_rank), D3)
     weight = layer.fold()
     if layer.seed is not None:
@@ -138,11 +151,11 @@ def _project(layer: _Layer, low_too: bool) -> _Product:
     return _Product.of(F.linear(x, weight, None if bias is None else F.pad(bias, (0, weight.shape[0] - D3))), None, D3)
 
 
-def _low_rank(layer: _Layer, low: Tensor, up: Tensor) -> Any:
-    return _parts(layer.impl).LowRank(low, up, layer.parts, layer.scale, layer.shared)
+def _low_rank(layer: Layer, low: Tensor, up: Tensor) -> Any:
+    return _parts(layer.impl).LowRank(low, up, **layer.low_rank, shared=layer.shared)
 
 
-def _delta(layer: _Layer, low: Tensor | None) -> Any:
+def _delta(layer: Layer, low: Tensor | None) -> Any:
     """What the attention kernels add on chip; None where the deltas are in q, k and v already."""
     if layer.lora_B is None or low is None or layer.merged or layer.impl == "cpu":
         return None
@@ -171,150 +184,82 @@ def _columns(w_in: Tensor, lora_A: Tensor | None, impl: str, dropped: bool) -> t
     return (D3, R) if apart else (D3 + R, 0)
 
 
-def forward(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    pool_tokens: Tensor | None,
-    pool: str,
-    pool_token: int,
-    keep: str,
-    num_heads: int,
-    parts: list[int],
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    impl: str,
-) -> tuple[Tensor, ...]:
+# The operator's arguments in the order of its schema: a Layer's tensors (TENSORS of them) first and its settings last,
+# and BETWEEN others: forward pool_tokens, pool, pool_token, keep; backward lse, projected, low, heads, and needed.
+TENSORS, BETWEEN = 8, 4
+GRADIENTS = ("x", "w_in", "b_in", "lora_A", "lora_B", "gate")
+
+
+def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """The operator on real tensors: o, lse, cls, and what its backward pass reads, empty where nothing is kept.
 
     projected `[B, N, 3D (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
     low `[B, N, R]`: T, where it has a product of its own.
     heads `[B, N, D]`: the un-gated heads, on a CPU, where they are not o itself.
     """
-    arguments = locals()
+    layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + BETWEEN :])
+    pool_tokens, pool, pool_token, keep = arguments[TENSORS : TENSORS + BETWEEN]
+    x, impl = layer.x, layer.impl
     if not x.numel():
-        return tuple(t.zero_() for t in forward_shapes(**arguments))
-    layer = _Layer(x, w_in, b_in, lora_A, lora_B, seed, tuple(parts), scale, dropout_p, impl)
+        return tuple(t.zero_() for t in forward_shapes(*arguments))
     which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
-    attend: dict[str, Any] = {"num_heads": num_heads, "gate": gate, "mask": mask, "causal": causal, "pool": which}
     kept: tuple[Tensor | None, ...] = (None, None, None)
-    with _plainly(x):
-        if impl == "one_pass":
-            o, lse, cls = _one_pass(layer, attend)
-        elif impl == "cpu" and keep == "nothing" and seed is None:
-            o, lse, cls = cpu.infer(x, w_in, b_in, lora_A, lora_B, parts=parts, scale=scale, **attend)
-        else:
-            product = _project(layer, low_too=keep == "projections")
-            if impl == "cpu":
-                o, lse, cls, heads = cpu.attention_fwd(product.qkv, **attend)
+    if impl == "cpu" and keep == "nothing" and layer.seed is None:
+        o, lse, cls = infer(layer, which)
+    else:
+        with _plainly(x):
+            if impl == "one_pass":
+                o, lse, cls = _one_pass(layer, which)
             else:
-                delta = _delta(layer, product.low)
-                (o, lse, cls), heads = _parts(impl).attention_fwd(product.qkv, delta=delta, **attend), None
-            if keep == "projections":
-                kept = (product.whole, product.low if product.apart else None, heads)
+                product = _project(layer, low_too=keep == "projections")
+                if impl == "cpu":
+                    o, lse, cls, heads = cpu.attention_fwd(product.qkv, **layer.attend, pool=which)
+                else:
+                    delta = _delta(layer, product.low)
+                    o, lse, cls = _parts(impl).attention_fwd(product.qkv, delta=delta, **layer.attend, pool=which)
+                    heads = None
+                if keep == "projections":
+                    kept = (product.whole, product.low if product.apart else None, heads)
     cls = x.new_empty(0, dtype=lse.dtype) if cls is None else cls
     return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in kept))
 
 
-def infer(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    pool: int | Tensor | str | None,
-    num_heads: int,
-    parts: Sequence[int],
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`forward` of `impl="cpu"` where nothing is kept and nothing dropped, without the operator around it."""
-    options: dict[str, Any] = {"num_heads": num_heads, "mask": mask, "causal": causal, "pool": pool}
-    with _plainly(x):
-        return cpu.infer(x, w_in, b_in, lora_A, lora_B, parts=parts, scale=scale, gate=gate, **options)
+    with _plainly(layer.x):
+        options = {**layer.low_rank, **layer.attend, "pool": pool}
+        return cpu.infer(layer.x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B, **options)
 
 
-def _one_pass(layer: _Layer, attend: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, b_in, A = layer.x, layer.b_in, layer.lora_A
-    out: tuple[Tensor, Tensor, Tensor | None] = _parts("one_pass").one_pass_fwd(
-        _rows(x),
-        _rows(layer.w_in.to(x.dtype)),
-        None if b_in is None else b_in.to(x.dtype),
-        None if A is None else _rows(A.to(x.dtype)),
-        layer.lora_B,
-        parts=layer.parts,
-        scale=layer.scale,
-        **attend,
-    )
+def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, w_in, b_in, A, B = layer.x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B
+    b_in, A = None if b_in is None else b_in.to(x.dtype), None if A is None else _rows(A.to(x.dtype))
+    inputs = (_rows(x), _rows(w_in.to(x.dtype)), b_in, A, B)
+    out: tuple[Tensor, Tensor, Tensor | None]
+    out = _parts("one_pass").one_pass_fwd(*inputs, **layer.low_rank, **layer.attend, pool=pool)
     return out
 
 
-def forward_shapes(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    pool_tokens: Tensor | None,
-    pool: str,
-    pool_token: int,
-    keep: str,
-    num_heads: int,
-    parts: list[int],
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    impl: str,
-) -> tuple[Tensor, ...]:
+def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     """What `forward` returns, without values."""
+    layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + BETWEEN :])
+    _, pool, _, keep = arguments[TENSORS : TENSORS + BETWEEN]
+    x, impl = layer.x, layer.impl
     B, N, D = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    cls = x.new_empty((B, num_heads, D // num_heads) if pool else (0,), dtype=wide)
     kept = keep == "projections" and impl != "one_pass"
-    both, low = _columns(w_in, lora_A, impl, seed is not None)
+    both, low = _columns(layer.w_in, layer.lora_A, impl, layer.seed is not None)
     return (
         x.new_empty(B, N, D),
-        x.new_empty(B, num_heads, N, dtype=wide),
-        cls,
+        x.new_empty(B, layer.num_heads, N, dtype=wide),
+        x.new_empty((B, layer.num_heads, D // layer.num_heads) if pool else (0,), dtype=wide),
         x.new_empty((B, N, both) if kept else (0,)),
         x.new_empty((B, N, low) if kept and low else (0,)),
-        x.new_empty((B, N, D) if kept and impl == "cpu" and gate is not None else (0,)),
+        x.new_empty((B, N, D) if kept and impl == "cpu" and layer.gate is not None else (0,)),
     )
 
 
-def backward(
-    do: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    gate: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    lse: Tensor,
-    projected: Tensor,
-    low: Tensor,
-    heads: Tensor,
-    needed: list[bool],
-    num_heads: int,
-    parts: list[int],
-    scale: float,
-    causal: bool,
-    dropout_p: float,
-    impl: str,
-) -> tuple[Tensor, ...]:
+def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of x, w_in, b_in, lora_A, lora_B and gate; an empty tensor for each one not `needed`.
 
     With P the probabilities, `g` a head's gate and dO the gradient of the gated output:
@@ -326,14 +271,15 @@ def backward(
         dx = dY W + U A     = dY W' where the deltas are merged
         dW = dYᵀ x          db = Σ dY                  (a trainable base only)
     """
-    arguments = locals()
+    lse, projected, low, heads, needed, *settings = arguments[TENSORS:]
+    layer = Layer(*arguments[:TENSORS], *settings)
+    x, w_in, b_in, lora_A, lora_B, gate = inputs = arguments[: len(GRADIENTS)]
     if not x.numel():
-        return tuple(t.zero_() for t in backward_shapes(**arguments))
+        return tuple(t.zero_() for t in backward_shapes(do, *arguments))
+    impl = "delta" if layer.impl == "one_pass" else layer.impl
+    layer = layer._replace(impl=impl)
     D3, R = w_in.shape[0], 0
-    impl = "delta" if impl == "one_pass" else impl
-    layer = _Layer(x, w_in, b_in, lora_A, lora_B, seed, tuple(parts), scale, dropout_p, impl)
-    need = dict(zip(("x", "w_in", "b_in", "lora_A", "lora_B", "gate"), needed, strict=True))
-    attend: dict[str, Any] = {"num_heads": num_heads, "gate": gate, "mask": mask, "causal": causal}
+    need = dict(zip(GRADIENTS, needed, strict=True))
     grads: dict[str, Tensor] = {}
     with _plainly(x):
         if projected.numel():
@@ -346,11 +292,15 @@ def backward(
         dboth = x.new_empty(*x.shape[:2], D3 + R)
         dqkv, u = dboth[..., :D3], dboth[..., D3:]
         if impl == "cpu":
-            heads = heads if heads.numel() else cpu.attention_fwd(product.qkv, **attend | {"gate": None}, pool=None)[0]
-            dgate = cpu.attention_bwd(do, product.qkv, lse, heads, dqkv, **attend)
+            heads = (
+                heads
+                if heads.numel()
+                else cpu.attention_fwd(product.qkv, **layer.attend | {"gate": None}, pool=None)[0]
+            )
+            dgate = cpu.attention_bwd(do, product.qkv, lse, heads, dqkv, **layer.attend)
         else:
             delta = _delta(layer, product.low)
-            _, dgate = _parts(impl).attention_bwd(do, product.qkv, lse, delta=delta, out=dqkv, **attend)
+            _, dgate = _parts(impl).attention_bwd(do, product.qkv, lse, delta=delta, out=dqkv, **layer.attend)
         if dgate is not None:
             grads["gate"] = dgate
         if R and lora_A is not None and lora_B is not None and product.low is not None:
@@ -365,14 +315,13 @@ def backward(
             grads["w_in"] = rows.T @ x.flatten(0, 1)
         if need["b_in"]:
             grads["b_in"] = rows.sum(0, dtype=lse.dtype)
-    inputs = {"x": x, "w_in": w_in, "b_in": b_in, "lora_A": lora_A, "lora_B": lora_B, "gate": gate}
     return tuple(
         x.new_empty(0) if like is None or not need[name] else grads[name].to(like.dtype)
-        for name, like in inputs.items()
+        for name, like in zip(GRADIENTS, inputs, strict=True)
     )
 
 
-def _dx(layer: _Layer, dboth: Tensor, dqkv: Tensor, u: Tensor | None) -> Tensor:
+def _dx(layer: Layer, dboth: Tensor, dqkv: Tensor, u: Tensor | None) -> Tensor:
     """dx from dY and U, in one product with the weights of the forward pass where that has both."""
     D3 = layer.w_in.shape[0]
     if layer.lora_A is None:
@@ -388,21 +337,10 @@ def _dx(layer: _Layer, dboth: Tensor, dqkv: Tensor, u: Tensor | None) -> Tensor:
     return dqkv @ weight[:D3] + layer.drop(u @ weight[D3:])
 
 
-def backward_shapes(
-    do: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    gate: Tensor | None,
-    *args: Any,
-    **kwargs: Any,
-) -> tuple[Tensor, ...]:
+def backward_shapes(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """What `backward` returns, without values."""
-    needed = kwargs["needed"] if "needed" in kwargs else args[6]
-    inputs = (x, w_in, b_in, lora_A, lora_B, gate)
+    x, needed = arguments[0], arguments[TENSORS + BETWEEN]
     return tuple(
         x.new_empty(0) if like is None or not need else like.new_empty(like.shape)
-        for like, need in zip(inputs, needed, strict=True)
+        for like, need in zip(arguments[: len(GRADIENTS)], needed, strict=True)
     )

@@ -202,7 +202,8 @@ def head_attention(
     parts = [TARGETS.index(t) for t in targets]
     if name == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*inputs, mask):
         # The way through the dispatcher costs as much as a short sequence's attention.
-        return HeadAttentionOutput(*fused.infer(*inputs, mask, pool, num_heads, parts, scale, causal))
+        layer = fused.Layer(*inputs, mask, None, num_heads, parts, scale, causal, dropout_p, name)
+        return HeadAttentionOutput(*fused.infer(layer, pool))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
     kind = "" if pool is None else pool if isinstance(pool, str) else "token" if isinstance(pool, int) else "tokens"
     given: Any = (*inputs, mask, seed, pool if isinstance(pool, Tensor) else None)

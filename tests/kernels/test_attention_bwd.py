@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from numerics import BACKWARD, assert_right, assert_within, far
 
-from fastheads.kernels.attend import pieces_of
-from fastheads.kernels.attention_bwd import AT_ONCE, Tile, attention_bwd
+from fastheads.kernels.attention_bwd import attention_bwd
 from fastheads.kernels.low_rank import LowRank
+from fastheads.kernels.tiles import Row, pieces_of
 from fastheads.reference import attend, gate_heads
 
 # The three forms, with blocks so small that a short input needs several: all keys on chip at once; both sweeps in one
 # program; a program per block.
-ONCE = AT_ONCE[64]._replace(q=16, q2=16, k2=32, chunks=((0, 32), (32, 16)))
-WHOLE, LONG = Tile(True, 32, 16, 16, 32), Tile(False, 32, 16, 16, 32)
-FORMS = pytest.mark.parametrize("tile", [ONCE, WHOLE, LONG], ids=["at once", "whole", "long"])
+ONCE = Row(16, 32, (16, 32), chunk=32, whole=True)
+WHOLE, LONG = Row(32, 16, (16, 32), whole=True), Row(32, 16, (16, 32))
+FORMS = pytest.mark.parametrize("row", [ONCE, WHOLE, LONG], ids=["at once", "whole", "long"])
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +72,13 @@ def plain(do, y, H, gate=None, mask=None, causal=False):
     return grads[0], grads[1] if len(grads) > 1 else None
 
 
-def check(do, qkv, H, *, gate=None, tile=None, effective=None, delta=None, out=None, **options):
+def check(do, qkv, H, *, gate=None, row=None, effective=None, delta=None, out=None, **options):
     """effective: q, k, v with their delta, in float64 and as plain PyTorch adds it."""
     y64, y_plain = (qkv, qkv) if effective is None else effective
     dy64, dgate64, lse = exact(do, y64, H, gate, **options)
     dy_plain, dgate_plain = plain(do.to(qkv.dtype), y_plain, H, gate, **options)
     before = qkv.clone(), do.clone()
-    dy, dgate = attention_bwd(do, qkv, lse, num_heads=H, gate=gate, delta=delta, out=out, _tile=tile, **options)
+    dy, dgate = attention_bwd(do, qkv, lse, num_heads=H, gate=gate, delta=delta, out=out, _row=row, **options)
     assert torch.equal(before[0], qkv) and torch.equal(before[1], do)
     assert dy.dtype == qkv.dtype
     for part, name in enumerate(("dq", "dk", "dv")):
@@ -107,9 +107,9 @@ def test_lengths(N, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("dh", [16, 40, 64, 72, 80, 104])
 def test_head_sizes(dh, dtype):
-    for tile in (ONCE, LONG):
+    for row in (ONCE, LONG):
         qkv, do, gate = inputs(1, 33, 1, dh, dtype)
-        check(do, qkv, 1, gate=gate, tile=tile)
+        check(do, qkv, 1, gate=gate, row=row)
 
 
 def test_the_pieces_of_a_head_cover_it_once():
@@ -126,7 +126,7 @@ def test_the_pieces_of_a_head_cover_it_once():
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_form(causal, dtype):
     qkv, do, gate = inputs(1, 100, 1, 16, dtype)
-    check(do, qkv, 1, gate=gate, causal=causal, tile=LONG)
+    check(do, qkv, 1, gate=gate, causal=causal, row=LONG)
 
 
 def masks(B, N, H):
@@ -146,17 +146,17 @@ def masks(B, N, H):
     }
 
 
-@pytest.mark.parametrize("tile,causal", [(ONCE, True), (WHOLE, False), (LONG, True)], ids=["at once", "whole", "long"])
+@pytest.mark.parametrize("row,causal", [(ONCE, True), (WHOLE, False), (LONG, True)], ids=["at once", "whole", "long"])
 @pytest.mark.parametrize("kind", list(masks(1, 2, 1)))
-def test_masks(kind, causal, tile):
+def test_masks(kind, causal, row):
     qkv, do, gate = inputs(2, 21, 2, 16)
-    check(do, qkv, 2, gate=gate, mask=masks(2, 21, 2)[kind], causal=causal, tile=tile)
+    check(do, qkv, 2, gate=gate, mask=masks(2, 21, 2)[kind], causal=causal, row=row)
 
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("additive", [False, True])
-def test_rows_that_see_nothing_have_no_gradient(additive, dtype, tile):
+def test_rows_that_see_nothing_have_no_gradient(additive, dtype, row):
     qkv, do, gate = inputs(1, 37, 2, 16, dtype)
     mask = torch.zeros(37, 37, dtype=torch.bool)
     mask[[0, 20, 36]] = True
@@ -167,7 +167,7 @@ def test_rows_that_see_nothing_have_no_gradient(additive, dtype, tile):
     lse[..., ~seen] = -math.inf
     if additive:
         mask = torch.zeros(37, 37).masked_fill(mask, -math.inf)
-    dy, dgate = attention_bwd(do, qkv, lse, num_heads=2, gate=gate, mask=mask, _tile=tile)
+    dy, dgate = attention_bwd(do, qkv, lse, num_heads=2, gate=gate, mask=mask, _row=row)
     assert_right(dy, dy_plain, dy64, BACKWARD)
     assert_right(dgate, dgate_plain, dgate64, BACKWARD)
     assert not heads_of(dy, 2)[0][:, :, ~seen].any()
@@ -176,7 +176,7 @@ def test_rows_that_see_nothing_have_no_gradient(additive, dtype, tile):
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("parts,shared", [((0, 2), False), ((1,), False), ((0, 1, 2), True)])
-def test_delta(parts, shared, dtype, tile):
+def test_delta(parts, shared, dtype, row):
     B, N, H, dh, r = 1, 21, 2, 24, 5
     qkv, do, gate = inputs(B, N, H, dh, dtype)
     T, heads = len(parts), 1 if shared else H
@@ -189,26 +189,26 @@ def test_delta(parts, shared, dtype, tile):
         y = qkv.to(wide).view(B, N, 3, H, dh).clone()
         y[:, :, list(parts)] += 0.5 * torch.einsum("bnthr,thdr->bnthd", columns, up.to(wide))
         effective.append(y.flatten(2))
-    check(do, qkv, H, gate=gate, effective=effective, delta=delta, tile=tile)
+    check(do, qkv, H, gate=gate, effective=effective, delta=delta, row=row)
 
 
 def test_the_gate_has_its_gradient_at_zero():
-    for tile in (ONCE, WHOLE, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, _ = inputs(1, 37, 3, 16)
         gate = torch.tensor([0.0, 1.0, -2.0])
-        dy, dgate = check(do, qkv, 3, gate=gate, tile=tile)
+        dy, dgate = check(do, qkv, 3, gate=gate, row=row)
         assert dgate[0].abs() > 0.1
         assert not heads_of(dy, 3)[:, :, 0].any()
-        check(do, qkv, 3, gate=None, tile=tile)
+        check(do, qkv, 3, gate=None, row=row)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_a_common_mean_of_the_values_does_not_cancel(dtype):
     """P's rows must sum to what delta was divided by: Σ P dP K - delta Σ P K would lose the digits here."""
-    for tile in (ONCE, WHOLE, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, gate = inputs(1, 45, 2, 16, dtype)
         qkv[..., 64:] += 30
-        check(do, qkv, 2, gate=gate, tile=tile)
+        check(do, qkv, 2, gate=gate, row=row)
 
 
 @pytest.mark.parametrize("kind", ["stride 0", "summed", "transposed", "float32", "float64"])
@@ -221,16 +221,16 @@ def test_strides_of_the_gradient(kind):
         "float32": lambda: do.float(),
         "float64": lambda: do.double(),
     }[kind]()
-    for tile in (ONCE, WHOLE, LONG):
-        check(do, qkv, 2, gate=gate, tile=tile)
+    for row in (ONCE, WHOLE, LONG):
+        check(do, qkv, 2, gate=gate, row=row)
 
 
 def test_written_to_a_view_and_nowhere_else():
-    for tile in (ONCE, WHOLE, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, gate = inputs(2, 37, 2, 16)
         buffer = torch.full((2, 40, 110), 7.0)
         out = buffer[:, 1:38, 5:101]
-        dy, _ = check(do, qkv, 2, gate=gate, out=out, tile=tile)
+        dy, _ = check(do, qkv, 2, gate=gate, out=out, row=row)
         assert dy is out
         out.fill_(7.0)
         assert bool((buffer == 7).all())
@@ -238,12 +238,12 @@ def test_written_to_a_view_and_nowhere_else():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the memory would be real")
 def test_offsets_beyond_two_to_the_31():
-    for tile in (ONCE, WHOLE, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, gate = inputs(4, 5, 1, 16, torch.float16)
         lse = exact(do, qkv, 1)[2]
         low = LowRank(torch.randn(4, 5, 8).half(), torch.randn(2, 1, 16, 4), (0, 2), 1.0, False)
         mask = torch.randn(4, 1, 5, 5)
-        options = {"num_heads": 1, "gate": gate, "_tile": tile}
+        options = {"num_heads": 1, "gate": gate, "_row": row}
         want = attention_bwd(do, qkv, lse, delta=low, mask=mask, **options)
         out = far(torch.zeros(4, 5, 48).half())
         distant = low._replace(low=far(low.low))
@@ -253,14 +253,14 @@ def test_offsets_beyond_two_to_the_31():
 
 def test_empty_batch():
     qkv, do, gate = inputs(0, 5, 2, 16)
-    for tile in (ONCE, WHOLE, LONG):
-        dy, dgate = attention_bwd(do, qkv, torch.zeros(0, 2, 5), num_heads=2, gate=gate, _tile=tile)
+    for row in (ONCE, WHOLE, LONG):
+        dy, dgate = attention_bwd(do, qkv, torch.zeros(0, 2, 5), num_heads=2, gate=gate, _row=row)
         assert dy.shape == (0, 5, 96) and torch.equal(dgate, torch.zeros(2))
 
 
 def test_the_same_bits_each_time():
-    for tile in (ONCE, WHOLE, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, gate = inputs(2, 37, 1, 16, torch.float16)
         lse = exact(do, qkv, 1)[2]
-        a, b = (attention_bwd(do, qkv, lse, num_heads=1, gate=gate, _tile=tile) for _ in range(2))
+        a, b = (attention_bwd(do, qkv, lse, num_heads=1, gate=gate, _row=row) for _ in range(2))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])

@@ -7,9 +7,9 @@ import torch
 from numerics import FORWARD, assert_right, far
 
 from fastheads.kernels import attention_fwd as module
-from fastheads.kernels.attend import Tiles
-from fastheads.kernels.attention_fwd import attention_fwd, on_chip
+from fastheads.kernels.attention_fwd import attention_fwd
 from fastheads.kernels.low_rank import LowRank
+from fastheads.kernels.tiles import Row
 from fastheads.reference import attend, pool_heads
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,13 +116,14 @@ def check(qkv, H, low=None, gate=None, mask=None, causal=False, pool=None):
 
 
 def streamed(monkeypatch, block_m=32, block_n=16):
-    monkeypatch.setattr(module, "tiles_of", lambda *_: Tiles((), block_m, 0, block_n, 4, 1))
+    monkeypatch.setattr(module, "row_for", lambda *_, **__: Row(block_m, block_n))
 
 
-def kept_on_chip(monkeypatch, length, largest=128, tail=None):
+def kept_on_chip(monkeypatch, length, largest=128, tail=True):
     """A row of the tables for GPUs, which the interpreter's dtypes and its unknown chip don't get by themselves."""
-    tail = 16 if tail is None and length > 64 and 0 < length % 64 <= 16 else tail or 0
-    monkeypatch.setattr(module, "tiles_of", lambda *_: on_chip(length, largest, tail))
+    row = Row(64, chunk=largest, tail=tail)
+    assert row.tiles(length).tail == (16 if tail and length > 64 and 0 < length % 64 <= 16 else 0)
+    monkeypatch.setattr(module, "row_for", lambda *_, **__: row)
 
 
 # ---------------------------------------------------------------------------------------------------- lengths
@@ -153,7 +154,7 @@ def test_keys_on_chip(N, H, dh, dtype, monkeypatch):
 
 @pytest.mark.parametrize("N", [64, 65, 197])
 def test_rows_without_a_tail(N, monkeypatch):
-    kept_on_chip(monkeypatch, N, largest=64, tail=0)
+    kept_on_chip(monkeypatch, N, largest=64, tail=False)
     qkv, _ = inputs(1, N, 1, 16, torch.float16)
     check(qkv, 1, causal=True, pool="mean")
 

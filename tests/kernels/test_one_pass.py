@@ -7,8 +7,8 @@ import torch
 from numerics import FORWARD, assert_right, far, plain_head_attention
 
 from fastheads.kernels import one_pass as module
-from fastheads.kernels.attend import Tiles, chunks_of
 from fastheads.kernels.one_pass import one_pass_fits, one_pass_fwd
+from fastheads.kernels.tiles import ONE_PASS
 from fastheads.reference import TARGETS, head_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +97,9 @@ def test_masks(kind, causal, dtype):
 
 def test_a_tail_of_queries(monkeypatch):
     """The row of an A100."""
-    monkeypatch.setattr(module, "one_pass_tiles", lambda *_: Tiles(chunks_of(70, 64), 64, 16, 32, 4, 2))
+    row = next(row for row in ONE_PASS[80] if row.tail)
+    assert row.tiles(70).tail == 16
+    monkeypatch.setattr(module, "row_for", lambda *_, **__: row)
     check(inputs(2, 70, 2, 16, torch.float32, (0, 2)), 2, (0, 2), pool="mean", causal=True)
 
 

@@ -9,6 +9,7 @@ from fastheads import mmd
 from fastheads.kernels import attention_bwd, attention_fwd, low_rank, one_pass
 from fastheads.kernels.launch import launching
 from fastheads.kernels.low_rank import LowRank
+from fastheads.kernels.tiles import BACKWARD, is_spread, row_for
 from fastheads.ops import mmd_panels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
@@ -68,10 +69,11 @@ def test_attention_backward(length, parts, heads, arch, counted, monkeypatch):
     """Where the batch has many heads they fill the chip, else a head's blocks are spread over it."""
     if heads > 1 and not 80 < length <= 272:
         return  # the same tiles
-    tile = attention_bwd.tile_for(arch, DH, length, heads, bool(parts), False, False)
+    given = {"deltas": len(parts), "spread": is_spread(length, heads)}
+    row = row_for(BACKWARD, arch, DH, length, torch.float16, **given)
     qkv, delta = problem(length, parts)
     do, lse = torch.zeros_like(qkv[..., :DH]), torch.zeros(1, 1, length)
-    attention_bwd.attention_bwd(do, qkv, lse, num_heads=1, delta=delta, _tile=tile)
+    attention_bwd.attention_bwd(do, qkv, lse, num_heads=1, delta=delta, _row=row)
     # log2(row sums) takes no exponential; nothing else does but the probabilities
     assert loops.attention_bwd(arch, DH, length, heads, parts, 2) == (counted["products"], counted["exps"])
 

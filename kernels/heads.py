@@ -1,0 +1,271 @@
+"""One head inside an attention kernel: its rows as tiles, its deltas, its mask, its scores, its gate.
+
+Names say what a thing is: p_ a pointer, o_ offsets, m_ a mask, b_ a tile or what else is on chip. A head's rows are
+tuples of tiles `[R, P]`, in pieces along head_dim: 80 columns are 64 and 16, not 128. () stands for what is not there.
+"""
+
+import math
+from collections import namedtuple
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastheads.kernels.launch import dot_precision, strides
+from fastheads.kernels.tiles import Tiles, pieces_of, rank_tile
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+
+
+class Head(NamedTuple):
+    """At compile time. heads: H; dim: dh; pieces: (first column, columns); scale: 1 / sqrt(dh)."""
+
+    heads: int
+    dim: int
+    pieces: tuple[tuple[int, int], ...]
+    scale: float
+    precision: str
+
+
+class Low(NamedTuple):
+    """The deltas at compile time. targets: the place of q, k, v among them, or -1; tile: rank, padded for tl.dot;
+    shared: all heads have one A."""
+
+    targets: tuple[int, int, int] = (-1, -1, -1)
+    rank: int = 0
+    tile: int = 0
+    shared: bool = False
+
+
+# What kernels are given: x `[B, N, …]`, its last dimension contiguous; a mask `[B, H, N, N]`, boolean (True: masked) or
+# additive; T = x Aᵀ `[B, N, C]`, its columns over (target, H or 1, rank), with B `[T, H, dh, r]` and the scale s.
+Rows = namedtuple("Rows", "p stride_b stride_n")
+Mask = namedtuple("Mask", "p stride_b stride_h stride_m stride_n")
+Delta = namedtuple("Delta", "p stride_b stride_n p_up scale")
+# One image's head of these; delta: a DeltaOfHead or ().
+RowsOfHead = namedtuple("RowsOfHead", "p stride delta")
+DeltaOfHead = namedtuple("DeltaOfHead", "p stride p_up scale")
+
+
+def as_rows(x: Tensor) -> Rows:
+    return Rows(x, *strides(x, 0, 1))
+
+
+def as_mask(mask: Tensor | None, batch: int, heads: int, length: int) -> Mask | None:
+    if mask is None:
+        return None
+    mask = mask.expand(batch, heads, length, length)
+    return Mask(mask, *strides(mask, 0, 1, 2, 3))
+
+
+def low_of(parts: tuple[int, ...], rank: int, shared: bool) -> Low:
+    """parts: which of q (0), k (1), v (2) each delta is of."""
+    q, k, v = (parts.index(part) if part in parts else -1 for part in range(3))
+    return Low((q, k, v), rank, rank_tile(rank), shared)
+
+
+def head_of(heads: int, head_dim: int, dtype: torch.dtype) -> Head:
+    return Head(heads, head_dim, pieces_of(head_dim), head_dim**-0.5, dot_precision(dtype))
+
+
+def compiled_for(tiles: Tiles, head: Head, low: Low, causal: bool) -> dict[str, Any]:
+    """What every attention kernel is compiled for."""
+    warps = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return {"TILES": tiles, "HEAD": head, "LOW": low, "CAUSAL": causal, **warps}
+
+
+@triton.jit
+def program(blocks, HEAD: tl.constexpr):
+    """Image, head and block of this program; blocks of a head stand beside each other."""
+    i_bh = tl.program_id(0) // blocks
+    return (i_bh // HEAD.heads).to(tl.int64), i_bh % HEAD.heads, tl.program_id(0) % blocks
+
+
+@triton.jit
+def rows_of_head(x, b, h, HEAD: tl.constexpr):
+    return RowsOfHead(x.p + b * x.stride_b + h * HEAD.dim, x.stride_n, ())
+
+
+@triton.jit
+def part_of_head(qkv, delta, b, h, PART: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr):
+    """q (0), k (1) or v (2) of one head, with its delta; they lie D columns apart."""
+    low = ()
+    if LOW.targets[PART] >= 0:
+        i_th = LOW.targets[PART] * HEAD.heads + h
+        p_low = delta.p + b * delta.stride_b + (LOW.targets[PART] if LOW.shared else i_th) * LOW.rank
+        low = DeltaOfHead(p_low, delta.stride_n, delta.p_up + i_th * (HEAD.dim * LOW.rank), delta.scale)
+    return RowsOfHead(qkv.p + b * qkv.stride_b + (PART * HEAD.heads + h) * HEAD.dim, qkv.stride_n, low)
+
+
+@triton.jit
+def parts_of_head(qkv, delta, b, h, HEAD: tl.constexpr, LOW: tl.constexpr):
+    q = part_of_head(qkv, delta, b, h, 0, HEAD, LOW)
+    k = part_of_head(qkv, delta, b, h, 1, HEAD, LOW)
+    return q, k, part_of_head(qkv, delta, b, h, 2, HEAD, LOW)
+
+
+@triton.jit
+def mask_of_head(mask, b, h):
+    """(pointer, strides) of the mask of one image and head."""
+    b_mask = ()
+    if mask is not None:
+        b_mask = (mask.p + b * mask.stride_b + h.to(tl.int64) * mask.stride_h, mask.stride_m, mask.stride_n)
+    return b_mask
+
+
+@triton.jit
+def load_gate(p_gate, h):
+    """g of one head; 1 without gates."""
+    b_gate = 1.0
+    if p_gate is not None:
+        b_gate = tl.load(p_gate + h)
+    return b_gate
+
+
+@triton.jit
+def load_tile(p_x, o_r, stride, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns FIRST … FIRST + WIDTH - 1 of the rows o_r, `[R, WIDTH]`; zero past COLUMNS and past `rows`."""
+    o_c = FIRST + tl.arange(0, WIDTH)
+    m_x = (o_r < rows)[:, None]
+    if FIRST + WIDTH > COLUMNS:
+        m_x = m_x & (o_c < COLUMNS)[None, :]
+    return tl.load(p_x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m_x, other=0.0)
+
+
+@triton.jit
+def load_head(x, o_r, rows, HEAD: tl.constexpr, dtype: tl.constexpr):
+    """Rows o_r of a head as they lie in memory, tiles `[R, P]` in dtype."""
+    b_x = ()
+    for i in tl.static_range(len(HEAD.pieces)):
+        b_t = load_tile(x.p, o_r, x.stride, rows, HEAD.pieces[i][0], HEAD.pieces[i][1], HEAD.dim)
+        b_x = b_x + (b_t.to(dtype),)
+    return b_x
+
+
+@triton.jit
+def load_low(x, o_r, rows, LOW: tl.constexpr):
+    """T of one head, `[R, r]`."""
+    return load_tile(x.delta.p, o_r, x.delta.stride, rows, 0, LOW.tile, LOW.rank)
+
+
+@triton.jit
+def load_up(p_up, scale, dtype: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr):
+    """scale · B of one head, tiles `[P, r]`, rounded once."""
+    b_up = ()
+    for i in tl.static_range(len(HEAD.pieces)):
+        o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
+        b_up = b_up + ((load_tile(p_up, o_d, LOW.rank, HEAD.dim, 0, LOW.tile, LOW.rank) * scale).to(dtype),)
+    return b_up
+
+
+@triton.jit
+def load_ups(delta, h, dtype: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr):
+    """s·B of one head for q, k and v."""
+    b_ups = ()
+    for part in tl.static_range(3):
+        b_up = ()
+        if LOW.targets[part] >= 0:
+            p_up = delta.p_up + (LOW.targets[part] * HEAD.heads + h) * (HEAD.dim * LOW.rank)
+            b_up = load_up(p_up, delta.scale, dtype, HEAD, LOW)
+        b_ups = b_ups + (b_up,)
+    return b_ups
+
+
+@triton.jit
+def load_part(x, o_r, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
+    """Rows o_r of q, k or v with their delta, y0 + s·T Bᵀ: added in float32, then rounded."""
+    b_y = load_head(x, o_r, rows, HEAD, x.p.dtype.element_ty)
+    if len(x.delta) > 0:
+        b_t = load_low(x, o_r, rows, LOW)
+        b_up = load_up(x.delta.p_up, 1.0, b_t.dtype, HEAD, LOW)
+        b_sum = ()
+        for i in tl.static_range(len(HEAD.pieces)):
+            b_d = tl.dot(b_t, tl.trans(b_up[i]), input_precision=HEAD.precision)
+            b_sum = b_sum + ((b_y[i].to(tl.float32) + x.delta.scale * b_d).to(b_y[i].dtype),)
+        b_y = b_sum
+    return b_y
+
+
+@triton.jit
+def store_head(x, o_r, rows, b_x, factor, HEAD: tl.constexpr):
+    """factor · b_x, in the dtype of x."""
+    for i in tl.static_range(len(HEAD.pieces)):
+        o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
+        m_x = (o_r < rows)[:, None]
+        if HEAD.pieces[i][0] + HEAD.pieces[i][1] > HEAD.dim:
+            m_x = m_x & (o_d < HEAD.dim)[None, :]
+        p_x = x.p + o_r.to(tl.int64)[:, None] * x.stride + o_d[None, :]
+        tl.store(p_x, (b_x[i] * factor).to(x.p.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def zero_head(ROWS: tl.constexpr, b_up, HEAD: tl.constexpr):
+    """Zeros `[R, P]`, and beside them `[R, r]` where b_up, the B of a delta, is there."""
+    b_x = ()
+    for i in tl.static_range(len(HEAD.pieces)):
+        b_x = b_x + (tl.full([ROWS, HEAD.pieces[i][1]], 0.0, tl.float32),)
+    if len(b_up) > 0:
+        b_x = b_x + (tl.full([ROWS, b_up[0].shape[1]], 0.0, tl.float32),)
+    return b_x
+
+
+@triton.jit
+def transposed(b_x):
+    b_y = ()
+    for i in tl.static_range(len(b_x)):
+        b_y = b_y + (tl.trans(b_x[i]),)
+    return b_y
+
+
+@triton.jit
+def dot_over(b_x, b_y, HEAD: tl.constexpr):
+    """x y in float32, of tiles `[X, P]` and `[P, Y]`: summed over the pieces."""
+    b_z = tl.dot(b_x[0], b_y[0], input_precision=HEAD.precision)
+    for i in tl.static_range(1, len(b_x)):
+        b_z = tl.dot(b_x[i], b_y[i], b_z, input_precision=HEAD.precision)
+    return b_z
+
+
+@triton.jit
+def add_product(b_acc, b_w, b_x, HEAD: tl.constexpr):
+    """acc + w x, piece by piece, w rounded as x is."""
+    b_y = ()
+    for i in tl.static_range(len(b_x)):
+        b_y = b_y + (tl.dot(b_w.to(b_x[i].dtype), b_x[i], b_acc[i], input_precision=HEAD.precision),)
+    return b_y
+
+
+@triton.jit
+def scores(b_x, b_y, o_m, o_n, rows, mask, HEAD: tl.constexpr):
+    """q kᵀ / sqrt(dh) + mask in base 2, as a tile and the factor that is still to come; -inf where masked.
+
+    b_x: q and b_y: k, queries o_m `[M, 1]`, keys o_n `[1, N]`; or k and q, `[1, M]` and `[N, 1]`, for the transpose.
+    """
+    b_s = dot_over(b_x, transposed(b_y), HEAD)
+    factor = HEAD.scale * LOG2E
+    if len(mask) > 0:
+        p_mask, stride_m, stride_n = mask
+        o_s = o_m.to(tl.int64) * stride_m + o_n.to(tl.int64) * stride_n
+        m_s = (o_m < rows) & (o_n < rows)
+        if p_mask.dtype.element_ty == tl.int1:
+            b_s = tl.where(tl.load(p_mask + o_s, mask=m_s, other=0) != 0, float("-inf"), b_s)
+        else:
+            b_mask = tl.load(p_mask + o_s, mask=m_s, other=0.0).to(tl.float32)
+            # A finite mask stays finite in base 2 too, so that a row of nothing else still has a softmax.
+            b_mask = tl.where(b_mask == float("-inf"), b_mask, tl.maximum(b_mask, -2e38) * LOG2E)
+            b_s = b_s * factor + b_mask
+            factor = 1.0
+    return b_s, factor
+
+
+@triton.jit
+def hide(b_x, o_m, o_n, rows, value: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr):
+    """b_x with `value` where a key is past the last (EDGE: some may be) or after the query (CAUSAL)."""
+    if EDGE:
+        b_x = tl.where(o_n < rows, b_x, value)
+    if CAUSAL:
+        b_x = tl.where(o_n <= o_m, b_x, value)
+    return b_x
