@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--tune",
         action="store_true",
-        help="choose learning rates and lambda on source validation instead, for every domain",
+        help="choose learning rates and lambda instead, for every domain on the three others, held out in turn",
     )
     demo.add_argument(
         "--steps", type=_whole(1), default=None, metavar="N", help="training steps per method (default: as tuned)"

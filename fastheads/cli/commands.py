@@ -164,7 +164,7 @@ def _demo(args: argparse.Namespace) -> None:
         raise InputError("--tune: searches for every domain; give it without --full")
     if args.tune:
         result = tune_demo(args.out, targets=[args.target] if args.target else DOMAINS, steps=args.steps)
-        print(f"chosen on source validation: {result['chosen']}\n{args.out / 'tuning.json'}")
+        print(f"chosen on sources held out in turn: {result['chosen']}\n{args.out / 'tuning.json'}")
         return
     targets = DOMAINS if args.full else (args.target or TARGET,)
     experiment, page = run_demo(args.out, targets=targets, full=args.full, steps=args.steps, command=args.typed)
