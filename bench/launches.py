@@ -39,7 +39,7 @@ from bench.base.towers import SETTINGS, Setting
 from bench.contests.models import blocks_of, clip
 from fastheads.kernels import attention_bwd, attention_fwd, fold, low_rank, mmd_small, one_pass
 from fastheads.kernels.launch import launch, launching
-from fastheads.ops import dispatch
+from fastheads.ops import dispatch, fused
 
 GROUP = "launches"
 FORMS = ("stacked", "delta", "one_pass")
@@ -103,15 +103,19 @@ class Layer:
 
 @contextmanager
 def as_on_a_gpu(arch: int = 80) -> Iterator[None]:
-    """Inside, Triton's forms take CPU tensors, and tiles for `arch`."""
+    """Inside, Triton's forms take CPU tensors, and tiles for `arch`; products of 16 bits may have float32 outputs."""
+    wide, fused._wide = fused._wide, lambda x: x.dtype.itemsize == 2
     before, architectures = dispatch.INTERPRETING, [(m, m.architecture) for m in KERNELS if hasattr(m, "architecture")]
     dispatch.INTERPRETING = True
     dispatch._remembered.cache_clear()
     for module, _ in architectures:
         module.architecture = lambda x: arch
     try:
-        yield
+        with torch.library._scoped_library("aten", "IMPL") as library:
+            library.impl("mm.dtype", lambda a, b, out_dtype: (a @ b).to(out_dtype), "CPU")
+            yield
     finally:
+        fused._wide = wide
         dispatch.INTERPRETING = before
         dispatch._remembered.cache_clear()
         for module, found in architectures:

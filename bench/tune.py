@@ -81,6 +81,7 @@ def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:
     from fastheads.kernels.attention_bwd import attention_bwd
     from fastheads.kernels.attention_fwd import attention_fwd
     from fastheads.kernels.low_rank import LowRank
+    from fastheads.kernels.sums import sums
 
     torch.manual_seed(0)
     B, N, H, dh, r = p.batch, p.length, p.heads, p.head_dim, 8
@@ -92,7 +93,12 @@ def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:
     if p.direction == "forward":
         return lambda candidate: list(attention_fwd(qkv, **options, _row=candidate)[:2])
     _, lse, _ = attention_fwd(qkv, **options)
-    return lambda candidate: list(attention_bwd(do, qkv, lse, **options, _row=candidate))
+
+    def backward(candidate: Any) -> list[Any]:
+        dqkv, dgates = attention_bwd(do, qkv, lse, **options, _row=candidate)
+        return [dqkv, sums(dgates, None)[0]]
+
+    return backward
 
 
 def off_by(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:

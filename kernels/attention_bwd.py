@@ -18,22 +18,42 @@ from torch import Tensor
 from fastheads.kernels import heads
 from fastheads.kernels.launch import architecture, launch, on_grid, packed, rows_of
 from fastheads.kernels.low_rank import LowRank
-from fastheads.kernels.tiles import BACKWARD, Row, is_spread, row_for
+from fastheads.kernels.tiles import BACKWARD, Row, cdiv, is_spread, row_for
 
-# One head of one image. p_lse: as the forward left it; p_mean, p_lse2: δ and base-2 lse of each query, made here.
+# One head of one image. gate: (), (g,), or (pointer to all, h) where it is made when it is needed: of two launches each
+# needs it once, at the end, with registers to spare. p_lse: as the forward left it; p_mean, p_lse2: δ and base-2 lse of
+# each query, made here.
 Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_lse2")
 
 
 @triton.jit
-def problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
+def problem_of(
+    do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows,
+    TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
+):  # fmt: skip
     q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
     dq = heads.rows_of_head(dqkv, b, h, HEAD)
     dk = heads.rows_of_head(dqkv, b, HEAD.heads + h, HEAD)
     dv = heads.rows_of_head(dqkv, b, 2 * HEAD.heads + h, HEAD)
     do_h, b_mask = heads.rows_of_head(do, b, h, HEAD), heads.mask_of_head(mask, b, h)
-    b_gate = heads.load_gate(p_gate, h)
+    b_gate = ()
+    if p_gate is not None:
+        if TILES.whole:
+            b_gate = (heads.load_gate(p_gate, h, HEAD),)
+        else:
+            b_gate = (p_gate, h)
     o_l = (b * HEAD.heads + h) * rows
     return Problem(q, k, v, do_h, dq, dk, dv, b_mask, b_gate, p_lse + o_l, made[0] + o_l, made[1] + o_l)
+
+
+@triton.jit
+def gate_of(x, HEAD: tl.constexpr):
+    b_gate = 1.0
+    if len(x.gate) == 1:
+        b_gate = x.gate[0]
+    if len(x.gate) == 2:
+        b_gate = heads.load_gate(x.gate[0], x.gate[1], HEAD)
+    return b_gate
 
 
 @triton.jit
@@ -112,7 +132,7 @@ def query_rows(
             b_dq = heads.add_product(b_dq, b_p * (b_dp - b_mean[:, None]), b_k, HEAD)
     tl.store(x.p_mean + o_m, b_mean, mask=o_m < rows)
     tl.store(x.p_lse2 + o_m, b_lse, mask=o_m < rows)
-    heads.store_head(x.dq, o_m, rows, b_dq, x.gate * HEAD.scale, HEAD)
+    heads.store_head(x.dq, o_m, rows, b_dq, gate_of(x, HEAD) * HEAD.scale, HEAD)
     return tl.sum(b_mean, 0)
 
 
@@ -140,8 +160,9 @@ def key_rows(
         b_dv = heads.add_product(b_dv, b_p, b_do, HEAD)
         b_dp = heads.dot_over(b_v, heads.transposed(b_do), HEAD)
         b_dk = heads.add_product(b_dk, b_p * (b_dp - b_mean[None, :]), b_q, HEAD)
-    heads.store_head(x.dv, o_n, rows, b_dv, x.gate, HEAD)
-    heads.store_head(x.dk, o_n, rows, b_dk, x.gate * HEAD.scale, HEAD)
+    b_gate = gate_of(x, HEAD)
+    heads.store_head(x.dv, o_n, rows, b_dv, b_gate, HEAD)
+    heads.store_head(x.dk, o_n, rows, b_dk, b_gate * HEAD.scale, HEAD)
 
 
 @triton.jit
@@ -151,10 +172,10 @@ def attention_bwd_kernel(
 ):  # fmt: skip
     """dQ, dK, dV `[N, dh]` and Σ δ of one head: a program per (image, head) makes both sweeps.
 
-    made: δ and lse `[B, H, N]`, which the first sweep leaves to the second; p_dgate: `[B, H, 1]`.
+    made: δ and lse `[B, H, N]`, which the first sweep leaves to the second; p_dgate: `[B, H]`.
     """
     b, h, _ = heads.program(1, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_ks = ()
     b_vs = ()
     for c in tl.static_range(len(TILES.chunks)):
@@ -185,10 +206,11 @@ def attention_bwd_queries_kernel(
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The first sweep, a program per (image, head, block_m queries): dQ, δ and lse; Σ δ of each block."""
-    b, h, i_m = heads.program(tl.cdiv(rows, TILES.block_m), HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, HEAD, LOW)
+    blocks = tl.cdiv(rows, TILES.block_m)
+    b, h, i_m = heads.program(blocks, HEAD)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_dgate = query_rows(x, (), (), i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, LOW, CAUSAL)
-    tl.store(p_dgate + tl.program_id(0), b_dgate)
+    tl.store(p_dgate + (b * blocks + i_m) * HEAD.heads + h, b_dgate)
 
 
 @triton.jit
@@ -198,7 +220,7 @@ def attention_bwd_keys_kernel(
 ):  # fmt: skip
     """The second sweep, a program per (image, head, key_n keys): dK and dV."""
     b, h, i_n = heads.program(tl.cdiv(rows, TILES.key_n), HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, TILES, HEAD, LOW)
     key_rows(x, i_n * TILES.key_n, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
 
 
@@ -209,19 +231,21 @@ def attention_bwd(
     *,
     num_heads: int,
     gate: Tensor | None = None,
+    gate_form: str = "",
     mask: Tensor | None = None,
     causal: bool = False,
     delta: LowRank | None = None,
     out: Tensor | None = None,
     _row: Row | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of gated attention: dqkv `[B, N, 3D]` in qkv's dtype, dgate `[H]` float32 (None without a gate).
+    """Gradients of gated attention: dqkv `[B, N, 3D]` in qkv's dtype, and partial sums of the gates' `[G, H]`, float32,
+    for `sums` to add up (None without a gate).
 
     Args:
         do: `[B, N, D]`, gradient of the gated output, any strides and float dtype.
         qkv: `[B, N, 3D]`, float16, bfloat16 or float32; a view, its last dimension contiguous.
         lse: `[B, H, N]` float32: natural log-sum-exp of the scaled, masked scores; -inf: nothing seen.
-        gate: `[H]` float32.
+        gate: `[H]` float32; their values, or with a gate_form (of `reference.GATES`) theta: dg is of the values.
         mask: broadcasts to `[B, H, N, N]`; boolean with True = masked, or additive.
         delta: what the heads' q, k, v have beside qkv. The gradient is that of their sum.
         out: `[B, N, 3D]` view to write dqkv to, its last dimension contiguous; None: allocated.
@@ -234,13 +258,13 @@ def attention_bwd(
     low, deltas = (heads.Low(), 0) if delta is None else (delta.form(), len(delta.parts))
     given: dict[str, Any] = {"deltas": deltas, "masked": mask is not None, "spread": is_spread(N, B * H)}
     tiles = (_row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, **given)).tiles(N)
-    meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype), low, causal)
-    blocks = 1 if tiles.whole else triton.cdiv(N, tiles.block_m)
+    meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype, gate_form), low, causal)
+    blocks = 1 if tiles.whole else cdiv(N, tiles.block_m)
     made = torch.empty((2, B, H, N), dtype=torch.float32, device=qkv.device).unbind()
-    dgate = torch.empty((B, H, blocks), dtype=torch.float32, device=qkv.device)
+    dgate = torch.empty((B * blocks, H), dtype=torch.float32, device=qkv.device)
     inputs = (heads.as_rows(do), heads.as_rows(qkv), None if delta is None else delta.on_chip())
     args = (*inputs, heads.as_mask(mask, B, H, N), packed(gate), packed(lse), made, heads.as_rows(dqkv), dgate, N)
-    sweeps = ((attention_bwd_queries_kernel, blocks), (attention_bwd_keys_kernel, triton.cdiv(N, tiles.key_n)))
+    sweeps = ((attention_bwd_queries_kernel, blocks), (attention_bwd_keys_kernel, cdiv(N, tiles.key_n)))
     for kernel, blocks in ((attention_bwd_kernel, 1),) if tiles.whole else sweeps:
         launch(kernel, (on_grid(B * H * blocks, "attention_bwd"),), *args, **meta)
-    return dqkv, None if gate is None else dgate.sum((0, 2))
+    return dqkv, None if gate is None else dgate

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastheads.kernels import heads
 from fastheads.kernels.launch import architecture, launch, on_grid, packed, rows_of
 from fastheads.kernels.low_rank import LowRank
-from fastheads.kernels.tiles import FORWARD, Row, Tiles, row_for
+from fastheads.kernels.tiles import FORWARD, Row, Tiles, cdiv, row_for
 
 # p_cls: `[B, H, 1 | blocks of queries, dh]`; which token: that of every image, or of each (p_tokens `[B]`).
 Pool = namedtuple("Pool", "p_cls p_tokens token")
@@ -136,7 +136,8 @@ def out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES: tl.constexpr, HEAD: t
         token = pool.token
         if pool.p_tokens is not None:
             token = tl.load(pool.p_tokens + b)
-    return OutOfHead(heads.rows_of_head(o, b, h, HEAD), p_lse + i_bh * rows, heads.load_gate(p_gate, h), p_cls, token)
+    gate = heads.load_gate(p_gate, h, HEAD)
+    return OutOfHead(heads.rows_of_head(o, b, h, HEAD), p_lse + i_bh * rows, gate, p_cls, token)
 
 
 @triton.jit
@@ -235,7 +236,7 @@ def attend(
     lse = torch.empty(B, head.heads, N, dtype=torch.float32, device=x.device)
     cls, pooled, form = None, None, "mean" if isinstance(pool, str) else None if pool is None else "token"
     if pool is not None:
-        parts = triton.cdiv(N, tiles.block_m) if form == "mean" else 1  # of a mean every block of queries has its own
+        parts = cdiv(N, tiles.block_m) if form == "mean" else 1  # of a mean every block of queries has its own
         cls = torch.empty(B, head.heads, parts, head.dim, dtype=torch.float32, device=x.device)
         pooled = Pool(cls, None, pool % N if isinstance(pool, int) else 0)
     if cls is not None and isinstance(pool, Tensor):
@@ -254,6 +255,7 @@ def attention_fwd(
     *,
     num_heads: int,
     gate: Tensor | None = None,
+    gate_form: str = "",
     mask: Tensor | None = None,
     causal: bool = False,
     delta: LowRank | None = None,
@@ -265,7 +267,7 @@ def attention_fwd(
     Args:
         qkv: `[B, N, 3D]`, fp16, bf16 or fp32; any strides, the last dimension contiguous.
         num_heads: H.
-        gate: `[H]` float32.
+        gate: `[H]` float32; their values, or with a gate_form (of `reference.GATES`) theta.
         mask: broadcasts to `[B, H, N, N]`: boolean, True = masked, or additive, of any float dtype; any strides.
         causal: token i sees tokens 0 … i.
         delta: each head's low-rank delta to q, k or v.
@@ -279,8 +281,8 @@ def attention_fwd(
     N, dh = qkv.shape[1], qkv.shape[2] // 3 // num_heads
     low, deltas = (heads.Low(), 0) if delta is None else (delta.form(), len(delta.parts))
     row = _row or row_for(FORWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, rank=low.rank)
-    tiles, head = row.tiles(N), heads.head_of(num_heads, dh, qkv.dtype)
-    kernel, blocks = attention_fwd_stream_kernel, triton.cdiv(N, tiles.block_m)
+    tiles, head = row.tiles(N), heads.head_of(num_heads, dh, qkv.dtype, gate_form)
+    kernel, blocks = attention_fwd_stream_kernel, cdiv(N, tiles.block_m)
     if tiles.chunks:
         kernel, blocks = attention_fwd_chunks_kernel, 1
     inputs = (heads.as_rows(qkv), None if delta is None else delta.on_chip())

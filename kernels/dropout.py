@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastheads.kernels.heads import as_rows
 from fastheads.kernels.launch import launch, on_grid, rows_of
+from fastheads.kernels.tiles import cdiv
 
 BLOCK_ROWS, BLOCK_GROUPS = 4, 64
 
@@ -36,8 +37,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor | None = None) -> Ten
     D = x.shape[-1]
     x3 = x.reshape(1, 1, D) if x.dim() == 1 else x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
     B, N, _ = x3.shape
-    columns, keep_scale = triton.cdiv(D, 4 * BLOCK_GROUPS), 1.0 / (1.0 - p) if p < 1 else 0.0
+    columns, keep_scale = cdiv(D, 4 * BLOCK_GROUPS), 1.0 / (1.0 - p) if p < 1 else 0.0
     args = (as_rows(x3), seed, out, float(p), keep_scale, N, D, columns, B * N)
-    grid = (on_grid(triton.cdiv(B * N, BLOCK_ROWS) * columns, "dropout"),)
+    grid = (on_grid(cdiv(B * N, BLOCK_ROWS) * columns, "dropout"),)
     launch(dropout_kernel, grid, *args, BN=BLOCK_ROWS, BG=BLOCK_GROUPS, num_warps=4, num_stages=1)
     return out

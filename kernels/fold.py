@@ -1,4 +1,4 @@
-"""The weights of the stacked projection, `[W + s·B A; A]` or `[W; A]`, in float32, rounded once, in one pass."""
+"""The weights of the stacked projection, `[W + s·B A; A]` or `[W; A]`, in float32, rounded once; and its bias."""
 
 import torch
 import triton
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastheads.kernels.heads import low_of
 from fastheads.kernels.launch import launch, on_grid, packed, strides
+from fastheads.kernels.tiles import cdiv
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 
@@ -19,11 +20,14 @@ def padded_rank(columns: int) -> int:
 
 @triton.jit
 def fold_kernel(
-    p_w, stride_m, stride_n, p_a, p_b, p_out, scale, D, rank, rows, R, columns,
+    p_w, stride_m, stride_n, p_a, p_b, p_bias, p_out, p_out_bias, scale, D, rank, rows, R, columns,
     HEADS: tl.constexpr, DIM: tl.constexpr, TARGETS: tl.constexpr, SHARED: tl.constexpr, MERGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """W_h + s·B_h A_h, or W_h; below, A. A program: BM rows of a head of q, k or v, or BM rows of A, by BN columns."""
+    """W_h + s·B_h A_h, or W_h; below, A. A program: BM rows of a head of q, k or v, or BM rows of A, by BN columns.
+
+    The bias, and zeros below it, by the programs of the first columns.
+    """
     i_m, i_n = tl.program_id(0) // columns, tl.program_id(0) % columns
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < D
@@ -52,15 +56,23 @@ def fold_kernel(
                     b_d += b_b[:, None] * b_a[None, :]
                 b_w += scale * b_d
         tl.store(p_out + o_m[:, None] * D + o_n[None, :], b_w.to(p_out.dtype.element_ty), mask=m_w)
+        if p_bias is not None:
+            m_b = (o_d < DIM) & (i_n == 0)
+            b_b = tl.load(p_bias + o_m, mask=m_b, other=0.0).to(tl.float32)
+            tl.store(p_out_bias + o_m, b_b.to(p_out.dtype.element_ty), mask=m_b)
     else:
         o_c = ((i_m - 3 * HEADS * BLOCKS) * BM + tl.arange(0, BM)).to(tl.int64)
         b_a = tl.load(p_a + o_c[:, None] * D + o_n[None, :], mask=(o_c < rows)[:, None] & m_n[None, :], other=0.0)
         p_o = p_out + (3 * HEADS * DIM + o_c)[:, None] * D + o_n[None, :]
         tl.store(p_o, b_a.to(p_out.dtype.element_ty), mask=(o_c < R)[:, None] & m_n[None, :])
+        if p_bias is not None:
+            b_z = tl.zeros([BM], p_out.dtype.element_ty)
+            tl.store(p_out_bias + 3 * HEADS * DIM + o_c, b_z, mask=(o_c < R) & (i_n == 0))
 
 
 def fold(
     w_in: Tensor,
+    b_in: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -69,20 +81,24 @@ def fold(
     shared: bool,
     merge: bool,
     dtype: torch.dtype,
-) -> Tensor:
-    """`[3D + R, D]` in `dtype`: W + scale·B_h A_h (merge) or W, then A's rows over (target, H or 1, rank), then zeros.
+) -> tuple[Tensor, Tensor | None]:
+    """`[3D + R, D]` in `dtype`: W + scale·B_h A_h (merge) or W, then A's rows over (target, H or 1, rank), then zeros;
+    and the bias `[3D + R]` in `dtype`, zeros after it, or None.
 
-    w_in: `[3D, D]`, any float dtype. lora_A: `[T, H|1, r, D]`, lora_B: `[T, H, dh, r]`, float32. Any strides.
+    w_in: `[3D, D]`, b_in: `[3D]` or None, any float dtype. lora_A: `[T, H|1, r, D]`, lora_B: `[T, H, dh, r]`,
+    float32. Any strides.
     parts: which of q (0), k (1), v (2) each target is. R: `padded_rank` of A's rows.
     """
     _, H, dh, r = lora_B.shape
     D, rows = w_in.shape[1], lora_A.numel() // lora_A.shape[-1]
     R = padded_rank(rows)
     out = torch.empty((3 * D + R, D), dtype=dtype, device=w_in.device)
-    columns = triton.cdiv(D, BLOCK_COLUMNS)
-    row_blocks = 3 * H * triton.cdiv(dh, BLOCK_ROWS) + triton.cdiv(R, BLOCK_ROWS)
-    args = (w_in, *strides(w_in, 0, 1), packed(lora_A), packed(lora_B), out, float(scale), D, r, rows, R, columns)
+    bias = None if b_in is None else torch.empty(3 * D + R, dtype=dtype, device=w_in.device)
+    columns = cdiv(D, BLOCK_COLUMNS)
+    row_blocks = 3 * H * cdiv(dh, BLOCK_ROWS) + cdiv(R, BLOCK_ROWS)
+    low, size = (packed(lora_A), packed(lora_B)), (D, r, rows, R, columns)
+    args = (w_in, *strides(w_in, 0, 1), *low, packed(b_in), out, bias, float(scale), *size)
     meta = {"HEADS": H, "DIM": dh, "TARGETS": low_of(parts, r, shared).targets, "SHARED": shared, "MERGE": merge}
     grid = (on_grid(row_blocks * columns, "fold"),)
     launch(fold_kernel, grid, *args, **meta, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, num_warps=4, num_stages=1)
-    return out
+    return out, bias

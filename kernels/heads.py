@@ -14,20 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels.launch import dot_precision, strides
-from fastheads.kernels.tiles import Tiles, pieces_of, rank_tile
+from fastheads.kernels.tiles import Tiles, next_power_of_2, pieces_of, rank_tile
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
 
 
 class Head(NamedTuple):
-    """At compile time. heads: H; dim: dh; pieces: (first column, columns); scale: 1 / sqrt(dh)."""
+    """At compile time. heads: H; dim: dh; pieces: (first column, columns); scale: 1 / sqrt(dh).
+
+    gates: H, padded to a power of two; gate_form: "" where they are given as they are, else what makes them of theta.
+    """
 
     heads: int
     dim: int
     pieces: tuple[tuple[int, int], ...]
     scale: float
     precision: str
+    gates: int
+    gate_form: str
 
 
 class Low(NamedTuple):
@@ -67,8 +72,9 @@ def low_of(parts: tuple[int, ...], rank: int, shared: bool) -> Low:
     return Low((q, k, v), rank, rank_tile(rank), shared)
 
 
-def head_of(heads: int, head_dim: int, dtype: torch.dtype) -> Head:
-    return Head(heads, head_dim, pieces_of(head_dim), head_dim**-0.5, dot_precision(dtype))
+def head_of(heads: int, head_dim: int, dtype: torch.dtype, gate_form: str = "") -> Head:
+    gates = next_power_of_2(heads)
+    return Head(heads, head_dim, pieces_of(head_dim), head_dim**-0.5, dot_precision(dtype), gates, gate_form)
 
 
 def compiled_for(tiles: Tiles, head: Head, low: Low, causal: bool) -> dict[str, Any]:
@@ -117,12 +123,38 @@ def mask_of_head(mask, b, h):
 
 
 @triton.jit
-def load_gate(p_gate, h):
-    """g of one head; 1 without gates."""
+def load_gate(p_gate, h, HEAD: tl.constexpr):
+    """g of one head, or of several `[X]`, from all that are given: their values or theta, `reference.GATES`' formulas.
+
+    1 without gates. Divisions are exact, so that theta = 0 gives exactly 1.
+    """
     b_gate = 1.0
     if p_gate is not None:
-        b_gate = tl.load(p_gate + h)
+        b_gate = tl.load(p_gate + h, mask=h < HEAD.heads, other=0.0)
+        if HEAD.gate_form == "sigmoid":
+            b_gate = tl.div_rn(2.0, 1.0 + tl.exp(-b_gate))
+        if HEAD.gate_form == "softmax":
+            o_h = tl.arange(0, HEAD.gates)
+            b_theta = tl.load(p_gate + o_h, mask=o_h < HEAD.heads, other=float("-inf"))
+            b_most = tl.max(b_theta, 0)
+            b_gate = tl.div_rn(HEAD.heads * tl.exp(b_gate - b_most), tl.sum(tl.exp(b_theta - b_most), 0))
     return b_gate
+
+
+@triton.jit
+def theta_gradient(b_dg, p_gate, h, HEAD: tl.constexpr):
+    """dL/dθ of the heads h `[X]`, all there are, from dL/dg; dg itself where the gates are given by value.
+
+    softmax   g_h = H e^θ_h / Σ e^θ     dθ_h = g_h (dg_h − Σ_j g_j dg_j / H)
+    sigmoid   g_h = 2 / (1 + e^−θ_h)    dθ_h = dg_h · 2 e^−|θ_h| / (1 + e^−|θ_h|)²
+    """
+    if HEAD.gate_form == "sigmoid":
+        b_e = tl.exp(-tl.abs(tl.load(p_gate + h, mask=h < HEAD.heads, other=0.0)))
+        b_dg = b_dg * 2.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
+    if HEAD.gate_form == "softmax":
+        b_gate = tl.where(h < HEAD.heads, load_gate(p_gate, h, HEAD), 0.0)
+        b_dg = b_gate * (b_dg - tl.sum(b_gate * b_dg, 0) / HEAD.heads)
+    return b_dg
 
 
 @triton.jit

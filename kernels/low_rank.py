@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastheads.kernels.heads import Delta, Low, as_rows, head_of, low_of
 from fastheads.kernels.launch import launch, on_grid, packed, rows_of
+from fastheads.kernels.tiles import cdiv, next_power_of_2
 
 # Rows per block of 16 bits, and the number of programs to aim for: two to four per SM of an A100 (108) or H100 (132).
 # Counted from the shape alone, so that the sums, and the last bits of dB, are the same on every chip.
@@ -110,7 +111,8 @@ def low_rank_bwd_kernel(
 
 
 def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
-    """Gradients of the low-rank path from that of qkv: writes U, returns dB `[T, H, dh, r]` float32.
+    """Gradients of the low-rank path from that of qkv: writes U, returns partial sums of dB, `[S, T, H, dh, r]`
+    float32, for `sums` to add up.
 
     dqkv: `[B, N, 3D]`; u: `[B, N, C]` in its dtype, laid out as `delta.low`, padding columns set to zero. Views;
     their last dimension is contiguous.
@@ -118,16 +120,16 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
     rows_of(dqkv=dqkv, u=u, low=delta.low)
     B, N, C = u.shape
     T, H, dh, r = delta.up.shape
-    low, dim, rows = delta.form(), max(16, triton.next_power_of_2(dh)), on_grid(B * N, "low_rank_bwd")
+    low, dim, rows = delta.form(), max(16, next_power_of_2(dh)), on_grid(B * N, "low_rank_bwd")
     groups = T if delta.shared else T * H
     # more rows of float32 would spill
     block = BLOCK_ROWS if dqkv.dtype.itemsize == 2 else 32 if low.tile == 16 else 64
-    blocks = triton.cdiv(rows, block)
-    steps = 1 if delta.shared else triton.cdiv(blocks, max(1, PROGRAMS // groups))
-    splits = triton.cdiv(blocks, steps) if blocks else 0
+    blocks = cdiv(rows, block)
+    steps = 1 if delta.shared else cdiv(blocks, max(1, PROGRAMS // groups))
+    splits = cdiv(blocks, steps) if blocks else 0
     partial = torch.empty((splits, T, H, dh, r), dtype=torch.float32, device=dqkv.device)
     args = (as_rows(dqkv), delta.on_chip(), as_rows(u), partial, N, rows, steps, C)
     meta = {"T": T, "HEAD": head_of(H, dh, dqkv.dtype), "LOW": low, "BLOCK": block, "DIM": dim, "num_stages": 1}
     warps = 8 if dim * low.tile > 64 * 64 else 4
     launch(low_rank_bwd_kernel, (on_grid(splits * groups, "low_rank_bwd"),), *args, **meta, num_warps=warps)
-    return partial.sum(0)
+    return partial

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
-from fastheads.kernels.tiles import MMD_DOMAINS, mmd_tiles
+from fastheads.kernels.tiles import MMD_DOMAINS, cdiv, mmd_tiles
 
 MAX_DOMAINS = 64
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -202,9 +202,9 @@ def mmd_tile(
     else:
         once = N - start
         own = -rows if own is None else min(max(own, -rows), once)  # out of range is no column, and never overflows
-    precision, blocks = product_precision(), triton.cdiv(S, MMD_DOMAINS)
+    precision, blocks = product_precision(), cdiv(S, MMD_DOMAINS)
     tile = mmd_tiles(architecture(x), precision, len(powers), blocks)
-    tiles_m, tiles_n = triton.cdiv(rows, tile["BM"]), triton.cdiv(N - start, tile["BN"])
+    tiles_m, tiles_n = cdiv(rows, tile["BM"]), cdiv(N - start, tile["BN"])
     partial = torch.empty((L, tiles_m * tiles_n, S, S), dtype=torch.float32, device=x.device)
     samples = ((x, *strides(x, 0, 1)), (x2, *strides(x2, 0, 1)), (dom, dom.stride(0)), packed(gammas), packed(coeff))
     results = (None if out is None else (out, *strides(out, 0, 1)), partial)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastheads.kernels.launch import architecture, launch, on_grid, packed, strides
 from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, check_powers, gaussians, load_domains, to_tf32
-from fastheads.kernels.tiles import mmd_small_tiles
+from fastheads.kernels.tiles import cdiv, mmd_small_tiles, next_power_of_2
 
 MAX_ROWS = 128
 # Bandwidths of a preset are each half the next: γ_u = γ_0 2^u. Two exponentials and their squares: four squares of one
@@ -228,18 +228,18 @@ def mmd_small(
         raise ValueError(f'estimator: got {estimator!r}; takes "biased" or "unbiased"')
     tile = mmd_small_tiles(architecture(x), N)
     H = 1 if gate is None else gate.shape[1]
-    parts = triton.cdiv(D, COLUMNS) if gate is None else H
-    share = triton.cdiv(parts, SLICES)
-    slices = triton.cdiv(parts, share) if backward else 1
+    parts = cdiv(D, COLUMNS) if gate is None else H
+    share = cdiv(parts, SLICES)
+    slices = cdiv(parts, share) if backward else 1
     options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     loss, sums = torch.empty((L,), **options), torch.empty((L, S, S), **options)
     work = torch.empty((L, slices, 2, tile["BN"], tile["BN"]), **options)
     grad = torch.empty((L, N, D) if gate is None else (L, H), **options) if backward else None
     samples = ((x, *strides(x, 0, 1, 2)), (dom, dom.stride(0)), packed(gammas), packed(gate))
     results = (loss, sums, None if grad is None else (grad, *strides(grad, 0, 1)), work)
-    heads = (H, D // H, triton.cdiv(D // H, tile["BD"]), share)
+    heads = (H, D // H, cdiv(D // H, tile["BD"]), share)
     form: dict[str, Any] = {"S": S, "POWERS": powers, "PRESET": preset or "", "UNBIASED": estimator == "unbiased"}
-    form |= {"GATE": gate is not None, "BACKWARD": backward, "BS": max(16, triton.next_power_of_2(S))}
+    form |= {"GATE": gate is not None, "BACKWARD": backward, "BS": max(16, next_power_of_2(S))}
     # ptxas would sometimes settle on fewer registers and spill
     form |= {"BC": COLUMNS, "BK": INNER, "maxnreg": 255, **tile}
     launch(mmd_small_kernel, (on_grid(L * slices, "mmd_small"),), *samples, *results, N, heads, slices, **form)

@@ -146,6 +146,7 @@ def one_pass_fwd(
     parts: tuple[int, ...] = (),
     scale: float = 1.0,
     gate: Tensor | None = None,
+    gate_form: str = "",
     mask: Tensor | None = None,
     causal: bool = False,
     pool: int | Tensor | str | None = None,
@@ -160,14 +161,14 @@ def one_pass_fwd(
         lora_B: `[T, H, dh, r]` float32, or None.
         num_heads: H.
         parts: which of q (0), k (1), v (2) target t is, T of them.
-        scale, gate, mask, causal, pool: as in `attention_fwd`.
+        scale, gate, gate_form, mask, causal, pool: as in `attention_fwd`.
 
     Returns o `[B, N, D]`, lse `[B, H, N]`, cls `[B, H, dh]` as `attention_fwd` does.
     """
     rows_of(x=x, w_in=w_in, lora_A=lora_A)
     N, dh = x.shape[1], x.shape[2] // num_heads
     tiles = (_row or row_for(ONE_PASS, architecture(x), dh, N, x.dtype)).tiles(N)
-    lora, low, head = None, heads.Low(), heads.head_of(num_heads, dh, x.dtype)
+    lora, low, head = None, heads.Low(), heads.head_of(num_heads, dh, x.dtype, gate_form)
     if lora_A is not None and lora_B is not None:
         low = heads.low_of(parts, lora_A.shape[2], lora_A.shape[1] < num_heads)
         s_t, s_h, s_r = strides(lora_A, 0, 1, 2)

@@ -9,7 +9,6 @@ word: `python -m bench.tune` prints rows to paste.
 from typing import NamedTuple
 
 import torch
-import triton
 
 # A block's shared memory in bytes (CUDA C++ Programming Guide, table of compute capabilities). Keys and values on chip
 # leave BESIDE of it to queries and up-projections.
@@ -19,6 +18,16 @@ BESIDE = 35 * 1024
 FAMILY = {80: 80, 87: 80, 86: 86, 89: 86, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
 LONGEST_ON_CHIP = 272  # keys: 257 tokens, and what a multiple of 16 adds
 TAIL, ANY = 16, 1 << 30
+
+
+def cdiv(n: int, size: int) -> int:
+    """Blocks of `size` that n takes. (Triton's own costs the host some µs a call, for it also runs in kernels.)"""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, which is 1 or more."""
+    return 1 << (n - 1).bit_length()
 
 
 class Tiles(NamedTuple):
@@ -67,7 +76,7 @@ class Row(NamedTuple):
 
     def tiles(self, length: int) -> Tiles:
         """For so many tokens: no more queries on chip than there are, and chunks that add up to little more."""
-        m = min(self.m, max(16, triton.next_power_of_2(length))) if self.chunk else self.m
+        m = min(self.m, max(16, next_power_of_2(length))) if self.chunk else self.m
         chunks = chunks_of(length, self.chunk) if self.chunk else ()
         rest = [TAIL if size > TAIL and 0 < length % size <= TAIL else 0 for size in (m, self.key[1] or 1)]
         tail, key_tail = rest if self.whole else (rest[0] * self.tail, 0)
@@ -186,7 +195,7 @@ def mmd_tiles(arch: int, precision: str, bandwidths: int, blocks: int) -> dict[s
 
 def mmd_small_tiles(arch: int, samples: int) -> dict[str, int]:
     """Options of `mmd_small_kernel`'s launch."""
-    rows = max(16, triton.next_power_of_2(samples))
+    rows = max(16, next_power_of_2(samples))
     row = (rows, *MMD_SMALL.get(FAMILY.get(arch, 0), _MMD_SMALL)[rows])
     return dict(zip(("BN", "BD", "BR", "num_warps", "num_stages"), row, strict=True))
 
@@ -232,7 +241,7 @@ def columns_of(head_dim: int) -> int:
 
 def rank_tile(rank: int) -> int:
     """Columns of a tile of T: the rank, padded for tl.dot."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, next_power_of_2(rank))
 
 
 def chunks_of(length: int, largest: int = 128) -> tuple[tuple[int, int], ...]:

@@ -81,7 +81,8 @@ class Case:
 
     def shape(self) -> str:
         if self.launcher == "fold":
-            return f"D {self.width}, rank {self.rank}, {self.base}, {'merged' if self.merge else 'beside'}"
+            how = ("merged" if self.merge else "beside") + ("" if self.gate else ", no bias")
+            return f"D {self.width}, rank {self.rank}, {self.base}, {how}"
         if self.launcher.startswith("mmd"):
             small = self.launcher == "mmd_small"
             words = {f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.width}": True}
@@ -138,7 +139,8 @@ def _options(case: Case) -> dict[str, Any]:
     if case.mask:
         mask = meta(1, 1, case.length, case.length, dtype="bool" if case.mask == "bool" else "float32")
     gate = meta(case.heads) if case.gate else None
-    return {"num_heads": case.heads, "gate": gate, "mask": mask, "causal": case.causal}
+    gates = {"gate": gate, "gate_form": "softmax" if case.gate else ""}  # as a layer hands them on: theta
+    return {"num_heads": case.heads, **gates, "mask": mask, "causal": case.causal}
 
 
 def attention_fwd(case: Case) -> None:
@@ -158,10 +160,18 @@ def low_rank_bwd(case: Case) -> None:
     _kernels("low_rank").low_rank_bwd(d[..., : qkv.shape[-1]], delta, d[..., qkv.shape[-1] :])
 
 
+def sums(case: Case) -> None:
+    gates = meta(case.batch, case.heads) if case.gate else None
+    parts = meta(18, len(case.parts), case.heads, case.head_dim, case.rank) if case.rank else None
+    _kernels("sums").sums(gates, parts, gate=meta(case.heads), gate_form="softmax" if case.gate else "")
+
+
 def fold(case: Case) -> None:
     options = {"shared": case.shared, "merge": case.merge, "dtype": getattr(torch, case.dtype)}
     w = meta(3 * case.width, case.width, dtype=case.base)
-    _kernels("fold").fold(w, *_adapters(case), parts=case.parts, scale=1.0, **options)
+    # forward with the bias, backward without
+    bias = meta(3 * case.width, dtype=case.base) if case.gate else None
+    _kernels("fold").fold(w, bias, *_adapters(case), parts=case.parts, scale=1.0, **options)
 
 
 def dropout(case: Case) -> None:
@@ -200,7 +210,7 @@ def mmd_tile(case: Case) -> None:
 
 
 # Each calls its launcher on meta tensors.
-EVERY = (attention_fwd, attention_bwd, low_rank_bwd, fold, dropout, one_pass, mmd_small, mmd_tile)
+EVERY = (attention_fwd, attention_bwd, low_rank_bwd, sums, fold, dropout, one_pass, mmd_small, mmd_tile)
 LAUNCHERS = {launch.__name__: launch for launch in EVERY}
 
 
@@ -213,7 +223,13 @@ def quick_cases() -> list[Case]:
         cases += [Case(launcher, 80, n, rank=r) for n, r in ((257, 0), (257, 8))]
         cases += [Case(launcher, 64, 77, causal=True), Case(launcher, 64, 77, mask="additive")]
     cases += [Case("low_rank_bwd", 64, 197, rank=8), Case("low_rank_bwd", 80, 257, rank=2)]
-    cases += [Case("fold", 64, rank=8), Case("fold", 64, rank=8, base="bfloat16", merge=False), Case("dropout")]
+    cases += [Case("sums", rank=2), Case("sums", rank=2, gate=False), Case("sums")]
+    cases += [
+        Case("fold", 64, rank=8),
+        Case("fold", 64, rank=8, gate=False),
+        Case("fold", 64, rank=8, base="bfloat16", merge=False),
+        Case("dropout"),
+    ]
     cases += [Case("one_pass", 64, 50, rank=2), Case("one_pass", 64, 197, rank=8)]
     # As every layer runs outside of `capture_heads`.
     cases += [Case("attention_fwd", 64, n, pool=None) for n in (197, 577)] + [Case("one_pass", 64, 50, pool=None)]

@@ -73,8 +73,10 @@ class _Kernels(torch.autograd.Function):
             options = {"num_heads": ctx.heads, "gate": gate, "mask": None, "causal": False}
             return dqkv, cpu.attention_bwd(grads[0], qkv, lse, ungated, dqkv, **options), None
         from fastheads.kernels.attention_bwd import attention_bwd
+        from fastheads.kernels.sums import sums
 
-        return *attention_bwd(grads[0], qkv, lse, num_heads=ctx.heads, gate=gate), None
+        dqkv, dgates = attention_bwd(grads[0], qkv, lse, num_heads=ctx.heads, gate=gate)
+        return dqkv, sums(dgates, None)[0], None
 
 
 def _refused(case: VisionCase, impl: str) -> str:

@@ -63,7 +63,6 @@ class HeadAttention:
             own.watch.warn()
         dropout_p = own.dropout if self.training else 0.0
         pool = None if own.recorder is None else own.recorder.pool
-        gate = own.gate()
         lora: dict[str, Any] = {
             "num_heads": own.num_heads,
             "targets": own.targets,
@@ -80,7 +79,7 @@ class HeadAttention:
             )
             if head_scale is not None:
                 each = each * head_scale
-            o = reference.gate_heads(each, gate, q.dtype)
+            o = reference.gate_heads(each, own.gate(), q.dtype)
             cls = None if pool is None else reference.pool_heads(each.detach(), pool)
         else:
             o, _, cls = ops.head_attention(
@@ -89,7 +88,8 @@ class HeadAttention:
                 self.in_proj_bias,
                 own.lora_A,
                 own.lora_B,
-                gate=gate,
+                gate=own.theta,
+                gate_form=own.gate_kind or "",
                 mask=mask,
                 pool=pool,
                 recompute=own.recompute,

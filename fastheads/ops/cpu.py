@@ -35,6 +35,7 @@ def padded_rank(columns: int) -> int:
 
 def fold(
     w_in: Tensor,
+    b_in: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     *,
@@ -45,8 +46,9 @@ def fold(
     dtype: torch.dtype,
     low_too: bool = True,
     gate: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """`[3D + R, D]` in `dtype`: `W (+ s·B A)`, formed in at least float32 and rounded once; below it lora_A, padded.
+    And the bias `[3D + R]`, padded.
 
     low_too: with lora_A's rows, R of them; else R is 0. gate: `[H]`, folded into v's rows.
     """
@@ -69,7 +71,7 @@ def fold(
     if low_too:
         weight[D3 : D3 + C] = lora_A.reshape(C, D)
         weight[D3 + C :] = 0
-    return weight
+    return weight, None if b_in is None else F.pad(b_in.to(dtype), (0, len(weight) - D3))
 
 
 def project_beside(
@@ -194,8 +196,9 @@ def infer(
         if not few:
             folded = gate if options["pool"] is None else None
             shared = lora_A.shape[1] != num_heads
-            weight = fold(
+            weight, bias = fold(
                 w_in,
+                b_in,
                 lora_A,
                 lora_B,
                 parts=parts,

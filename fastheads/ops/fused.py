@@ -1,7 +1,7 @@
 """Head attention and its gradients from fused parts, without autograd: what all but the reference run.
 
-The parts (fold, attention_fwd, attention_bwd, low_rank_bwd, dropout) are Triton kernels on a GPU, `ops.cpu` on a CPU.
-`impl` says how the deltas enter:
+The parts (fold, attention_fwd, attention_bwd, low_rank_bwd, sums, dropout) are Triton kernels on a GPU, `ops.cpu` on a
+CPU. `impl` says how the deltas enter:
 
 - `stacked`, and `cpu` with float32 weights: `W' = W + s·B A`, rounded once, and one product with `[W'; A]`.
 - `delta`: one product with `[W; A]`; the attention kernel adds `s·T Bᵀ` to its own q, k and v.
@@ -29,7 +29,7 @@ def _parts(impl: str) -> Any:
     """The functions an implementation is made of. Triton is imported where it is first needed."""
     if impl == "cpu":
         return cpu
-    from fastheads.kernels import attention_bwd, attention_fwd, dropout, fold, low_rank, one_pass
+    from fastheads.kernels import attention_bwd, attention_fwd, dropout, fold, low_rank, one_pass, sums
 
     return SimpleNamespace(
         LowRank=low_rank.LowRank,
@@ -39,6 +39,7 @@ def _parts(impl: str) -> Any:
         one_pass_fwd=one_pass.one_pass_fwd,
         fold=fold.fold,
         dropout=dropout.dropout,
+        sums=sums.sums,
     )
 
 
@@ -63,12 +64,23 @@ class Layer(NamedTuple):
     scale: float
     causal: bool
     dropout_p: float
+    gate_form: str
     impl: str
 
     @property
     def attend(self) -> dict[str, Any]:
         """What every attention takes beside q, k and v."""
-        return {"num_heads": self.num_heads, "gate": self.gate, "mask": self.mask, "causal": self.causal}
+        options: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "gate": self.gate,
+            "mask": self.mask,
+            "causal": self.causal,
+        }
+        if self.impl != "cpu":
+            options["gate_form"] = self.gate_form
+        elif self.gate_form:
+            raise ValueError(f"gate_form: got {self.gate_form!r}; impl 'cpu' takes the gates' values alone, form ''")
+        return options
 
     @property
     def low_rank(self) -> dict[str, Any]:
@@ -93,17 +105,15 @@ class Layer(NamedTuple):
         """True where all heads share the down-projection."""
         return self.lora_A is not None and self.lora_B is not None and self.lora_A.shape[1] != self.lora_B.shape[1]
 
-    def fold(self) -> Tensor:
-        """`[3D + R, D]` in x's dtype: the weights, with the deltas where merged, and lora_A's rows below."""
-        return _parts(self.impl).fold(
-            self.w_in,
-            self.lora_A,
-            self.lora_B,
-            **self.low_rank,
-            shared=self.shared,
-            merge=self.merged,
-            dtype=self.x.dtype,
-        )
+    def fold(self, b_in: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`[3D + R, D]` in x's dtype: the weights, with the deltas where merged, and lora_A's rows below.
+
+        And the bias `[3D + R]`, in x's dtype too, with zeros after b_in, where that is given.
+        """
+        options = {**self.low_rank, "shared": self.shared, "merge": self.merged, "dtype": self.x.dtype}
+        found: tuple[Tensor, Tensor | None]
+        found = _parts(self.impl).fold(self.w_in, b_in, self.lora_A, self.lora_B, **options)
+        return found
 
     def dropped(self) -> Tensor:
         """What the low-rank path sees of x; the same at every call."""
@@ -114,41 +124,42 @@ class Layer(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """What the projection yields: `[B, N, 3D (+ R)]`, and T where it was a product of its own."""
+    """What the projection yields: `[B, N, 3D (+ R)]`, and T where it was a product of its own; and what was folded."""
 
     whole: Tensor
     qkv: Tensor
     low: Tensor | None
     apart: bool
+    weight: Tensor | None
 
     @classmethod
-    def of(cls, whole: Tensor, low: Tensor | None, width: int) -> _Product:
+    def of(cls, whole: Tensor, low: Tensor | None, width: int, weight: Tensor | None = None) -> _Product:
         """`whole` holds q, k and v in its first `width` columns, and T in the others where `low` is None or empty."""
         if low is not None and low.numel():
-            return cls(whole, whole, low, True)
+            return cls(whole, whole, low, True, weight)
         if whole.shape[-1] == width:
-            return cls(whole, whole, None, False)
-        return cls(whole, whole[..., :width], whole[..., width:], False)
+            return cls(whole, whole, None, False, weight)
+        return cls(whole, whole[..., :width], whole[..., width:], False, weight)
 
 
 def _project(layer: Layer, low_too: bool) -> _Product:
     """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
-    x, b_in, D3 = layer.x, layer.b_in, layer.w_in.shape[0]
-    bias = None if b_in is None else b_in.to(x.dtype)
+    x, D3 = layer.x, layer.w_in.shape[0]
+    if layer.lora_A is not None and (layer.impl != "cpu" or layer.merged):
+        weight, bias = layer.fold(layer.b_in)
+        own = weight[:D3], None if bias is None else bias[:D3]
+        if layer.seed is not None:
+            return _Product.of(F.linear(x, *own), F.linear(layer.dropped(), weight[D3:]), D3, weight)
+        whole = low_too or not layer.merged
+        return _Product.of(F.linear(x, weight, bias) if whole else F.linear(x, *own), None, D3, weight)
+    bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
     if layer.lora_A is None or layer.lora_B is None:
         return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
     if layer.few:
         low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
         return _Product.of(cpu.project_few(x, layer.w_in, bias, *low_rank), None, D3)
-    if layer.impl == "cpu" and not layer.merged:
-        low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
-        return _Product.of(*cpu.project_beside(x, layer.dropped(), layer.w_in, bias, *low_rank), D3)
-    weight = layer.fold()
-    if layer.seed is not None:
-        return _Product.of(F.linear(x, weight[:D3], bias), F.linear(layer.dropped(), weight[D3:]), D3)
-    if layer.merged and not low_too:
-        return _Product.of(F.linear(x, weight[:D3], bias), None, D3)
-    return _Product.of(F.linear(x, weight, None if bias is None else F.pad(bias, (0, weight.shape[0] - D3))), None, D3)
+    low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
+    return _Product.of(*cpu.project_beside(x, layer.dropped(), layer.w_in, bias, *low_rank), D3)
 
 
 def _low_rank(layer: Layer, low: Tensor, up: Tensor) -> Any:
@@ -162,10 +173,15 @@ def _delta(layer: Layer, low: Tensor | None) -> Any:
     return _low_rank(layer, low, layer.lora_B)
 
 
+_NOTHING_TO_DO = nullcontext()
+
+
 def _plainly(x: Tensor) -> AbstractContextManager[None]:
     """Without autocast (every dtype here is meant), and on x's GPU, where Triton would take the current one."""
-    nothing_to_do = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return nullcontext() if nothing_to_do else _without_autocast(x)
+    here = x.get_device()  # -1: a CPU
+    if (here < 0 or here == torch.cuda.current_device()) and not torch.is_autocast_enabled(x.device.type):
+        return _NOTHING_TO_DO
+    return _without_autocast(x)
 
 
 @contextmanager
@@ -233,6 +249,10 @@ def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor
 
 def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     x, w_in, b_in, A, B = layer.x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B
+    if A is not None and w_in.dtype != x.dtype:  # all three are converted in one launch
+        weight, b_in = layer.fold(b_in)
+        w_in, low = weight[: w_in.shape[0]], weight[w_in.shape[0] :]
+        A, b_in = low[: A.numel() // A.shape[-1]].view(A.shape), None if b_in is None else b_in[: w_in.shape[0]]
     b_in, A = None if b_in is None else b_in.to(x.dtype), None if A is None else _rows(A.to(x.dtype))
     inputs = (_rows(x), _rows(w_in.to(x.dtype)), b_in, A, B)
     out: tuple[Tensor, Tensor, Tensor | None]
@@ -262,9 +282,10 @@ def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
 def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of x, w_in, b_in, lora_A, lora_B and gate; an empty tensor for each one not `needed`.
 
-    With P the probabilities, `g` a head's gate and dO the gradient of the gated output:
+    With P the probabilities, `g` a head's gate (of theta, where there is a gate_form) and dO the gradient of the gated
+    output:
 
-        dP = dO Vᵀ          δ = rowsum(P ∘ dP)         dg = Σ δ
+        dP = dO Vᵀ          δ = rowsum(P ∘ dP)         dg = Σ δ         (dθ of it: `kernels.heads.theta_gradient`)
         dS = g·P ∘ (dP − δ) / sqrt(dh)
         dQ = dS K           dK = dSᵀ Q                 dV = g·Pᵀ dO          dY = [dQ, dK, dV]
         U_h = s·dY_h B_h    dB_h = s·dY_hᵀ T_h         dA_h = U_hᵀ x         (never s·dYᵀ x, the dense gradient)
@@ -280,7 +301,7 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     layer = layer._replace(impl=impl)
     D3, R = w_in.shape[0], 0
     need = dict(zip(GRADIENTS, needed, strict=True))
-    grads: dict[str, Tensor] = {}
+    grads: dict[str, Any] = {}
     with _plainly(x):
         if projected.numel():
             product = _Product.of(projected, low, D3)
@@ -301,15 +322,19 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         else:
             delta = _delta(layer, product.low)
             _, dgate = _parts(impl).attention_bwd(do, product.qkv, lse, delta=delta, out=dqkv, **layer.attend)
-        if dgate is not None:
-            grads["gate"] = dgate
-        if R and lora_A is not None and lora_B is not None and product.low is not None:
-            grads["lora_B"] = _parts(impl).low_rank_bwd(dqkv, _low_rank(layer, product.low, lora_B), u)
-            if need["lora_A"]:
-                C = lora_A.numel() // lora_A.shape[-1]
-                grads["lora_A"] = (u[..., :C].flatten(0, 1).T @ layer.dropped().flatten(0, 1)).view_as(lora_A)
+        dup = None
+        if R and lora_B is not None and product.low is not None:
+            dup = _parts(impl).low_rank_bwd(dqkv, _low_rank(layer, product.low, lora_B), u)
+        if impl != "cpu":
+            parts = dgate if need["gate"] else None, dup if need["lora_B"] else None
+            dgate, dup = _parts(impl).sums(*parts, gate=gate, gate_form=layer.gate_form)
+        grads["gate"], grads["lora_B"] = dgate, dup
+        if R and lora_A is not None and need["lora_A"]:
+            C = lora_A.numel() // lora_A.shape[-1]
+            down = _product(u[..., :C].flatten(0, 1).T, layer.dropped().flatten(0, 1), lora_A.dtype)
+            grads["lora_A"] = down.view_as(lora_A)
         if need["x"]:
-            grads["x"] = _dx(layer, dboth, dqkv, u if R else None)
+            grads["x"] = _dx(layer, dboth, u if R else None, product.weight)
         rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
         if need["w_in"]:
             grads["w_in"] = rows.T @ x.flatten(0, 1)
@@ -321,20 +346,42 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _dx(layer: Layer, dboth: Tensor, dqkv: Tensor, u: Tensor | None) -> Tensor:
-    """dx from dY and U, in one product with the weights of the forward pass where that has both."""
-    D3 = layer.w_in.shape[0]
+def _wide(x: Tensor) -> bool:
+    """Whether a product of tensors like x can leave its float32 accumulators unrounded."""
+    return x.is_cuda and x.dtype.itemsize == 2
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, of matrices; in `dtype` where that costs nothing (the caller converts what is not)."""
+    return torch.mm(a, b, out_dtype=dtype) if dtype == torch.float32 and _wide(a) else a @ b
+
+
+def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) -> Tensor:
+    """dx from dY and U, in one product with the weights of the forward pass where that has both.
+
+    weight: those, where they were just formed.
+    """
+    dqkv = dboth[..., : layer.w_in.shape[0]]
+
+    def times(dy: Tensor, w: Tensor) -> Tensor:
+        if layer.impl == "cpu":
+            return dy @ w
+        # As matrices: of a batch of rows that are strided `@` makes a product each.
+        return _product(dy.flatten(0, 1), w, layer.x.dtype).view(layer.x.shape)
+
     if layer.lora_A is None:
-        return dqkv @ layer.w_in.to(dqkv.dtype)
+        return times(dqkv, layer.w_in.to(dqkv.dtype))
     if layer.few and u is not None:
         down = layer.lora_A.flatten(0, 2).to(dqkv.dtype)
         return dqkv @ layer.w_in.to(dqkv.dtype) + u[..., : len(down)] @ down
-    weight = layer.fold()
+    if weight is None:
+        weight, _ = layer.fold()
+    D3 = dqkv.shape[-1]
     if layer.merged:
-        return dqkv @ weight[:D3]
+        return times(dqkv, weight[:D3])
     if u is None or layer.seed is None:
-        return dboth @ weight
-    return dqkv @ weight[:D3] + layer.drop(u @ weight[D3:])
+        return times(dboth, weight)
+    return times(dqkv, weight[:D3]) + layer.drop(u @ weight[D3:])
 
 
 def backward_shapes(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -13,13 +13,14 @@ from fastheads import reference
 from fastheads.ops import fused
 from fastheads.ops.dispatch import Problem, choose, looked_at, surroundings
 from fastheads.ops.flops import tell_counters
-from fastheads.reference import TARGETS, HeadAttentionOutput
+from fastheads.reference import GATES, TARGETS, HeadAttentionOutput
 
 __all__ = ["HeadAttentionOutput", "head_attention"]
 
+# gate_form: "" where gate holds the gates' values, else it is theta, and the form what makes gates of it (not "cpu").
 # pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean". keep: "projections" for a backward
 # pass, "inputs" for one that computes them again, "nothing" where none will come.
-_PROBLEM = "int num_heads, int[] parts, float scale, bool causal, float dropout_p, str impl"
+_PROBLEM = "int num_heads, int[] parts, float scale, bool causal, float dropout_p, str gate_form, str impl"
 _TENSORS = "Tensor x, Tensor w_in, Tensor? b_in, Tensor? lora_A, Tensor? lora_B, Tensor? gate, Tensor? mask"
 _LIBRARY = torch.library.Library("fastheads", "DEF")
 _LIBRARY.define(
@@ -67,7 +68,7 @@ def _unwatched(*tensors: Tensor | None) -> bool:
 class _HeadAttention(torch.autograd.Function):
     """The gradients of x, w_in, b_in, lora_A, lora_B and gate, from the gradient of o; see `fused.backward`.
 
-    `torch.library.register_autograd` would do, but for the 100 µs in which it looks for defaults of 18 arguments.
+    `torch.library.register_autograd` would do, but for the 100 µs in which it looks for defaults of 19 arguments.
     keyset: what the operator goes on with; None: without the operator.
     """
 
@@ -147,6 +148,7 @@ def head_attention(
     targets: Sequence[str] = ("q", "v"),
     scale: float = 1.0,
     gate: Tensor | None = None,
+    gate_form: str = "",
     causal: bool = False,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -161,12 +163,16 @@ def head_attention(
     dtype, elsewhere in x's.
 
     Args, beside the reference's:
+        gate_form: `""`: gate is the gates' values. `"softmax"` or `"sigmoid"`: it is theta `[H]`, of which
+            `reference.GATES` says how gates are made; the kernels make them, and give theta's gradient.
         recompute: keep x and lse for the backward pass, and compute the projections again there.
         impl: `"auto"` or the name of an implementation (`dispatch.NAMES`).
 
     Raises ValueError for a tensor that does not fit the others, naming it, and for an `impl` that cannot compute this.
     """
     _check(x, w_in, b_in, lora_A, lora_B, num_heads, targets, gate, mask, dropout_p, pool)
+    if gate_form and gate_form not in GATES:
+        raise ValueError(f"gate_form: got {gate_form!r}; takes {', '.join(map(repr, ('', *GATES)))}")
     dtype = reference.compute_dtype(x)
     dropout = dropout_p > 0 and lora_A is not None
     problem = Problem(
@@ -182,6 +188,8 @@ def head_attention(
         extras=(("a mask that requires grad",) if mask is not None and mask.requires_grad else ()) + surroundings(),
     )
     name = choose(impl, problem).name
+    if gate_form and name in ("cpu", "reference"):
+        gate, gate_form = None if gate is None else GATES[gate_form](gate), ""
     tensors = (x, w_in, b_in, lora_A, lora_B)
     if name == "reference":
         options: dict[str, Any] = {"num_heads": num_heads, "targets": targets, "scale": scale, "causal": causal}
@@ -202,14 +210,14 @@ def head_attention(
     parts = [TARGETS.index(t) for t in targets]
     if name == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*inputs, mask):
         # The way through the dispatcher costs as much as a short sequence's attention.
-        layer = fused.Layer(*inputs, mask, None, num_heads, parts, scale, causal, dropout_p, name)
+        layer = fused.Layer(*inputs, mask, None, num_heads, parts, scale, causal, dropout_p, gate_form, name)
         return HeadAttentionOutput(*fused.infer(layer, pool))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
     kind = "" if pool is None else pool if isinstance(pool, str) else "token" if isinstance(pool, int) else "tokens"
     given: Any = (*inputs, mask, seed, pool if isinstance(pool, Tensor) else None)
     token = pool if isinstance(pool, int) else 0
     keep = ("inputs" if recompute else "projections") if backward else "nothing"
-    others: Any = (kind, token, keep, num_heads, parts, scale, causal, dropout_p, name)
+    others: Any = (kind, token, keep, num_heads, parts, scale, causal, dropout_p, gate_form, name)
     if not _unwatched(*given):
         o, lse, cls, *_ = _FORWARD(*given, *others)
     elif backward:

@@ -28,30 +28,32 @@ CASES = {
 # Device operations forward and backward, out-projection and gate included; among them our launches, with arguments.
 STOCK = {"bf16 autocast": (10, 20), "float32": (5, 19), "bf16 weights": (5, 19)}
 OPERATIONS = {
-    ("stacked", "bf16 autocast"): (16, 19),
-    ("delta", "bf16 autocast"): (16, 19),
-    ("one_pass", "bf16 autocast"): (14, 24),
-    ("stacked", "float32"): (12, 17),
-    ("delta", "float32"): (12, 17),
-    ("one_pass", "float32"): (8, 21),
-    ("stacked", "bf16 weights"): (12, 18),
-    ("delta", "bf16 weights"): (12, 18),
-    ("one_pass", "bf16 weights"): (9, 22),
-    ("stacked", "bf16 autocast, nothing captured"): (16, 19),
-    ("delta", "bf16 autocast, nothing captured"): (16, 19),
-    ("one_pass", "bf16 autocast, nothing captured"): (14, 24),
-    ("stacked", "bf16 autocast, no gate"): (10, 9),
-    ("delta", "bf16 autocast, no gate"): (10, 9),
-    ("one_pass", "bf16 autocast, no gate"): (8, 14),
-    ("stacked", "bf16 autocast, gates alone"): (14, 15),
-    ("delta", "bf16 autocast, gates alone"): (14, 15),
-    ("one_pass", "bf16 autocast, gates alone"): (13, 18),
+    ("stacked", "bf16 autocast"): (7, 8),
+    ("delta", "bf16 autocast"): (7, 8),
+    ("one_pass", "bf16 autocast"): (6, 9),
+    ("stacked", "float32"): (4, 7),
+    ("delta", "float32"): (4, 7),
+    ("one_pass", "float32"): (2, 8),
+    ("stacked", "bf16 weights"): (4, 7),
+    ("delta", "bf16 weights"): (4, 7),
+    ("one_pass", "bf16 weights"): (3, 8),
+    ("stacked", "bf16 autocast, nothing captured"): (7, 8),
+    ("delta", "bf16 autocast, nothing captured"): (7, 8),
+    ("one_pass", "bf16 autocast, nothing captured"): (6, 9),
+    ("stacked", "bf16 autocast, no gate"): (7, 8),
+    ("delta", "bf16 autocast, no gate"): (7, 8),
+    ("one_pass", "bf16 autocast, no gate"): (6, 9),
+    ("stacked", "bf16 autocast, gates alone"): (8, 6),
+    ("delta", "bf16 autocast, gates alone"): (8, 6),
+    ("one_pass", "bf16 autocast, gates alone"): (7, 9),
 }
-FOLD, BACKWARD, LOW_RANK = "fold_kernel(20)", "attention_bwd_kernel(30)", "low_rank_bwd_kernel(16)"
+FOLD, SUMS = "fold_kernel(14)", "sums_kernel(8)"
+BACKWARD = "attention_bwd_kernel(17)", "low_rank_bwd_kernel(16)", SUMS
+ON_CHIP = "attention_bwd_kernel(21)", *BACKWARD[1:]
 ARGUMENTS = {
-    "stacked": ([FOLD, "attention_fwd_chunks_kernel(16)"], [BACKWARD, LOW_RANK, FOLD]),
-    "delta": ([FOLD, "attention_fwd_chunks_kernel(20)"], [BACKWARD, LOW_RANK, FOLD]),
-    "one_pass": (["one_pass_fwd_kernel(24)"], [FOLD, BACKWARD, LOW_RANK, FOLD]),
+    "stacked": ([FOLD, "attention_fwd_chunks_kernel(14)"], [*BACKWARD, FOLD]),
+    "delta": ([FOLD, "attention_fwd_chunks_kernel(18)"], [*ON_CHIP, FOLD]),
+    "one_pass": ([FOLD, "one_pass_fwd_kernel(23)"], [FOLD, *ON_CHIP]),
 }
 
 

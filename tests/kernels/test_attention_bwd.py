@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import BACKWARD, assert_right, assert_within, far
+from summed import attention_bwd
 
-from fastheads.kernels.attention_bwd import attention_bwd
 from fastheads.kernels.low_rank import LowRank
 from fastheads.kernels.tiles import Row, pieces_of
 from fastheads.reference import attend, gate_heads

@@ -16,9 +16,9 @@ def test_more_images_and_heads_than_a_second_axis_holds_are_on_the_first(impl):
     tensors, do = case.tensors(torch.float16), case.gradient(torch.float16)
     with launching(lambda kernel, grid, *args, **meta: grids.append(grid)):
         inputs = (*tensors.values(), None, None)
-        kept = fused.forward(*inputs, None, "token", 0, "projections", 2, [0, 2], 1.0, False, 0.0, impl)
+        kept = fused.forward(*inputs, None, "token", 0, "projections", 2, [0, 2], 1.0, False, 0.0, "", impl)
         needed = [True, False, False, True, True, True]
-        fused.backward(do, *inputs, kept[1], *kept[3:], needed, 2, [0, 2], 1.0, False, 0.0, impl)
+        fused.backward(do, *inputs, kept[1], *kept[3:], needed, 2, [0, 2], 1.0, False, 0.0, "", impl)
     assert all(len(grid) == 1 for grid in grids)
     assert sum(grid[0] == 66_000 for grid in grids) >= 2  # forward and backward, a program for each
 

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 from numerics import BACKWARD, FORWARD, assert_right, far
+from summed import low_rank_bwd
 
 from fastheads.kernels import low_rank
 from fastheads.kernels.dropout import dropout
 from fastheads.kernels.fold import fold, padded_rank
-from fastheads.kernels.low_rank import LowRank, low_rank_bwd
+from fastheads.kernels.low_rank import LowRank
 from fastheads.ops import cpu
 from fastheads.reference import up_matrix
 
@@ -99,7 +100,7 @@ def test_folding_and_dropout_at_offsets_beyond_two_to_the_31():
     w, a, b = torch.randn(48, 16), torch.randn(2, 1, 3, 16), torch.randn(2, 1, 16, 3)
     rows = torch.empty_strided((47 * 2**26 + 16,), (1,), dtype=torch.float16).as_strided((48, 16), (2**26, 1))
     options = {"parts": (0, 2), "scale": 1.0, "shared": False, "merge": True, "dtype": torch.float32}
-    assert torch.equal(fold(rows.copy_(w), a, b, **options), fold(w.half(), a, b, **options))
+    assert torch.equal(fold(rows.copy_(w), None, a, b, **options)[0], fold(w.half(), None, a, b, **options)[0])
     x, seed = torch.randn(4, 5, 24).half(), torch.tensor([1])
     assert torch.equal(dropout(far(x), 0.5, seed), dropout(x, 0.5, seed))
 
@@ -118,21 +119,27 @@ def test_fold(parts, shared, stored):
     w = torch.randn(D, 3 * D, generator=g).to(stored).t()  # not contiguous
     a = torch.randn(T, 1 if shared else H, D, r, generator=g).mT
     b = torch.randn(T, H, dh, r, generator=g)
+    bias = torch.randn(3 * D, 2, generator=g).to(stored)[:, 0]
     options = {"parts": parts, "scale": 0.5, "shared": shared}
     names = tuple(TARGETS[p] for p in parts)
     rows = a.flatten(0, 2)
     up = up_matrix(b, names, 0.5, per_head=not shared)
     exact = w.double() + up.double() @ rows.double()
     for dtype in (torch.float32, torch.float16):
-        merged = fold(w, a, b, merge=True, dtype=dtype, **options)
+        merged, merged_bias = fold(w, bias, a, b, merge=True, dtype=dtype, **options)
         assert merged.dtype == dtype and merged.shape == (3 * D + padded_rank(len(rows)), D)
         # Plain PyTorch forms it in float32, and rounds
         assert_right(merged[: 3 * D], (w.float() + up @ rows).to(dtype), exact, FORWARD, "W + s B A")
-        apart = fold(w, a, b, merge=False, dtype=dtype, **options)
+        apart, apart_bias = fold(w, bias, a, b, merge=False, dtype=dtype, **options)
         assert torch.equal(apart[: 3 * D], w.float().to(dtype))
         for out in (merged, apart):
             assert torch.equal(out[3 * D : 3 * D + len(rows)], rows.to(dtype))
             assert not out[3 * D + len(rows) :].any()
+        for out in (merged_bias, apart_bias):
+            assert out.dtype == dtype and out.shape == merged.shape[:1]
+            assert torch.equal(out[: 3 * D], bias.float().to(dtype)) and not out[3 * D :].any()
+        without, none = fold(w, None, a, b, merge=True, dtype=dtype, **options)
+        assert none is None and torch.equal(without, merged)
 
 
 def test_padded_rank():

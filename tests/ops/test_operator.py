@@ -13,6 +13,7 @@ from problems import (
     F32,
     F64,
     FULL,
+    IMPLS,
     INPUTS,
     SAME,
     Case,
@@ -205,13 +206,15 @@ def test_the_dense_gradient_of_a_frozen_base_is_never_formed(impl):
 
     case = Case(B=1, N=5, H=2, dh=32, pool=None)  # of few tokens, so that nothing else is as large as D x D
     tensors, do, options = made(case, impl)
-    kept = fused.forward(*tensors.values(), None, None, None, "", 0, "projections", 2, [0, 2], 1.0, False, 0.0, impl)
+    kept = fused.forward(
+        *tensors.values(), None, None, None, "", 0, "projections", 2, [0, 2], 1.0, False, 0.0, "", impl
+    )
     saved = (*tensors.values(), None, None, kept[1], *kept[3:])
     for base in (False, True):
         sizes.clear()
         needed = [True, base, False, True, True, True]
         with Products():
-            fused.backward(do, *saved, needed, 2, [0, 2], 1.0, False, 0.0, impl)
+            fused.backward(do, *saved, needed, 2, [0, 2], 1.0, False, 0.0, "", impl)
         assert (max(sizes) >= 3 * case.D * case.D) == base, sizes
 
 
@@ -252,3 +255,47 @@ def test_a_mask_that_learns_is_the_references():
     mask = options["mask"].requires_grad_()
     head_attention(**tensors, **options, impl="auto").o.backward(do)
     assert mask.grad is not None and bool(mask.grad.any())
+
+
+# --------------------------------------------------------------------------------------------------------- theta
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("form", reference.GATES)
+def test_theta_in_place_of_the_gates(impl, form):
+    """The same numbers, and theta's gradient, as with the gates made of it outside."""
+    tensors, do, options = made(Case(H=3, N=9), impl)
+
+    def outside(*, gate, **own):
+        return head_attention(gate=reference.GATES[form](gate), **own)
+
+    got = results(head_attention, tensors, do, **options, impl=impl, gate_form=form)
+    same = results(outside, tensors, do, **options, impl=impl)
+    assert got.keys() == same.keys()
+    for name, t in got.items():
+        if impl in ("cpu", "reference"):
+            assert torch.equal(t, same[name]), name
+        close(t, same[name], SAME, name)
+
+
+@EVERY
+@pytest.mark.parametrize("recompute", [False, True])
+def test_theta_that_is_not_trained_and_theta_alone(impl, recompute):
+    tensors, do, options = made(Case(H=3, N=9), impl)
+    for needed in (("lora_A",), ("gate",)):
+        own = {n: t.detach().clone().requires_grad_(n in needed) for n, t in tensors.items()}
+        head_attention(**own, **options, impl=impl, gate_form="softmax", recompute=recompute).o.backward(do)
+        assert all((t.grad is not None) == (n in needed) for n, t in own.items())
+
+
+def test_an_unknown_form_is_refused_by_name():
+    tensors, _, options = made(Case(), "cpu")
+    with pytest.raises(ValueError, match=r"^gate_form: got 'tanh'; takes '', 'softmax', 'sigmoid'"):
+        head_attention(**tensors, **options, gate_form="tanh")
+
+
+def test_a_form_without_a_gate_is_no_gate():
+    tensors, _, options = made(Case(gate=None), "cpu")
+    for impl in ("cpu", "reference"):
+        plain = head_attention(**tensors, **options, impl=impl).o
+        assert torch.equal(head_attention(**tensors, **options, impl=impl, gate_form="softmax").o, plain)

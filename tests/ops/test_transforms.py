@@ -18,14 +18,14 @@ CASE = Case(B=2, N=5, H=1, dh=16, rank=2)  # opcheck runs the operator some ten 
 SAME = 2e-5
 
 
-def arguments(impl, case=CASE, keep="projections", pool="", dropped=False, grad=True):
+def arguments(impl, case=CASE, keep="projections", pool="", dropped=False, grad=True, form=""):
     """Of the operator itself."""
     tensors, do, options = made(case, impl)
     own = leaves(tensors) if grad else tensors
     tokens = torch.tensor([1, 3], device=do.device) if pool == "tokens" else None
     seed = torch.tensor([7], device=do.device) if dropped else None
     parts = [TARGETS.index(t) for t in case.targets]
-    problem = (case.H, parts, case.scale, case.causal, 0.3 if dropped else 0.0, impl)
+    problem = (case.H, parts, case.scale, case.causal, 0.3 if dropped else 0.0, form, impl)
     return (*own.values(), options["mask"], seed, tokens, pool, 2, keep, *problem), do
 
 
@@ -40,6 +40,7 @@ FORMS = {
     "no gate": {"case": Case(N=5, gate=None, shared=True, targets=("v", "k", "q"))},
     "nothing but weights": {"case": Case(N=5, H=1, rank=0, gate=None, bias=False), "keep": "nothing", "grad": False},
     "dropout": {"dropped": True},
+    "theta": {"form": "softmax"},
 }
 
 
@@ -50,7 +51,10 @@ def checks(forms):
         for form in forms:
             if form == "dropout" and not IMPLEMENTATIONS[impl].dropout:
                 continue
-            quick = impl == "cpu" or GPU or form in ("inputs", "dropout") or (form, impl) == ("mean", "stacked")
+            if form == "theta" and impl == "cpu":
+                continue  # takes the gates' values alone
+            few = (("mean", "stacked"), ("theta", "stacked"))
+            quick = impl == "cpu" or GPU or form in ("inputs", "dropout") or (form, impl) in few
             found.append(pytest.param(impl, form, marks=() if quick else LONG))
     return found
 
@@ -105,13 +109,18 @@ USES = {
     "masked, pooled by index": ({"mask": "bool", "mask_shape": (1, 1, 9, 9), "pool": "tokens"}, {}),
     "recomputed": ({"pool": 0}, {"recompute": True}),
     "without deltas": ({"rank": 0, "pool": None}, {}),
+    "theta": ({}, {"gate_form": "softmax"}),
     "without gates": ({"gate": None, "bias": False}, {}),
 }
 
 
 @pytest.mark.parametrize(
     ("impl", "use"),
-    [pytest.param(i, u, marks=() if i == "cpu" or u == "recomputed" else LONG) for i in DTYPES for u in USES],
+    [
+        pytest.param(i, u, marks=() if i == "cpu" or u == "recomputed" or (i, u) == ("stacked", "theta") else LONG)
+        for i in DTYPES
+        for u in USES
+    ],
 )
 def test_compile_whole_forward_and_backward(impl, use):
     case, own = USES[use]
