@@ -241,7 +241,7 @@ def run_experiment(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": where,
-        "wall_seconds": time.perf_counter() - began,
+        "wall_seconds": max(time.perf_counter() - began, sum(run["seconds"] or 0 for run in runs)),  # it may be resumed
         "peak_memory_mb": max(run["peak_memory_mb"] for run in runs),
         "versions": versions(),
         "dataset": {
