@@ -1,7 +1,7 @@
 """What one attention layer asks of a GPU, and of the host: device operations, arguments of launches, host time.
 
     python -m bench.launches                     some two minutes, no GPU
-    python -m bench.launches --json bench/results/launches.json
+    python -m bench.launches --json bench/results/launches.json --doc docs/performance.md
 
 Beside it the frozen `nn.MultiheadAttention` of the same block; both forward, and backward to their input and to what is
 trained. Counted is what would start something on a GPU, at the shapes as they are, and nothing is computed: PyTorch's
@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_map_only
 import fastheads
 from bench.base.mocked import mocked
 from bench.base.results import Row, by_case, environment, read, write
-from bench.base.tables import table
+from bench.base.tables import table, write_block
 from bench.base.timing import compare
 from bench.base.towers import SETTINGS, Setting
 from bench.contests.models import blocks_of, clip
@@ -332,6 +332,7 @@ def _counts(seen: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.launches", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--doc", type=Path, metavar="FILE", help="fills the tables in this document")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing, read a result")
     parser.add_argument("--rounds", type=int, default=41)
     given = parser.parse_args(argv)
@@ -339,6 +340,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report(rows))
     if given.json:
         write(given.json, where, rows)
+    if given.doc:
+        write_block(given.doc, "launches", report(rows))
     return 0
 
 

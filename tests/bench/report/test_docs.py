@@ -10,6 +10,7 @@ from bench.base.tables import read_block, table, write_block
 from bench.base.towers import SHAPES
 from bench.compile_report.kernels import doc_blocks, read
 from bench.cpu import report as cpu_report
+from bench.launches import report as launches_report
 from bench.report.__main__ import stale
 from bench.report.sources import sources
 from bench.roofline.__main__ import all_costs, backward_table, cost_table, target_table
@@ -48,6 +49,11 @@ def test_the_compile_tables_are_those_of_the_result_file():
 def test_the_cpu_table_is_that_of_the_result_file():
     _, rows = results.read(RESULTS / "cpu.json")
     assert read_block(PAGE, "cpu").strip() == cpu_report(rows)
+
+
+def test_the_launches_are_those_of_the_result_file():
+    _, rows = results.read(RESULTS / "launches.json")
+    assert read_block(PAGE, "launches").strip() == launches_report(rows).strip()
 
 
 def test_tables_figures_and_readme_are_those_of_the_result_files():
