@@ -38,7 +38,7 @@ class Problem:
 
     training, validation: file indices per source, an 80/20 split. classifier `[C, E]` and contexts `[T, E]` come from
     the frozen text tower; logit_scale is the factor itself; prompts are the classifier's templates, written out;
-    loaders keeps the evaluation loaders, and with them their cached images.
+    loaders keeps the evaluation loaders; images, decoded ones of every run on the problem, where a recipe caches.
     """
 
     folders: DomainFolders
@@ -53,6 +53,7 @@ class Problem:
     prompts: tuple[str, ...] = ()
     split_by: str = "image"
     loaders: dict[Any, DataLoader[Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    images: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Problem:
         """The same with its tensors on `device`."""
@@ -71,7 +72,7 @@ class Problem:
             seed=recipe.seed + 1_000_003 * process,
             start=start,
             workers=recipe.workers,
-            cache=recipe.cache,
+            cache=self.images if recipe.cache else False,
         )
 
     def evaluation_loader(self, domain: str, part: str, recipe: Recipe) -> DataLoader[Any]:
@@ -86,7 +87,7 @@ class Problem:
                 self.transforms[1],
                 recipe.batch_size,
                 workers=recipe.workers,
-                cache=recipe.cache,
+                cache=self.images if recipe.cache else False,
             )
         return self.loaders[key]
 

@@ -36,6 +36,7 @@ Transform = Callable[[Image.Image], torch.Tensor]
 Item = tuple[torch.Tensor, int, int]  # image [3, H, W], class index, domain index
 Pair = tuple[int, int]  # domain index, file index
 Key = tuple[int, int, int]  # domain index, file index, augmentation seed
+Cache = bool | dict[Pair, np.ndarray]  # whether to keep decoded images; or where
 
 
 def split(folders: DomainFolders, domain: str, *, holdout: float = 0.2, seed: int = 0, by: str = "image") -> Split:
@@ -93,7 +94,8 @@ class Images(Dataset[Item]):
     A position yields its item; a key (domain index, file index, augmentation seed) yields it with
     `transform` under torch's CPU generator seeded so, whose state is put back afterwards. Draws
     from `random` or numpy escape the seed. A key outside `items` is refused: no held-out image
-    slips into training. `cache` keeps decoded images as uint8 arrays, one cache per worker.
+    slips into training. `cache` keeps decoded images as uint8 arrays, one cache per worker; a dict: in there, so that
+    others can share it.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class Images(Dataset[Item]):
         folders: DomainFolders,
         items: Sequence[Pair],
         transform: Transform,
-        cache: bool = False,
+        cache: Cache = False,
     ) -> None:
         sizes = [len(files) for files in folders.files]
         for domain, file in items:
@@ -109,7 +111,7 @@ class Images(Dataset[Item]):
                 raise ValueError(f"items: got {(domain, file)}, expected indices within {sizes}")
         self.folders, self.items, self.transform = folders, tuple(items), transform
         self._members = frozenset(self.items)
-        self._cache: dict[Pair, np.ndarray] | None = {} if cache else None
+        self._cache: dict[Pair, np.ndarray] | None = cache if isinstance(cache, dict) else {} if cache else None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -195,7 +197,7 @@ def training_loader(
     seed: int = 0,
     start: int = 0,
     workers: int = 0,
-    cache: bool = False,
+    cache: Cache = False,
 ) -> DataLoader[Item]:
     """Balanced batches of the sources: (images `[S * per_domain, 3, H, W]`, classes, domains).
 
@@ -218,7 +220,7 @@ def evaluation_loader(
     transform: Transform,
     batch_size: int,
     workers: int = 0,
-    cache: bool = False,
+    cache: Cache = False,
 ) -> DataLoader[Item]:
     """The images of one domain in order, those at `indices` or (None) all; no batch dropped."""
     index = folders.index(domain)
@@ -227,7 +229,7 @@ def evaluation_loader(
         raise ValueError(f"indices: got no image of {domain!r}, expected at least one, or None")
     images = Images(folders, [(index, file) for file in files], transform, cache)
     # Workers stay for the next iteration when they hold a cache, which dies with them.
-    return _loader(images, workers, batch_size=batch_size, persistent_workers=cache and workers > 0)
+    return _loader(images, workers, batch_size=batch_size, persistent_workers=cache is not False and workers > 0)
 
 
 def clip_transforms(
