@@ -116,7 +116,7 @@ def run_demo(
     command: str = "fastheads demo",
 ) -> tuple[dict[str, Any], Path]:
     """All methods on the held-out `targets`; returns the results and the report's path. full: three seeds of each."""
-    began, out = time.perf_counter(), out.expanduser()
+    began, out, targets = time.perf_counter(), out.expanduser(), list(targets)
     with Bars() as bars:
         base, folders = set_up(out)
         problem_of = functools.partial(demo_problem, base, folders)
@@ -125,7 +125,7 @@ def run_demo(
             problem_of,
             folders,
             methods=list(METHODS),
-            targets=list(targets),
+            targets=targets,
             seeds=lambda method: FULL_SEEDS if full else SEEDS.get(METHODS[method].trains, (0,)),
             recipes=lambda method, target: recipe_of(method, target, steps),
             out=out,
@@ -136,7 +136,7 @@ def run_demo(
             watch=bars.watch,
         )
         experiment["beside_plain"] = beside_plain(base, problem_of(experiment["runs"][0]["target"], 0))
-        experiment["captions"] = what_captions_mean(base, folders)
+        experiment["captions"] = what_captions_mean(base, folders, targets)
     experiment["dataset"]["errors"] = "class"
     experiment["dataset"]["shared_sources"] = {domain: icons.shared_families(domain) for domain in icons.DOMAINS}
     experiment["tuning"] = {"file": TUNING_RESULT, "note": json.loads(RECIPES.read_text())["note"]}
@@ -147,8 +147,10 @@ def run_demo(
     return experiment, write_report(experiment, out, samples=folders.samples(), changed=changed)
 
 
-def what_captions_mean(base: nn.Module, folders: DomainFolders) -> dict[str, dict[str, Any]]:
-    """Zero-shot accuracy in every domain: by the plain prompt, by those that tell the look, by those of its opposite.
+def what_captions_mean(
+    base: nn.Module, folders: DomainFolders, domains: Sequence[str] = icons.DOMAINS
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot accuracy in these domains: by the plain prompt, by those that tell the look, by those of its opposite.
 
     And "words": axis -> word -> the share of pictures that match the caption with it better than with its opposite,
     the name being right. That is what CAR-FT's contexts are made of.
@@ -156,7 +158,8 @@ def what_captions_mean(base: nn.Module, folders: DomainFolders) -> dict[str, dic
     tokenizer = open_clip.get_tokenizer(MODEL)
     encode = functools.cache(lambda *prompts: class_text_weights(base, tokenizer, folders.class_names, prompts))
     found: dict[str, dict[str, Any]] = {}
-    for domain, words in LOOK_WORDS.items():
+    for domain in domains:
+        words = LOOK_WORDS[domain]
         loader = demo_problem(base, folders, domain, 0).evaluation_loader(domain, "all", Recipe(cache=True))
         features, labels = image_features(base, loader)
         prompts = {"plain": (PROMPT,), "told": sayings(words), "opposite": sayings(opposite(words))}
