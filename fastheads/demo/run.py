@@ -147,9 +147,7 @@ def run_demo(
     return experiment, write_report(experiment, out, samples=folders.samples(), changed=changed)
 
 
-def what_captions_mean(
-    base: nn.Module, folders: DomainFolders, domains: Sequence[str] = icons.DOMAINS
-) -> dict[str, dict[str, Any]]:
+def what_captions_mean(base: nn.Module, folders: DomainFolders, domains: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Zero-shot accuracy in these domains: by the plain prompt, by those that tell the look, by those of its opposite.
 
     And "words": axis -> word -> the share of pictures that match the caption with it better than with its opposite,

@@ -155,10 +155,9 @@ def _project(layer: Layer, low_too: bool) -> _Product:
     bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
     if layer.lora_A is None or layer.lora_B is None:
         return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
-    if layer.few:
-        low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
-        return _Product.of(cpu.project_few(x, layer.w_in, bias, *low_rank), None, D3)
     low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
+    if layer.few:
+        return _Product.of(cpu.project_few(x, layer.w_in, bias, *low_rank), None, D3)
     return _Product.of(*cpu.project_beside(x, layer.dropped(), layer.w_in, bias, *low_rank), D3)
 
 
@@ -313,11 +312,8 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         dboth = x.new_empty(*x.shape[:2], D3 + R)
         dqkv, u = dboth[..., :D3], dboth[..., D3:]
         if impl == "cpu":
-            heads = (
-                heads
-                if heads.numel()
-                else cpu.attention_fwd(product.qkv, **layer.attend | {"gate": None}, pool=None)[0]
-            )
+            if not heads.numel():
+                heads = cpu.attention_fwd(product.qkv, **layer.attend | {"gate": None}, pool=None)[0]
             dgate = cpu.attention_bwd(do, product.qkv, lse, heads, dqkv, **layer.attend)
         else:
             delta = _delta(layer, product.low)
@@ -331,8 +327,9 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         grads["gate"], grads["lora_B"] = dgate, dup
         if R and lora_A is not None and need["lora_A"]:
             C = lora_A.numel() // lora_A.shape[-1]
-            down = _product(u[..., :C].flatten(0, 1).T, layer.dropped().flatten(0, 1), lora_A.dtype)
-            grads["lora_A"] = down.view_as(lora_A)
+            u_rows, x_rows = u[..., :C].flatten(0, 1), layer.dropped().flatten(0, 1)
+            exact = {"out_dtype": lora_A.dtype} if _wide(x) else {}
+            grads["lora_A"] = torch.mm(u_rows.T, x_rows, **exact).view_as(lora_A)
         if need["x"]:
             grads["x"] = _dx(layer, dboth, u if R else None, product.weight)
         rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
@@ -351,11 +348,6 @@ def _wide(x: Tensor) -> bool:
     return x.is_cuda and x.dtype.itemsize == 2
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, of matrices; in `dtype` where that costs nothing (the caller converts what is not)."""
-    return torch.mm(a, b, out_dtype=dtype) if dtype == torch.float32 and _wide(a) else a @ b
-
-
 def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) -> Tensor:
     """dx from dY and U, in one product with the weights of the forward pass where that has both.
 
@@ -367,7 +359,7 @@ def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) ->
         if layer.impl == "cpu":
             return dy @ w
         # As matrices: of a batch of rows that are strided `@` makes a product each.
-        return _product(dy.flatten(0, 1), w, layer.x.dtype).view(layer.x.shape)
+        return (dy.flatten(0, 1) @ w).view(layer.x.shape)
 
     if layer.lora_A is None:
         return times(dqkv, layer.w_in.to(dqkv.dtype))

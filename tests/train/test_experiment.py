@@ -161,6 +161,7 @@ def test_done_runs_are_not_repeated(whole, base, problem, monkeypatch):
         monkeypatch.setattr(experiment, name, lambda *_, **__: pytest.fail("done again"))
     again = run_all(base, problem, whole["out"])
     assert again["runs"] == whole["result"]["runs"]
+    assert again["wall_seconds"] >= sum(run["seconds"] for run in again["runs"])  # not of the reading alone
 
 
 def test_a_killed_experiment_goes_on_where_it_was(whole, base, problem, tmp_path, monkeypatch):

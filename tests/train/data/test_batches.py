@@ -237,6 +237,10 @@ def test_the_cache_gives_the_same_batches_without_reading_a_file_twice(folders, 
     monkeypatch.setattr(data, "decode", lambda path: read.update([path]) or decode(path))
     assert_same_batches(loader(folders, cache=True), expected)
     assert set(read.values()) == {1} and len(read) == 10
+    shared = {}
+    for _ in range(2):  # two runs that share what was decoded
+        assert_same_batches(loader(folders, cache=shared), expected)
+    assert set(read.values()) == {2} and len(shared) == 10
 
 
 def test_a_transform_in_place_cannot_spoil_the_cache(folders):
