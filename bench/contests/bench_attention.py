@@ -53,14 +53,14 @@ class _Kernels(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, gate: Tensor, heads: int) -> Tensor:
-        options: dict[str, Any] = {"num_heads": heads, "gate": gate, "mask": None, "causal": False, "pool": None}
+        options: dict[str, Any] = {"gate": gate, "mask": None, "causal": False, "pool": None}
         ungated = None
         if qkv.device.type == "cpu":
-            o, lse, _, ungated = cpu.attention_fwd(qkv, **options)
+            o, lse, _, ungated = cpu.attend(*split(qkv, heads), **options)
         else:
             from fastheads.kernels.attention_fwd import attention_fwd
 
-            o, lse, _ = attention_fwd(qkv, **options)
+            o, lse, _ = attention_fwd(qkv, num_heads=heads, **options)
         ctx.save_for_backward(qkv, gate, lse, ungated)
         ctx.heads = heads
         return o
@@ -69,9 +69,9 @@ class _Kernels(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, gate, lse, ungated = ctx.saved_tensors
         if qkv.device.type == "cpu":
-            dqkv = torch.empty_like(qkv)
-            options = {"num_heads": ctx.heads, "gate": gate, "mask": None, "causal": False}
-            return dqkv, cpu.attention_bwd(grads[0], qkv, lse, ungated, dqkv, **options), None
+            options: dict[str, Any] = {"gate": gate, "mask": None, "causal": False}
+            *dqkv, dgate = cpu.attend_bwd(grads[0], *split(qkv, ctx.heads), lse, ungated, **options)
+            return torch.cat(dqkv, 1).view_as(qkv), dgate, None
         from fastheads.kernels.attention_bwd import attention_bwd
         from fastheads.kernels.sums import sums
 

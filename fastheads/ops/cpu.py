@@ -1,145 +1,214 @@
-"""The parts of head attention on a CPU: products and flash attention are PyTorch's own (oneDNN, MKL)."""
+"""Head attention and its gradients on a CPU, without autograd: products and flash attention are PyTorch's own.
+
+A training step never forms `W + s·B A`: q, k and v are a product each, and the deltas are added head by head,
+`q_h += s·T_h B_hᵀ` with `T = x Aᵀ`. In 16 bits that sum would round small deltas away, so there they are columns beside
+W in one product, `[x, T] [W, s·B]ᵀ`. Inference of many tokens folds deltas and gates into the weights (`infer`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastheads import reference
-from fastheads.reference import TARGETS, pool_heads
+from fastheads.reference import GATES, pool_heads
 
-# Forming W' reads and writes 3 D² numbers: for fewer than about FEW · D / (columns of T) tokens, 640 at ViT-B's
-# published ranks, products beside W cost less. Measured between 400 and 800 on one core.
+if TYPE_CHECKING:
+    from fastheads.ops.fused import Layer
+
+# Forming W' reads and writes 2 D² numbers: for fewer than about FEW · D / (columns of T) tokens, 640 at ViT-B's
+# published ranks, inference is faster without. Measured between 400 and 800 on one core.
 FEW = 40
-_ALIGNED = 16  # as in `fastheads.kernels.fold.padded_rank`
+
+Heads = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
-class LowRank(NamedTuple):
-    """As `fastheads.kernels.low_rank.LowRank`."""
-
-    low: Tensor
-    up: Tensor
-    parts: tuple[int, ...]
-    scale: float
-    shared: bool
-
-
-def padded_rank(columns: int) -> int:
-    """The columns that T has with its padding."""
-    return -(-columns // _ALIGNED) * _ALIGNED
+def forward(
+    layer: Layer, pool: int | Tensor | str | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """o, lse, cls, and what `backward` reads: q, k, v `[3, B, N, D]`, T `[B, N, C]`, the heads where o is gated."""
+    projected, low = _project(layer)
+    each, options = heads_of(projected, layer.num_heads), {"mask": layer.mask, "causal": layer.causal}
+    o, lse, cls, heads = attend(*each, gate=_gate(layer), pool=pool, **options)
+    return o, lse, cls, projected, low, heads
 
 
-def fold(
-    w_in: Tensor,
-    b_in: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    parts: Sequence[int],
-    scale: float,
-    shared: bool,
-    merge: bool,
-    dtype: torch.dtype,
-    low_too: bool = True,
-    gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`[3D + R, D]` in `dtype`: `W (+ s·B A)`, formed in at least float32 and rounded once; below it lora_A, padded.
-    And the bias `[3D + R]`, padded.
-
-    low_too: with lora_A's rows, R of them; else R is 0. gate: `[H]`, folded into v's rows.
-    """
-    D3, D = w_in.shape
-    _, H, dh, _ = lora_B.shape
-    C = lora_A.numel() // D
-    wide = torch.promote_types(lora_B.dtype, w_in.dtype)
-    weight = torch.empty(D3 + (padded_rank(C) if low_too else 0), D, dtype=dtype, device=w_in.device)
-    for part in range(3):
-        rows, own = (w[part * D : (part + 1) * D].view(H, dh, D) for w in (weight, w_in))
-        if merge and part in parts:
-            t = parts.index(part)
-            summed = rows if dtype == wide else torch.empty_like(rows, dtype=wide)
-            down = lora_A[t].to(wide).expand(H, -1, -1)
-            own = torch.baddbmm(own.to(wide), lora_B[t].to(wide), down, alpha=scale, out=summed)
-        if part == 2 and gate is not None:
-            own = own * gate.view(H, 1, 1)
-        if own is not rows:
-            rows.copy_(own)
-    if low_too:
-        weight[D3 : D3 + C] = lora_A.reshape(C, D)
-        weight[D3 + C :] = 0
-    return weight, None if b_in is None else F.pad(b_in.to(dtype), (0, len(weight) - D3))
+def kept_shapes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Of what `forward` returns for `backward`."""
+    B, N, D = layer.x.shape
+    low = (0,) if layer.lora_A is None else (B, N, layer.lora_A.numel() // D)
+    return (3, B, N, D), low, (0,) if layer.gate is None else (B, N, D)
 
 
-def project_beside(
-    x: Tensor,
-    dropped: Tensor,
-    w_in: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    parts: Sequence[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`[B, N, 3D]` q, k, v with their deltas, W untouched, and T `[B, N, R]`, with its padding.
+def backward(
+    do: Tensor, layer: Layer, lse: Tensor, projected: Tensor, low: Tensor | None, heads: Tensor, need: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    """The gradients that are needed, in the notation of `fused.backward`. projected and heads: empty where not kept."""
+    x, D = layer.x, layer.x.shape[2]
+    if not projected.numel():
+        projected, low = _project(layer)
+    each, gate = heads_of(projected, layer.num_heads), _gate(layer)
+    options = {"mask": layer.mask, "causal": layer.causal}
+    if not heads.numel():
+        heads = attend(*each, gate=None, pool=None, **options)[0]
+    *dy, dgate = attend_bwd(do, *each, lse, heads, gate=gate, **options)
+    grads: dict[str, Tensor | None] = {}
+    if gate is not None and dgate is not None and need["gate"]:
+        grads["gate"] = _theta_gradient(gate, dgate, layer.gate_form)
+    rows, u = x.reshape(-1, D), None
+    if low is not None and (need["x"] or need["lora_A"] or need["lora_B"]):
+        u, grads["lora_B"] = _low_rank_bwd(dy, low, layer)
+    if u is not None and need["lora_A"]:
+        dropped = layer.dropped().reshape(-1, D)
+        lora_A, _ = layer.deltas()
+        grads["lora_A"] = _scaled(u, dropped, layer.scale).view_as(lora_A)
+    if need["x"]:
+        grads["x"] = _dx(dy, u, layer).view_as(x)
+    if need["w_in"]:
+        grads["w_in"] = torch.cat([d.T @ rows for d in dy])
+    if need["b_in"]:
+        grads["b_in"] = torch.cat([d.sum(0, dtype=lse.dtype) for d in dy])
+    return grads
 
-    In 16 bits the delta is formed in the product's accumulators, as columns beside W: see `reference.project`.
-    """
-    T, H, dh, r = lora_B.shape
-    D = lora_A.shape[-1]
-    down = lora_A.reshape(-1, D).to(x.dtype)
-    C = down.shape[0]
-    pad = padded_rank(C) - C
-    low = F.linear(dropped, F.pad(down, (0, 0, 0, pad)) if pad else down)
-    if x.dtype.itemsize < 4:
-        up = reference.up_matrix(lora_B, [TARGETS[p] for p in parts], scale, per_head=lora_A.shape[1] == H)
-        up = F.pad(up.to(x.dtype), (0, pad))
-        return F.linear(torch.cat((x, low), -1), torch.cat((w_in.to(x.dtype), up), 1), bias), low
-    y = F.linear(x, w_in.to(x.dtype), bias)
-    _add_deltas(y.view(-1, 3, H, dh).permute(1, 2, 0, 3), low[..., :C], lora_B, parts, scale)
-    return y, low
+
+def _gate(layer: Layer) -> Tensor | None:
+    """The gates' values."""
+    return layer.gate if layer.gate is None or not layer.gate_form else GATES[layer.gate_form](layer.gate)
 
 
-def few_tokens(x: Tensor, lora_A: Tensor | None) -> bool:
+def _theta_gradient(gate: Tensor, dgate: Tensor, form: str) -> Tensor:
+    """The gates' gradient, or theta's where they are of a form: see `kernels.heads.theta_gradient`."""
+    if form == "sigmoid":
+        return dgate * gate * (1 - gate / 2)
+    return gate * (dgate - (gate @ dgate) / len(gate)) if form == "softmax" else dgate
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale · a b`, matrices."""
+    return a @ b if scale == 1 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
+def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`forward` where no backward pass will come and nothing is dropped: o, lse, cls."""
+    gate, D = _gate(layer), layer.x.shape[2]
+    if layer.lora_A is None or layer.w_in.dtype.itemsize < 4 or _few_tokens(layer.x, layer.lora_A):
+        projected, _ = _project(layer)
+    else:
+        projected = layer.x.new_empty(3, *layer.x.shape)
+        folded = gate if pool is None else None
+        for out, (weight, bias) in zip(projected, _folded(layer, folded), strict=True):
+            _product(layer.x.reshape(-1, D), weight, bias, out.view(-1, D))
+        gate = gate if folded is None else None
+    options = {"mask": layer.mask, "causal": layer.causal, "pool": pool, "keep": False}
+    o, lse, cls, _ = attend(*heads_of(projected, layer.num_heads), gate=gate, **options)
+    return o, lse, cls
+
+
+def _few_tokens(x: Tensor, lora_A: Tensor) -> bool:
     """Whether x `[B, N, D]` has so few that products beside W cost less than folding the deltas into it."""
-    return lora_A is not None and x.shape[0] * x.shape[1] * (lora_A.numel() // x.shape[2]) < FEW * x.shape[2]
+    return x.dtype.itemsize >= 4 and x.shape[0] * x.shape[1] * (lora_A.numel() // x.shape[2]) < FEW * x.shape[2]
 
 
-def project_few(
-    x: Tensor,
-    w_in: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    parts: Sequence[int],
-    scale: float,
-) -> Tensor:
-    """`[B, N, 3D + R]`, q, k, v with their deltas and T with its padding, as the product with folded weights has it."""
-    B, N, D = x.shape
-    H, dh = lora_B.shape[1:3]
-    down = lora_A.flatten(0, 2).to(x.dtype)
-    C, rows, w = len(down), x.reshape(B * N, D), w_in.to(x.dtype)
-    whole = x.new_empty(B * N, 3 * D + padded_rank(C))
-    y, low, padding = whole.split((3 * D, C, padded_rank(C) - C), 1)
-    torch.mm(rows, w.mT, out=y) if bias is None else torch.addmm(bias, rows, w.mT, out=y)
-    torch.mm(rows, down.mT, out=low)
-    padding.zero_()
-    _add_deltas(y.unflatten(1, (3, H, dh)).permute(1, 2, 0, 3), low, lora_B, parts, scale)
-    return whole.view(B, N, -1)
+def _folded(layer: Layer, gate: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """`W + s·B A` of q, k and v, formed in at least float32 and rounded once, and their biases; v's times the gates."""
+    D = layer.w_in.shape[1]
+    lora_A, lora_B = layer.deltas()
+    _, H, dh, _ = lora_B.shape
+    wide = torch.promote_types(lora_B.dtype, layer.w_in.dtype)
+    for part in range(3):
+        own = slice(part * D, (part + 1) * D)
+        weight, bias = layer.w_in[own], None if layer.b_in is None else layer.b_in[own]
+        if part in layer.parts:
+            t = layer.parts.index(part)
+            down = lora_A[t].to(wide).expand(H, -1, -1)
+            summed = torch.baddbmm(weight.to(wide).view(H, dh, D), lora_B[t].to(wide), down, alpha=layer.scale)
+            weight = summed.view(D, D)
+        if part == 2 and gate is not None:
+            factors = gate.repeat_interleave(dh)
+            weight, bias = weight * factors[:, None], None if bias is None else bias * factors
+        yield weight.to(layer.x.dtype), None if bias is None else bias.to(layer.x.dtype)
 
 
-def _add_deltas(
-    heads: Tensor | Sequence[Tensor], low: Tensor, lora_B: Tensor, parts: Sequence[int], scale: float
-) -> None:
-    """Adds `s·T Bᵀ` to q, k, v, heads of `[H, B·N, dh]`; low: T, `[B, N, T·(H|1)·r]`."""
-    T, H, _, r = lora_B.shape
-    each = low.view(-1, T, low.shape[-1] // T // r, r).permute(1, 2, 0, 3)  # [T, H or 1, B·N, r]
-    up = lora_B.to(low.dtype).mT
-    for t, part in enumerate(parts):
-        heads[part].baddbmm_(each[t].expand(H, -1, -1), up[t], alpha=scale)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """`out = x Wᵀ + b`, matrices."""
+    if bias is None:
+        torch.mm(x, weight.mT, out=out)
+    else:
+        torch.addmm(bias, x, weight.mT, out=out)
+
+
+def _project(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """q, k and v with their deltas, `[3, B, N, D]`, and `T = x Aᵀ`, `[B, N, C]`, of the dropped-out x."""
+    x, D = layer.x, layer.x.shape[2]
+    rows, M = x.reshape(-1, D), x.shape[0] * x.shape[1]
+    weights = layer.w_in.to(x.dtype).view(3, D, D)
+    biases = [None] * 3 if layer.b_in is None else layer.b_in.to(x.dtype).view(3, D)
+    projected = x.new_empty(3, M, D)
+    if layer.lora_A is None:
+        for weight, bias, out in zip(weights, biases, projected, strict=True):
+            _product(rows, weight, bias, out)
+        return projected.view(3, *x.shape), None
+    lora_A, lora_B = layer.deltas()
+    T, H, dh, r = lora_B.shape
+    low = layer.dropped().reshape(-1, D) @ lora_A.reshape(-1, D).to(x.dtype).T
+    each = low.view(M, T, -1, r)
+    for part, (weight, bias, out) in enumerate(zip(weights, biases, projected, strict=True)):
+        if part not in layer.parts:
+            _product(rows, weight, bias, out)
+            continue
+        t = layer.parts.index(part)
+        if x.dtype.itemsize >= 4:
+            _product(rows, weight, bias, out)
+            heads, up = out.view(M, H, dh).transpose(0, 1), lora_B[t].to(x.dtype)
+            heads.baddbmm_(each[:, t].transpose(0, 1).expand(H, -1, -1), up.mT, alpha=layer.scale)
+        else:
+            up = layer.scale * lora_B[t]
+            up = up.reshape(D, r) if layer.shared else torch.block_diag(*up)
+            beside = torch.cat((weight, up.to(x.dtype)), 1)
+            _product(torch.cat((rows, each[:, t].flatten(1)), 1), beside, bias, out)
+    return projected.view(3, *x.shape), low.view(*x.shape[:2], -1)
+
+
+def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """`Uᵀ`, `U_h = dY_h B_h` not scaled, `[C, B·N]`, and `dB_h = s·dY_hᵀ T_h`. dy: of q, k and v, `[B·N, D]`.
+
+    Both transposed: products with r rows take a quarter of the time of those with r columns.
+    """
+    _, lora_B = layer.deltas()
+    T, H, dh, r = lora_B.shape
+    M, D = dy[0].shape
+    up, each = lora_B.to(low.dtype).mT, low.view(M, T, -1, r).permute(1, 2, 3, 0)  # [T, H or 1, r, M]
+    u, dup = low.new_empty(each.shape), low.new_empty(T, H, r, dh)
+    for t, part in enumerate(layer.parts):
+        heads = dy[part].view(M, H, dh).transpose(0, 1)
+        torch.baddbmm(dup[t], each[t].expand(H, -1, -1), heads, beta=0, alpha=layer.scale, out=dup[t])
+        if layer.shared:
+            torch.mm(up[t].transpose(0, 1).reshape(r, D), dy[part].T, out=u[t, 0])
+        else:
+            torch.bmm(up[t], heads.mT, out=u[t])
+    return u.view(-1, M), dup.mT.contiguous()
+
+
+def _dx(dy: Sequence[Tensor], u: Tensor | None, layer: Layer) -> Tensor:
+    """`dY W + s·U A`, `[B·N, D]`, of `Uᵀ`; in 16 bits as one product, so that it is rounded once."""
+    x, D, scale = layer.x, layer.x.shape[2], layer.scale
+    weight = layer.w_in.to(x.dtype)
+    down = None if u is None or layer.lora_A is None else layer.lora_A.reshape(-1, D)
+    if x.dtype.itemsize < 4:
+        if u is not None and down is not None and layer.seed is None:
+            return torch.cat((*dy, u.T), 1) @ torch.cat((weight, (scale * down).to(x.dtype)))
+        dx = torch.cat(tuple(dy), 1) @ weight
+    else:
+        dx = dy[0] @ weight[:D]
+        for part in (1, 2):
+            dx.addmm_(dy[part], weight[part * D : (part + 1) * D])
+    if u is None or down is None:
+        return dx
+    if layer.seed is None:
+        return dx.addmm_(u.T, down.to(x.dtype), alpha=scale)
+    return dx.add_(layer.drop(_scaled(u.T, down.to(x.dtype), scale).view_as(x)).view(-1, D))
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -149,10 +218,10 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return x * keep.to(x.dtype).div_(1 - p)
 
 
-def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v, views `[B, H, N, dh]`."""
-    B, N, D3 = qkv.shape
-    q, k, v = qkv.view(B, N, 3, num_heads, D3 // 3 // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+def heads_of(projected: Tensor, num_heads: int) -> Heads:
+    """q, k, v of `[3, B, N, D]`, views `[B, H, N, dh]`."""
+    _, B, N, D = projected.shape
+    q, k, v = projected.view(3, B, N, num_heads, D // num_heads).transpose(2, 3).unbind(0)
     return q, k, v
 
 
@@ -167,69 +236,6 @@ def _additive(mask: Tensor | None, causal: bool, q: Tensor) -> tuple[Tensor | No
     if causal:
         mask = mask.masked_fill(torch.ones(N, N, dtype=torch.bool).triu(1), float("-inf"))
     return mask, False
-
-
-def infer(
-    x: Tensor,
-    w_in: Tensor,
-    b_in: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    *,
-    num_heads: int,
-    parts: Sequence[int],
-    scale: float,
-    gate: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All of the operator but dropout where no backward pass will come: o, lse, cls. options: of `attend`."""
-    B, N, D = x.shape
-    own = [slice(p * D, (p + 1) * D) for p in range(3)]
-    bias = None if b_in is None else b_in.to(x.dtype)
-    weight, few = w_in, False
-    if lora_A is not None and lora_B is not None:
-        if w_in.dtype.itemsize < 4:
-            y, _ = project_beside(x, x, w_in, bias, lora_A, lora_B, parts, scale)
-            o, lse, cls, _ = attend(*_heads(y, num_heads), gate=gate, keep=False, **options)
-            return o, lse, cls
-        few = x.dtype.itemsize >= 4 and few_tokens(x, lora_A)
-        if not few:
-            folded = gate if options["pool"] is None else None
-            shared = lora_A.shape[1] != num_heads
-            weight, bias = fold(
-                w_in,
-                b_in,
-                lora_A,
-                lora_B,
-                parts=parts,
-                scale=scale,
-                shared=shared,
-                merge=True,
-                dtype=x.dtype,
-                low_too=False,
-                gate=folded,
-            )
-            if folded is not None:
-                gate = None
-                if bias is not None:
-                    factors = folded.to(x.dtype).repeat_interleave(D // num_heads)
-                    bias = torch.cat((bias[: 2 * D], bias[2 * D :] * factors))
-    weight = weight.to(x.dtype)
-    # Three products: 3 to 7 % faster than one of all their rows on the CPU this was measured on.
-    ys = [F.linear(x, weight[rows], None if bias is None else bias[rows]) for rows in own]
-    if few and lora_A is not None and lora_B is not None:
-        low = F.linear(x, lora_A.reshape(-1, D).to(x.dtype))
-        _add_deltas([y.view(B * N, num_heads, -1).transpose(0, 1) for y in ys], low, lora_B, parts, scale)
-    heads = (y.view(B, N, num_heads, -1).transpose(1, 2) for y in ys)
-    o, lse, cls, _ = attend(*heads, gate=gate, keep=False, **options)
-    return o, lse, cls
-
-
-def attention_fwd(
-    qkv: Tensor, *, num_heads: int, **options: Any
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`attend` to q, k, v in `[B, N, 3D]`, rows of any stride."""
-    return attend(*_heads(qkv, num_heads), **options)
 
 
 def attend(
@@ -265,56 +271,32 @@ def attend(
     return gated.transpose(1, 2).flatten(2), lse, cls, each.transpose(1, 2).flatten(2) if keep else None
 
 
-def attention_bwd(
+def attend_bwd(
     do: Tensor,
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     lse: Tensor,
     heads: Tensor,
-    dqkv: Tensor,
     *,
-    num_heads: int,
     gate: Tensor | None,
     mask: Tensor | None,
     causal: bool,
-) -> Tensor | None:
-    """Writes dqkv `[B, N, 3D]`; returns the gradient of the gates `[H]` where there are any."""
-    q, k, v = _heads(qkv, num_heads)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k and v as `[B·N, D]`, and of the gates `[H]` where there are any. heads: un-gated."""
+    B, H, N, dh = q.shape
     mask, causal = _additive(mask, causal, q)
-    per_head = (num_heads, q.shape[-1])
+    do, each = do.reshape(B, N, H, dh), heads.view(B, N, H, dh)
     dgate = None
     if gate is not None:
-        wide = (do * heads).unflatten(2, per_head)
-        dgate = wide.sum((0, 1, 3), dtype=gate.dtype)
-        do = do * gate.to(do.dtype).repeat_interleave(per_head[1])
-    each, dheads = (t.unflatten(2, per_head).transpose(1, 2) for t in (heads, do))
+        dgate = (do * each).sum((0, 1, 3), dtype=gate.dtype)
+        do = do * gate.to(do.dtype).view(H, 1)
     if mask is not None:
         # Rows that see nothing, or only keys masked by a number so huge that lse has no digits left: their P is 0.
         lse = lse.masked_fill(lse < -1 / torch.finfo(lse.dtype).eps, float("inf"))
+    do = do.contiguous() if 0 in do.stride() else do
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dheads.contiguous() if 0 in dheads.stride() else dheads, q, k, v, each, lse, 0.0, causal, attn_mask=mask
+        do.transpose(1, 2), q, k, v, each.transpose(1, 2), lse, 0.0, causal, attn_mask=mask
     )
-    for part, gradient in zip(dqkv.unflatten(2, (3, *per_head)).unbind(2), found, strict=True):
-        part.copy_(gradient.transpose(1, 2))
-    return dgate
-
-
-def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
-    """Writes `U = s·dY B` into u `[B, N, R]` and returns `dB_h = s·dY_hᵀ T_h`, `[T, H, dh, r]`.
-
-    Each target is one product over all heads, of which the diagonal blocks are kept: r columns per head are too thin
-    for a product of their own.
-    """
-    T, H, dh, r = delta.up.shape
-    D, columns = H * dh, r if delta.shared else H * r
-    dup = []
-    u[..., T * columns :] = 0
-    for t, part in enumerate(delta.parts):
-        dy, low = dqkv[..., part * D : (part + 1) * D], delta.low[..., t * columns : (t + 1) * columns]
-        up = delta.scale * delta.up[t]  # [H, dh, r]
-        wide = up.reshape(D, r) if delta.shared else torch.block_diag(*up.unbind(0))
-        u[..., t * columns : (t + 1) * columns] = dy @ wide.to(dy.dtype)
-        product = delta.scale * (dy.flatten(0, 1).T @ low.flatten(0, 1)).to(up.dtype)
-        if not delta.shared:
-            product = product.view(H, dh, H, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        dup.append(product.reshape(H, dh, r))
-    return torch.stack(dup)
+    dq, dk, dv = (gradient.transpose(1, 2).reshape(B * N, H * dh) for gradient in found)
+    return dq, dk, dv, dgate

@@ -1,12 +1,10 @@
-"""Head attention and its gradients from fused parts, without autograd: what all but the reference run.
+"""Head attention and its gradients without autograd: what all but the reference run. On a CPU that is `ops.cpu`.
 
-The parts (fold, attention_fwd, attention_bwd, low_rank_bwd, sums, dropout) are Triton kernels on a GPU, `ops.cpu` on a
-CPU. `impl` says how the deltas enter:
+On a GPU it is PyTorch's products between Triton kernels; `impl` says how the deltas enter:
 
-- `stacked`, and `cpu` with float32 weights: `W' = W + s·B A`, rounded once, and one product with `[W'; A]`.
+- `stacked`: `W' = W + s·B A`, rounded once, and one product with `[W'; A]`.
 - `delta`: one product with `[W; A]`; the attention kernel adds `s·T Bᵀ` to its own q, k and v.
 - `one_pass`: the projection too happens in the attention kernel.
-- `cpu` with 16-bit weights or dropout: `T = x Aᵀ`, then one product of `[x, T]` with `[W, s·B]`.
 """
 
 from __future__ import annotations
@@ -25,10 +23,8 @@ from fastheads.ops import cpu
 
 
 @functools.cache
-def _parts(impl: str) -> Any:
-    """The functions an implementation is made of. Triton is imported where it is first needed."""
-    if impl == "cpu":
-        return cpu
+def _kernels() -> Any:
+    """Triton is imported where it is first needed."""
     from fastheads.kernels import attention_bwd, attention_fwd, dropout, fold, low_rank, one_pass, sums
 
     return SimpleNamespace(
@@ -38,6 +34,7 @@ def _parts(impl: str) -> Any:
         low_rank_bwd=low_rank.low_rank_bwd,
         one_pass_fwd=one_pass.one_pass_fwd,
         fold=fold.fold,
+        padded_rank=fold.padded_rank,
         dropout=dropout.dropout,
         sums=sums.sums,
     )
@@ -69,18 +66,14 @@ class Layer(NamedTuple):
 
     @property
     def attend(self) -> dict[str, Any]:
-        """What every attention takes beside q, k and v."""
-        options: dict[str, Any] = {
+        """What every attention kernel takes beside q, k and v."""
+        return {
             "num_heads": self.num_heads,
             "gate": self.gate,
+            "gate_form": self.gate_form,
             "mask": self.mask,
             "causal": self.causal,
         }
-        if self.impl != "cpu":
-            options["gate_form"] = self.gate_form
-        elif self.gate_form:
-            raise ValueError(f"gate_form: got {self.gate_form!r}; impl 'cpu' takes the gates' values alone, form ''")
-        return options
 
     @property
     def low_rank(self) -> dict[str, Any]:
@@ -90,20 +83,17 @@ class Layer(NamedTuple):
     @property
     def merged(self) -> bool:
         """True where the deltas are folded into the weights."""
-        if self.impl == "cpu":
-            return self.seed is None and self.w_in.dtype.itemsize >= 4 and not self.few
         return self.impl == "stacked"
-
-    @property
-    def few(self) -> bool:
-        """True on a CPU for so few tokens that folding costs more than products beside the weights."""
-        wide = self.x.dtype.itemsize >= 4 and self.w_in.dtype.itemsize >= 4
-        return self.impl == "cpu" and self.seed is None and wide and cpu.few_tokens(self.x, self.lora_A)
 
     @property
     def shared(self) -> bool:
         """True where all heads share the down-projection."""
         return self.lora_A is not None and self.lora_B is not None and self.lora_A.shape[1] != self.lora_B.shape[1]
+
+    def deltas(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B, where there are any."""
+        assert self.lora_A is not None and self.lora_B is not None
+        return self.lora_A, self.lora_B
 
     def fold(self, b_in: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """`[3D + R, D]` in x's dtype: the weights, with the deltas where merged, and lora_A's rows below.
@@ -112,7 +102,7 @@ class Layer(NamedTuple):
         """
         options = {**self.low_rank, "shared": self.shared, "merge": self.merged, "dtype": self.x.dtype}
         found: tuple[Tensor, Tensor | None]
-        found = _parts(self.impl).fold(self.w_in, b_in, self.lora_A, self.lora_B, **options)
+        found = _kernels().fold(self.w_in, b_in, self.lora_A, self.lora_B, **options)
         return found
 
     def dropped(self) -> Tensor:
@@ -120,7 +110,11 @@ class Layer(NamedTuple):
         return self.drop(self.x)
 
     def drop(self, x: Tensor) -> Tensor:
-        return x if self.seed is None else _parts(self.impl).dropout(_rows(x), self.dropout_p, self.seed)
+        if self.seed is None:
+            return x
+        dropout = cpu.dropout if self.impl == "cpu" else _kernels().dropout
+        dropped: Tensor = dropout(_rows(x), self.dropout_p, self.seed)
+        return dropped
 
 
 class _Product(NamedTuple):
@@ -145,7 +139,7 @@ class _Product(NamedTuple):
 def _project(layer: Layer, low_too: bool) -> _Product:
     """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
     x, D3 = layer.x, layer.w_in.shape[0]
-    if layer.lora_A is not None and (layer.impl != "cpu" or layer.merged):
+    if layer.lora_A is not None:
         weight, bias = layer.fold(layer.b_in)
         own = weight[:D3], None if bias is None else bias[:D3]
         if layer.seed is not None:
@@ -153,21 +147,16 @@ def _project(layer: Layer, low_too: bool) -> _Product:
         whole = low_too or not layer.merged
         return _Product.of(F.linear(x, weight, bias) if whole else F.linear(x, *own), None, D3, weight)
     bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
-    if layer.lora_A is None or layer.lora_B is None:
-        return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
-    low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
-    if layer.few:
-        return _Product.of(cpu.project_few(x, layer.w_in, bias, *low_rank), None, D3)
-    return _Product.of(*cpu.project_beside(x, layer.dropped(), layer.w_in, bias, *low_rank), D3)
+    return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
 
 
 def _low_rank(layer: Layer, low: Tensor, up: Tensor) -> Any:
-    return _parts(layer.impl).LowRank(low, up, **layer.low_rank, shared=layer.shared)
+    return _kernels().LowRank(low, up, **layer.low_rank, shared=layer.shared)
 
 
 def _delta(layer: Layer, low: Tensor | None) -> Any:
     """What the attention kernels add on chip; None where the deltas are in q, k and v already."""
-    if layer.lora_B is None or low is None or layer.merged or layer.impl == "cpu":
+    if layer.lora_B is None or low is None or layer.merged:
         return None
     return _low_rank(layer, low, layer.lora_B)
 
@@ -189,16 +178,6 @@ def _without_autocast(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _columns(w_in: Tensor, lora_A: Tensor | None, impl: str, dropped: bool) -> tuple[int, int]:
-    """The widths of what is kept: qkv, with T's columns where one product makes both; and T's alone where not."""
-    D3 = w_in.shape[0]
-    if lora_A is None:
-        return D3, 0
-    R = cpu.padded_rank(lora_A.shape[0] * lora_A.shape[1] * lora_A.shape[2])
-    apart = dropped or (impl == "cpu" and w_in.dtype.itemsize < 4)
-    return (D3, R) if apart else (D3 + R, 0)
-
-
 # The operator's arguments in the order of its schema: a Layer's tensors (TENSORS of them) first and its settings last,
 # and BETWEEN others: forward pool_tokens, pool, pool_token, keep; backward lse, projected, low, heads, and needed.
 TENSORS, BETWEEN = 8, 4
@@ -210,7 +189,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 
     projected `[B, N, 3D (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
     low `[B, N, R]`: T, where it has a product of its own.
-    heads `[B, N, D]`: the un-gated heads, on a CPU, where they are not o itself.
+    heads: of a CPU alone, where these three are as `cpu.forward` has them.
     """
     layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + BETWEEN :])
     pool_tokens, pool, pool_token, keep = arguments[TENSORS : TENSORS + BETWEEN]
@@ -219,22 +198,20 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(t.zero_() for t in forward_shapes(*arguments))
     which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
     kept: tuple[Tensor | None, ...] = (None, None, None)
-    if impl == "cpu" and keep == "nothing" and layer.seed is None:
-        o, lse, cls = infer(layer, which)
-    else:
-        with _plainly(x):
-            if impl == "one_pass":
-                o, lse, cls = _one_pass(layer, which)
-            else:
-                product = _project(layer, low_too=keep == "projections")
-                if impl == "cpu":
-                    o, lse, cls, heads = cpu.attention_fwd(product.qkv, **layer.attend, pool=which)
-                else:
-                    delta = _delta(layer, product.low)
-                    o, lse, cls = _parts(impl).attention_fwd(product.qkv, delta=delta, **layer.attend, pool=which)
-                    heads = None
-                if keep == "projections":
-                    kept = (product.whole, product.low if product.apart else None, heads)
+    with _plainly(x):
+        if impl == "cpu" and keep == "nothing" and layer.seed is None:
+            o, lse, cls = cpu.infer(layer, which)
+        elif impl == "cpu":
+            o, lse, cls, *kept = cpu.forward(layer, which)
+        elif impl == "one_pass":
+            o, lse, cls = _one_pass(layer, which)
+        else:
+            product = _project(layer, low_too=keep == "projections")
+            delta = _delta(layer, product.low)
+            o, lse, cls = _kernels().attention_fwd(product.qkv, delta=delta, **layer.attend, pool=which)
+            kept = product.whole, product.low if product.apart else None, None
+    if keep != "projections":
+        kept = (None, None, None)
     cls = x.new_empty(0, dtype=lse.dtype) if cls is None else cls
     return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in kept))
 
@@ -242,8 +219,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`forward` of `impl="cpu"` where nothing is kept and nothing dropped, without the operator around it."""
     with _plainly(layer.x):
-        options = {**layer.low_rank, **layer.attend, "pool": pool}
-        return cpu.infer(layer.x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B, **options)
+        return cpu.infer(layer, pool)
 
 
 def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -255,7 +231,7 @@ def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     b_in, A = None if b_in is None else b_in.to(x.dtype), None if A is None else _rows(A.to(x.dtype))
     inputs = (_rows(x), _rows(w_in.to(x.dtype)), b_in, A, B)
     out: tuple[Tensor, Tensor, Tensor | None]
-    out = _parts("one_pass").one_pass_fwd(*inputs, **layer.low_rank, **layer.attend, pool=pool)
+    out = _kernels().one_pass_fwd(*inputs, **layer.low_rank, **layer.attend, pool=pool)
     return out
 
 
@@ -266,15 +242,18 @@ def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     x, impl = layer.x, layer.impl
     B, N, D = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
-    kept = keep == "projections" and impl != "one_pass"
-    both, low = _columns(layer.w_in, layer.lora_A, impl, layer.seed is not None)
+    kept: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
+    if keep == "projections" and impl == "cpu":
+        kept = cpu.kept_shapes(layer)
+    elif keep == "projections" and impl != "one_pass":
+        R = 0 if layer.lora_A is None else _kernels().padded_rank(layer.lora_A.numel() // D)
+        apart = layer.seed is not None and R > 0
+        kept = (B, N, 3 * D + (0 if apart else R)), (B, N, R) if apart else (0,), (0,)
     return (
         x.new_empty(B, N, D),
         x.new_empty(B, layer.num_heads, N, dtype=wide),
         x.new_empty((B, layer.num_heads, D // layer.num_heads) if pool else (0,), dtype=wide),
-        x.new_empty((B, N, both) if kept else (0,)),
-        x.new_empty((B, N, low) if kept and low else (0,)),
-        x.new_empty((B, N, D) if kept and impl == "cpu" and layer.gate is not None else (0,)),
+        *map(x.new_empty, kept),
     )
 
 
@@ -296,51 +275,52 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     x, w_in, b_in, lora_A, lora_B, gate = inputs = arguments[: len(GRADIENTS)]
     if not x.numel():
         return tuple(t.zero_() for t in backward_shapes(do, *arguments))
-    impl = "delta" if layer.impl == "one_pass" else layer.impl
-    layer = layer._replace(impl=impl)
-    D3, R = w_in.shape[0], 0
     need = dict(zip(GRADIENTS, needed, strict=True))
-    grads: dict[str, Any] = {}
     with _plainly(x):
-        if projected.numel():
-            product = _Product.of(projected, low, D3)
+        if layer.impl == "cpu":
+            grads = cpu.backward(do, layer, lse, projected, low if low.numel() else None, heads, need)
         else:
-            product = _project(layer, low_too=True)
-        low_rank = product.low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged))
-        if product.low is not None and low_rank:
-            R = product.low.shape[-1]
-        dboth = x.new_empty(*x.shape[:2], D3 + R)
-        dqkv, u = dboth[..., :D3], dboth[..., D3:]
-        if impl == "cpu":
-            if not heads.numel():
-                heads = cpu.attention_fwd(product.qkv, **layer.attend | {"gate": None}, pool=None)[0]
-            dgate = cpu.attention_bwd(do, product.qkv, lse, heads, dqkv, **layer.attend)
-        else:
-            delta = _delta(layer, product.low)
-            _, dgate = _parts(impl).attention_bwd(do, product.qkv, lse, delta=delta, out=dqkv, **layer.attend)
-        dup = None
-        if R and lora_B is not None and product.low is not None:
-            dup = _parts(impl).low_rank_bwd(dqkv, _low_rank(layer, product.low, lora_B), u)
-        if impl != "cpu":
-            parts = dgate if need["gate"] else None, dup if need["lora_B"] else None
-            dgate, dup = _parts(impl).sums(*parts, gate=gate, gate_form=layer.gate_form)
-        grads["gate"], grads["lora_B"] = dgate, dup
-        if R and lora_A is not None and need["lora_A"]:
-            C = lora_A.numel() // lora_A.shape[-1]
-            u_rows, x_rows = u[..., :C].flatten(0, 1), layer.dropped().flatten(0, 1)
-            exact = {"out_dtype": lora_A.dtype} if _wide(x) else {}
-            grads["lora_A"] = torch.mm(u_rows.T, x_rows, **exact).view_as(lora_A)
-        if need["x"]:
-            grads["x"] = _dx(layer, dboth, u if R else None, product.weight)
-        rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
-        if need["w_in"]:
-            grads["w_in"] = rows.T @ x.flatten(0, 1)
-        if need["b_in"]:
-            grads["b_in"] = rows.sum(0, dtype=lse.dtype)
+            grads = _gradients(do, layer, lse, projected, low, need)
     return tuple(
         x.new_empty(0) if like is None or not need[name] else grads[name].to(like.dtype)
         for name, like in zip(GRADIENTS, inputs, strict=True)
     )
+
+
+def _gradients(
+    do: Tensor, layer: Layer, lse: Tensor, projected: Tensor, low: Tensor, need: dict[str, bool]
+) -> dict[str, Tensor | None]:
+    """`backward` by Triton's kernels; projected: empty where nothing was kept."""
+    if layer.impl == "one_pass":
+        layer = layer._replace(impl="delta")
+    x, lora_A, D3 = layer.x, layer.lora_A, layer.w_in.shape[0]
+    product = _Product.of(projected, low, D3) if projected.numel() else _project(layer, low_too=True)
+    R = 0
+    if product.low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged)):
+        R = product.low.shape[-1]
+    dboth = x.new_empty(*x.shape[:2], D3 + R)
+    dqkv, u = dboth[..., :D3], dboth[..., D3:]
+    delta = _delta(layer, product.low)
+    _, dgate = _kernels().attention_bwd(do, product.qkv, lse, delta=delta, out=dqkv, **layer.attend)
+    dup = None
+    if R and layer.lora_B is not None and product.low is not None:
+        dup = _kernels().low_rank_bwd(dqkv, _low_rank(layer, product.low, layer.lora_B), u)
+    grads: dict[str, Tensor | None] = {}
+    parts = dgate if need["gate"] else None, dup if need["lora_B"] else None
+    grads["gate"], grads["lora_B"] = _kernels().sums(*parts, gate=layer.gate, gate_form=layer.gate_form)
+    if R and lora_A is not None and need["lora_A"]:
+        C = lora_A.numel() // lora_A.shape[-1]
+        u_rows, x_rows = u[..., :C].flatten(0, 1), layer.dropped().flatten(0, 1)
+        exact = {"out_dtype": lora_A.dtype} if _wide(x) else {}
+        grads["lora_A"] = torch.mm(u_rows.T, x_rows, **exact).view_as(lora_A)
+    if need["x"]:
+        grads["x"] = _dx(layer, dboth, u if R else None, product.weight)
+    rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
+    if need["w_in"]:
+        grads["w_in"] = rows.T @ x.flatten(0, 1)
+    if need["b_in"]:
+        grads["b_in"] = rows.sum(0, dtype=lse.dtype)
+    return grads
 
 
 def _wide(x: Tensor) -> bool:
@@ -353,22 +333,17 @@ def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) ->
 
     weight: those, where they were just formed.
     """
-    dqkv = dboth[..., : layer.w_in.shape[0]]
+    D3 = layer.w_in.shape[0]
+    dqkv = dboth[..., :D3]
 
     def times(dy: Tensor, w: Tensor) -> Tensor:
-        if layer.impl == "cpu":
-            return dy @ w
         # As matrices: of a batch of rows that are strided `@` makes a product each.
         return (dy.flatten(0, 1) @ w).view(layer.x.shape)
 
     if layer.lora_A is None:
         return times(dqkv, layer.w_in.to(dqkv.dtype))
-    if layer.few and u is not None:
-        down = layer.lora_A.flatten(0, 2).to(dqkv.dtype)
-        return dqkv @ layer.w_in.to(dqkv.dtype) + u[..., : len(down)] @ down
     if weight is None:
         weight, _ = layer.fold()
-    D3 = dqkv.shape[-1]
     if layer.merged:
         return times(dqkv, weight[:D3])
     if u is None or layer.seed is None:

@@ -17,7 +17,7 @@ from fastheads.reference import GATES, TARGETS, HeadAttentionOutput
 
 __all__ = ["HeadAttentionOutput", "head_attention"]
 
-# gate_form: "" where gate holds the gates' values, else it is theta, and the form what makes gates of it (not "cpu").
+# gate_form: "" where gate holds the gates' values, else it is theta, and the form what makes gates of it.
 # pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean". keep: "projections" for a backward
 # pass, "inputs" for one that computes them again, "nothing" where none will come.
 _PROBLEM = "int num_heads, int[] parts, float scale, bool causal, float dropout_p, str gate_form, str impl"
@@ -188,10 +188,10 @@ def head_attention(
         extras=(("a mask that requires grad",) if mask is not None and mask.requires_grad else ()) + surroundings(),
     )
     name = choose(impl, problem).name
-    if gate_form and name in ("cpu", "reference"):
-        gate, gate_form = None if gate is None else GATES[gate_form](gate), ""
     tensors = (x, w_in, b_in, lora_A, lora_B)
     if name == "reference":
+        if gate_form and gate is not None:
+            gate = GATES[gate_form](gate)
         options: dict[str, Any] = {"num_heads": num_heads, "targets": targets, "scale": scale, "causal": causal}
         options |= {"mask": mask, "dropout_p": dropout_p, "pool": pool}
 
