@@ -8,15 +8,13 @@ W in one product, `[x, T] [W, s·B]ᵀ`. Inference of many tokens folds deltas a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastheads.ops.layer import Layer
 from fastheads.reference import GATES, pool_heads
-
-if TYPE_CHECKING:
-    from fastheads.ops.fused import Layer
 
 # Forming W' reads and writes 2 D² numbers: for fewer than about FEW · D / (columns of T) tokens, 640 at ViT-B's
 # published ranks, inference is faster without. Measured between 400 and 800 on one core.
@@ -30,8 +28,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """o, lse, cls, and what `backward` reads: q, k, v `[3, B, N, D]`, T `[B, N, C]`, the heads where o is gated."""
     projected, low = _project(layer)
-    each, options = heads_of(projected, layer.num_heads), {"mask": layer.mask, "causal": layer.causal}
-    o, lse, cls, heads = attend(*each, gate=_gate(layer), pool=pool, **options)
+    each = heads_of(projected, layer.num_heads)
+    o, lse, cls, heads = attend(*each, gate=_gate(layer), mask=layer.mask, causal=layer.causal, pool=pool)
     return o, lse, cls, projected, low, heads
 
 
@@ -44,26 +42,25 @@ def kept_shapes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
 
 def backward(
     do: Tensor, layer: Layer, lse: Tensor, projected: Tensor, low: Tensor | None, heads: Tensor, need: dict[str, bool]
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """The gradients that are needed, in the notation of `fused.backward`. projected and heads: empty where not kept."""
     x, D = layer.x, layer.x.shape[2]
     if not projected.numel():
         projected, low = _project(layer)
     each, gate = heads_of(projected, layer.num_heads), _gate(layer)
-    options = {"mask": layer.mask, "causal": layer.causal}
+    options: dict[str, Any] = {"mask": layer.mask, "causal": layer.causal}
     if not heads.numel():
         heads = attend(*each, gate=None, pool=None, **options)[0]
     *dy, dgate = attend_bwd(do, *each, lse, heads, gate=gate, **options)
-    grads: dict[str, Tensor | None] = {}
+    grads: dict[str, Any] = {}
     if gate is not None and dgate is not None and need["gate"]:
         grads["gate"] = _theta_gradient(gate, dgate, layer.gate_form)
     rows, u = x.reshape(-1, D), None
     if low is not None and (need["x"] or need["lora_A"] or need["lora_B"]):
         u, grads["lora_B"] = _low_rank_bwd(dy, low, layer)
     if u is not None and need["lora_A"]:
-        dropped = layer.dropped().reshape(-1, D)
         lora_A, _ = layer.deltas()
-        grads["lora_A"] = _scaled(u, dropped, layer.scale).view_as(lora_A)
+        grads["lora_A"] = _scaled(u, _dropped(layer, x).reshape(-1, D), layer.scale).view_as(lora_A)
     if need["x"]:
         grads["x"] = _dx(dy, u, layer).view_as(x)
     if need["w_in"]:
@@ -101,7 +98,7 @@ def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor
         for out, (weight, bias) in zip(projected, _folded(layer, folded), strict=True):
             _product(layer.x.reshape(-1, D), weight, bias, out.view(-1, D))
         gate = gate if folded is None else None
-    options = {"mask": layer.mask, "causal": layer.causal, "pool": pool, "keep": False}
+    options: dict[str, Any] = {"mask": layer.mask, "causal": layer.causal, "pool": pool, "keep": False}
     o, lse, cls, _ = attend(*heads_of(projected, layer.num_heads), gate=gate, **options)
     return o, lse, cls
 
@@ -152,7 +149,7 @@ def _project(layer: Layer) -> tuple[Tensor, Tensor | None]:
         return projected.view(3, *x.shape), None
     lora_A, lora_B = layer.deltas()
     T, H, dh, r = lora_B.shape
-    low = layer.dropped().reshape(-1, D) @ lora_A.reshape(-1, D).to(x.dtype).T
+    low = _dropped(layer, x).reshape(-1, D) @ lora_A.reshape(-1, D).to(x.dtype).T
     each = low.view(M, T, -1, r)
     for part, (weight, bias, out) in enumerate(zip(weights, biases, projected, strict=True)):
         if part not in layer.parts:
@@ -208,7 +205,7 @@ def _dx(dy: Sequence[Tensor], u: Tensor | None, layer: Layer) -> Tensor:
         return dx
     if layer.seed is None:
         return dx.addmm_(u.T, down.to(x.dtype), alpha=scale)
-    return dx.add_(layer.drop(_scaled(u.T, down.to(x.dtype), scale).view_as(x)).view(-1, D))
+    return dx.add_(_dropped(layer, _scaled(u.T, down.to(x.dtype), scale).view_as(x)).view(-1, D))
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -216,6 +213,11 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(int(seed))
     keep = torch.rand(x.shape, generator=generator) >= p
     return x * keep.to(x.dtype).div_(1 - p)
+
+
+def _dropped(layer: Layer, x: Tensor) -> Tensor:
+    """What the low-rank path sees of x; the same at every call."""
+    return x if layer.seed is None else dropout(x, layer.dropout_p, layer.seed)
 
 
 def heads_of(projected: Tensor, num_heads: int) -> Heads:

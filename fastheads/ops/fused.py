@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastheads.ops import cpu
+from fastheads.ops.layer import Layer
 
 
 @functools.cache
@@ -45,76 +46,23 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-class Layer(NamedTuple):
-    """The operator's inputs that forward and backward read alike, in the order of its schema."""
+def _fold(layer: Layer, b_in: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """`[3D + R, D]` in x's dtype: the weights, with the deltas where merged, and lora_A's rows below.
 
-    x: Tensor
-    w_in: Tensor
-    b_in: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
-    gate: Tensor | None
-    mask: Tensor | None
-    seed: Tensor | None
-    num_heads: int
-    parts: Sequence[int]
-    scale: float
-    causal: bool
-    dropout_p: float
-    gate_form: str
-    impl: str
+    And the bias `[3D + R]`, in x's dtype too, with zeros after b_in, where that is given.
+    """
+    options = {**layer.low_rank, "shared": layer.shared, "merge": layer.merged, "dtype": layer.x.dtype}
+    found: tuple[Tensor, Tensor | None]
+    found = _kernels().fold(layer.w_in, b_in, layer.lora_A, layer.lora_B, **options)
+    return found
 
-    @property
-    def attend(self) -> dict[str, Any]:
-        """What every attention kernel takes beside q, k and v."""
-        return {
-            "num_heads": self.num_heads,
-            "gate": self.gate,
-            "gate_form": self.gate_form,
-            "mask": self.mask,
-            "causal": self.causal,
-        }
 
-    @property
-    def low_rank(self) -> dict[str, Any]:
-        """Which of q, k and v have a delta, and its scale."""
-        return {"parts": tuple(self.parts), "scale": self.scale}
-
-    @property
-    def merged(self) -> bool:
-        """True where the deltas are folded into the weights."""
-        return self.impl == "stacked"
-
-    @property
-    def shared(self) -> bool:
-        """True where all heads share the down-projection."""
-        return self.lora_A is not None and self.lora_B is not None and self.lora_A.shape[1] != self.lora_B.shape[1]
-
-    def deltas(self) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B, where there are any."""
-        assert self.lora_A is not None and self.lora_B is not None
-        return self.lora_A, self.lora_B
-
-    def fold(self, b_in: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """`[3D + R, D]` in x's dtype: the weights, with the deltas where merged, and lora_A's rows below.
-
-        And the bias `[3D + R]`, in x's dtype too, with zeros after b_in, where that is given.
-        """
-        options = {**self.low_rank, "shared": self.shared, "merge": self.merged, "dtype": self.x.dtype}
-        found: tuple[Tensor, Tensor | None]
-        found = _kernels().fold(self.w_in, b_in, self.lora_A, self.lora_B, **options)
-        return found
-
-    def dropped(self) -> Tensor:
-        """What the low-rank path sees of x; the same at every call."""
-        return self.drop(self.x)
-
-    def drop(self, x: Tensor) -> Tensor:
-        if self.seed is None:
-            return x
-        dropout = cpu.dropout if self.impl == "cpu" else _kernels().dropout
-        dropped: Tensor = dropout(_rows(x), self.dropout_p, self.seed)
-        return dropped
+def _dropped(layer: Layer, x: Tensor) -> Tensor:
+    """What the low-rank path sees of x; the same at every call."""
+    if layer.seed is None:
+        return x
+    dropped: Tensor = _kernels().dropout(_rows(x), layer.dropout_p, layer.seed)
+    return dropped
 
 
 class _Product(NamedTuple):
@@ -140,10 +88,10 @@ def _project(layer: Layer, low_too: bool) -> _Product:
     """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
     x, D3 = layer.x, layer.w_in.shape[0]
     if layer.lora_A is not None:
-        weight, bias = layer.fold(layer.b_in)
+        weight, bias = _fold(layer, layer.b_in)
         own = weight[:D3], None if bias is None else bias[:D3]
         if layer.seed is not None:
-            return _Product.of(F.linear(x, *own), F.linear(layer.dropped(), weight[D3:]), D3, weight)
+            return _Product.of(F.linear(x, *own), F.linear(_dropped(layer, x), weight[D3:]), D3, weight)
         whole = low_too or not layer.merged
         return _Product.of(F.linear(x, weight, bias) if whole else F.linear(x, *own), None, D3, weight)
     bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
@@ -197,7 +145,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     if not x.numel():
         return tuple(t.zero_() for t in forward_shapes(*arguments))
     which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
-    kept: tuple[Tensor | None, ...] = (None, None, None)
+    kept: Sequence[Tensor | None] = (None, None, None)
     with _plainly(x):
         if impl == "cpu" and keep == "nothing" and layer.seed is None:
             o, lse, cls = cpu.infer(layer, which)
@@ -225,7 +173,7 @@ def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor
 def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     x, w_in, b_in, A, B = layer.x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B
     if A is not None and w_in.dtype != x.dtype:  # all three are converted in one launch
-        weight, b_in = layer.fold(b_in)
+        weight, b_in = _fold(layer, b_in)
         w_in, low = weight[: w_in.shape[0]], weight[w_in.shape[0] :]
         A, b_in = low[: A.numel() // A.shape[-1]].view(A.shape), None if b_in is None else b_in[: w_in.shape[0]]
     b_in, A = None if b_in is None else b_in.to(x.dtype), None if A is None else _rows(A.to(x.dtype))
@@ -277,6 +225,7 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return tuple(t.zero_() for t in backward_shapes(do, *arguments))
     need = dict(zip(GRADIENTS, needed, strict=True))
     with _plainly(x):
+        grads: dict[str, Any]
         if layer.impl == "cpu":
             grads = cpu.backward(do, layer, lse, projected, low if low.numel() else None, heads, need)
         else:
@@ -289,7 +238,7 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _gradients(
     do: Tensor, layer: Layer, lse: Tensor, projected: Tensor, low: Tensor, need: dict[str, bool]
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """`backward` by Triton's kernels; projected: empty where nothing was kept."""
     if layer.impl == "one_pass":
         layer = layer._replace(impl="delta")
@@ -305,13 +254,13 @@ def _gradients(
     dup = None
     if R and layer.lora_B is not None and product.low is not None:
         dup = _kernels().low_rank_bwd(dqkv, _low_rank(layer, product.low, layer.lora_B), u)
-    grads: dict[str, Tensor | None] = {}
+    grads: dict[str, Any] = {}
     parts = dgate if need["gate"] else None, dup if need["lora_B"] else None
     grads["gate"], grads["lora_B"] = _kernels().sums(*parts, gate=layer.gate, gate_form=layer.gate_form)
     if R and lora_A is not None and need["lora_A"]:
         C = lora_A.numel() // lora_A.shape[-1]
-        u_rows, x_rows = u[..., :C].flatten(0, 1), layer.dropped().flatten(0, 1)
-        exact = {"out_dtype": lora_A.dtype} if _wide(x) else {}
+        u_rows, x_rows = u[..., :C].flatten(0, 1), _dropped(layer, x).flatten(0, 1)
+        exact: dict[str, Any] = {"out_dtype": lora_A.dtype} if _wide(x) else {}
         grads["lora_A"] = torch.mm(u_rows.T, x_rows, **exact).view_as(lora_A)
     if need["x"]:
         grads["x"] = _dx(layer, dboth, u if R else None, product.weight)
@@ -343,12 +292,12 @@ def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) ->
     if layer.lora_A is None:
         return times(dqkv, layer.w_in.to(dqkv.dtype))
     if weight is None:
-        weight, _ = layer.fold()
+        weight, _ = _fold(layer)
     if layer.merged:
         return times(dqkv, weight[:D3])
     if u is None or layer.seed is None:
         return times(dboth, weight)
-    return times(dqkv, weight[:D3]) + layer.drop(u @ weight[D3:])
+    return times(dqkv, weight[:D3]) + _dropped(layer, u @ weight[D3:])
 
 
 def backward_shapes(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
