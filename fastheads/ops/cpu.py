@@ -1,8 +1,8 @@
 """Head attention and its gradients on a CPU, without autograd: products and flash attention are PyTorch's own.
 
-A training step never forms `W + s·B A`: q, k and v are a product each, and the deltas are added head by head,
-`q_h += s·T_h B_hᵀ` with `T = x Aᵀ`. In 16 bits that sum would round small deltas away, so there they are columns beside
-W in one product, `[x, T] [W, s·B]ᵀ`. Inference of many tokens folds deltas and gates into the weights (`infer`).
+A training step never forms `W + s·B A`: with `T = x Aᵀ` the deltas are added head by head, `q_h += s·T_h B_hᵀ`. In 16
+bits that sum would round small ones away, so there they are columns beside W in one product, `[x, T] [W, s·B]ᵀ`.
+Inference of many tokens folds deltas and gates into the weights (`infer`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastheads.ops.layer import Layer
-from fastheads.reference import GATES, pool_heads
+from fastheads.reference import GATES, TARGETS, pool_heads, up_matrix
 
 # Forming W' reads and writes 2 D² numbers: for fewer than about FEW · D / (columns of T) tokens, 640 at ViT-B's
 # published ranks, inference is faster without. Measured between 400 and 800 on one core.
@@ -26,7 +27,7 @@ Heads = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 def forward(
     layer: Layer, pool: int | Tensor | str | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """o, lse, cls, and what `backward` reads: q, k, v `[3, B, N, D]`, T `[B, N, C]`, the heads where o is gated."""
+    """o, lse, cls, and what `backward` reads: q, k and v `[B, N, 3D]`, T `[B, N, C]`, the heads where o is gated."""
     projected, low = _project(layer)
     each = heads_of(projected, layer.num_heads)
     o, lse, cls, heads = attend(*each, gate=_gate(layer), mask=layer.mask, causal=layer.causal, pool=pool)
@@ -37,7 +38,7 @@ def kept_shapes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
     """Of what `forward` returns for `backward`."""
     B, N, D = layer.x.shape
     low = (0,) if layer.lora_A is None else (B, N, layer.lora_A.numel() // D)
-    return (3, B, N, D), low, (0,) if layer.gate is None else (B, N, D)
+    return (B, N, 3 * D), low, (0,) if layer.gate is None else (B, N, D)
 
 
 def backward(
@@ -89,17 +90,15 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`forward` where no backward pass will come and nothing is dropped: o, lse, cls."""
-    gate, D = _gate(layer), layer.x.shape[2]
-    if layer.lora_A is None or layer.w_in.dtype.itemsize < 4 or _few_tokens(layer.x, layer.lora_A):
-        projected, _ = _project(layer)
+    gate, x, H = _gate(layer), layer.x, layer.num_heads
+    if layer.lora_A is None or layer.w_in.dtype.itemsize < 4 or _few_tokens(x, layer.lora_A):
+        q, k, v = heads_of(_project(layer)[0], H)
     else:
-        projected = layer.x.new_empty(3, *layer.x.shape)
         folded = gate if pool is None else None
-        for out, (weight, bias) in zip(projected, _folded(layer, folded), strict=True):
-            _product(layer.x.reshape(-1, D), weight, bias, out.view(-1, D))
+        each = (F.linear(x, weight, bias) for weight, bias in _folded(layer, folded))
+        q, k, v = (y.view(*x.shape[:2], H, -1).transpose(1, 2) for y in each)
         gate = gate if folded is None else None
-    options: dict[str, Any] = {"mask": layer.mask, "causal": layer.causal, "pool": pool, "keep": False}
-    o, lse, cls, _ = attend(*heads_of(projected, layer.num_heads), gate=gate, **options)
+    o, lse, cls, _ = attend(q, k, v, gate=gate, mask=layer.mask, causal=layer.causal, pool=pool, keep=False)
     return o, lse, cls
 
 
@@ -128,44 +127,25 @@ def _folded(layer: Layer, gate: Tensor | None) -> Iterator[tuple[Tensor, Tensor 
         yield weight.to(layer.x.dtype), None if bias is None else bias.to(layer.x.dtype)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """`out = x Wᵀ + b`, matrices."""
-    if bias is None:
-        torch.mm(x, weight.mT, out=out)
-    else:
-        torch.addmm(bias, x, weight.mT, out=out)
-
-
 def _project(layer: Layer) -> tuple[Tensor, Tensor | None]:
-    """q, k and v with their deltas, `[3, B, N, D]`, and `T = x Aᵀ`, `[B, N, C]`, of the dropped-out x."""
-    x, D = layer.x, layer.x.shape[2]
-    rows, M = x.reshape(-1, D), x.shape[0] * x.shape[1]
-    weights = layer.w_in.to(x.dtype).view(3, D, D)
-    biases = [None] * 3 if layer.b_in is None else layer.b_in.to(x.dtype).view(3, D)
-    projected = x.new_empty(3, M, D)
+    """q, k and v with their deltas, `[B, N, 3D]`, and `T = x Aᵀ`, `[B, N, C]`, of the dropped-out x."""
+    x, w_in = layer.x, layer.w_in.to(layer.x.dtype)
+    bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
     if layer.lora_A is None:
-        for weight, bias, out in zip(weights, biases, projected, strict=True):
-            _product(rows, weight, bias, out)
-        return projected.view(3, *x.shape), None
+        return F.linear(x, w_in, bias), None
     lora_A, lora_B = layer.deltas()
     T, H, dh, r = lora_B.shape
-    low = _dropped(layer, x).reshape(-1, D) @ lora_A.reshape(-1, D).to(x.dtype).T
-    each = low.view(M, T, -1, r)
-    for part, (weight, bias, out) in enumerate(zip(weights, biases, projected, strict=True)):
-        if part not in layer.parts:
-            _product(rows, weight, bias, out)
-            continue
-        t = layer.parts.index(part)
-        if x.dtype.itemsize >= 4:
-            _product(rows, weight, bias, out)
-            heads, up = out.view(M, H, dh).transpose(0, 1), lora_B[t].to(x.dtype)
-            heads.baddbmm_(each[:, t].transpose(0, 1).expand(H, -1, -1), up.mT, alpha=layer.scale)
-        else:
-            up = layer.scale * lora_B[t]
-            up = up.reshape(D, r) if layer.shared else torch.block_diag(*up)
-            beside = torch.cat((weight, up.to(x.dtype)), 1)
-            _product(torch.cat((rows, each[:, t].flatten(1)), 1), beside, bias, out)
-    return projected.view(3, *x.shape), low.view(*x.shape[:2], -1)
+    low = F.linear(_dropped(layer, x), lora_A.reshape(-1, x.shape[2]).to(x.dtype))
+    if x.dtype.itemsize < 4:
+        names = [TARGETS[part] for part in layer.parts]
+        up = up_matrix(lora_B, names, layer.scale, per_head=not layer.shared).to(x.dtype)
+        return F.linear(torch.cat((x, low), -1), torch.cat((w_in, up), 1), bias), low
+    y, up = F.linear(x, w_in, bias), lora_B.to(x.dtype).mT
+    heads = y.view(-1, 3, H, dh).permute(1, 2, 0, 3)  # [3, H, M, dh]
+    each = low.view(-1, T, low.shape[2] // T // r, r).permute(1, 2, 0, 3)  # [T, H or 1, M, r]
+    for t, part in enumerate(layer.parts):
+        heads[part].baddbmm_(each[t].expand(H, -1, -1), up[t], alpha=layer.scale)
+    return y, low
 
 
 def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -220,10 +200,10 @@ def _dropped(layer: Layer, x: Tensor) -> Tensor:
     return x if layer.seed is None else dropout(x, layer.dropout_p, layer.seed)
 
 
-def heads_of(projected: Tensor, num_heads: int) -> Heads:
-    """q, k, v of `[3, B, N, D]`, views `[B, H, N, dh]`."""
-    _, B, N, D = projected.shape
-    q, k, v = projected.view(3, B, N, num_heads, D // num_heads).transpose(2, 3).unbind(0)
+def heads_of(qkv: Tensor, num_heads: int) -> Heads:
+    """q, k, v of `[B, N, 3D]`, views `[B, H, N, dh]`."""
+    B, N, D3 = qkv.shape
+    q, k, v = qkv.view(B, N, 3, num_heads, D3 // 3 // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
