@@ -3,7 +3,7 @@
 from bench.contests.contenders.towers import INFERENCE
 from bench.contests.vision import group
 
-GROUP = group("inference", INFERENCE, quick=[("B/32", 4)])
+GROUP = group("inference", INFERENCE, quick=[("tiny", 8), ("B/32", 1)])
 
 
 def test_inference(compete, case, contender):

@@ -3,7 +3,7 @@
 from bench.contests.contenders.towers import TRAINING
 from bench.contests.vision import group
 
-GROUP = group("model step", TRAINING, quick=[("tiny", 8), ("B/32", 2)])
+GROUP = group("model step", TRAINING, quick=[("tiny", 8), ("B/32", 1)])
 
 
 def test_model_step(compete, case, contender):

@@ -178,7 +178,7 @@ def cases(kind: str, device: str, size: str, quick: Sequence[tuple[str, int]]) -
     if device == "cuda":
         shapes, precisions = tuple(BATCHES.items()), ("bf16 qkv",) if kind == "attention" else ("amp", "bf16")
     elif size == "full":
-        shapes = (("B/32", 8), ("B/16", 2))
+        shapes = (("B/32", 1), ("B/32", 8), ("B/32", 32), ("B/16", 2))
     if size == "rehearsal":
         shapes, precisions = (("tiny", 2),), precisions[:1]
     found = []
