@@ -199,9 +199,10 @@ def _columns(w_in: Tensor, lora_A: Tensor | None, impl: str, dropped: bool) -> t
     return (D3, R) if apart else (D3 + R, 0)
 
 
-# The operator's arguments in the order of its schema: a Layer's tensors (TENSORS of them) first and its settings last,
-# and BETWEEN others: forward pool_tokens, pool, pool_token, keep; backward lse, projected, low, heads, and needed.
-TENSORS, BETWEEN = 8, 4
+# The operator's arguments in the order of its schema: a Layer's tensors (TENSORS of them) first and its settings last;
+# between them forward pool_tokens, pool, pool_token, keep and dtype, backward lse, projected, low, heads, needed and
+# dtype.
+TENSORS, BETWEEN = 8, 5  # forward
 GRADIENTS = ("x", "w_in", "b_in", "lora_A", "lora_B", "gate")
 
 
@@ -211,13 +212,17 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     projected `[B, N, 3D (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
     low `[B, N, R]`: T, where it has a product of its own.
     heads `[B, N, D]`: the un-gated heads, on a CPU, where they are not o itself.
+    x_cast `[B, N, D]`: x in `dtype`, where it has another.
     """
-    layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + BETWEEN :])
-    pool_tokens, pool, pool_token, keep = arguments[TENSORS : TENSORS + BETWEEN]
-    x, impl = layer.x, layer.impl
-    if not x.numel():
+    pool_tokens, pool, pool_token, keep, dtype = arguments[TENSORS : TENSORS + BETWEEN]
+    given = arguments[0]
+    if not given.numel():
         return tuple(t.zero_() for t in forward_shapes(*arguments))
+    x = given.to(dtype)
+    layer = Layer(x, *arguments[1:TENSORS], *arguments[TENSORS + BETWEEN :])
+    impl = layer.impl
     which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
+    x_cast = None if given.dtype == dtype or keep == "nothing" else x
     kept: tuple[Tensor | None, ...] = (None, None, None)
     if impl == "cpu" and keep == "nothing" and layer.seed is None:
         o, lse, cls = infer(layer, which)
@@ -236,7 +241,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
                 if keep == "projections":
                     kept = (product.whole, product.low if product.apart else None, heads)
     cls = x.new_empty(0, dtype=lse.dtype) if cls is None else cls
-    return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in kept))
+    return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in (*kept, x_cast)))
 
 
 def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -261,11 +266,13 @@ def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     """What `forward` returns, without values."""
-    layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + BETWEEN :])
-    _, pool, _, keep = arguments[TENSORS : TENSORS + BETWEEN]
-    x, impl = layer.x, layer.impl
+    _, pool, _, keep, dtype = arguments[TENSORS : TENSORS + BETWEEN]
+    given = arguments[0]
+    x = given.new_empty(given.shape, dtype=dtype)
+    layer = Layer(x, *arguments[1:TENSORS], *arguments[TENSORS + BETWEEN :])
+    impl = layer.impl
     B, N, D = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     kept = keep == "projections" and impl != "one_pass"
     both, low = _columns(layer.w_in, layer.lora_A, impl, layer.seed is not None)
     return (
@@ -275,6 +282,7 @@ def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
         x.new_empty((B, N, both) if kept else (0,)),
         x.new_empty((B, N, low) if kept and low else (0,)),
         x.new_empty((B, N, D) if kept and impl == "cpu" and layer.gate is not None else (0,)),
+        x.new_empty((B, N, D) if given.dtype != dtype and keep != "nothing" else (0,)),
     )
 
 
@@ -290,8 +298,10 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         U_h = s·dY_h B_h    dB_h = s·dY_hᵀ T_h         dA_h = U_hᵀ x         (never s·dYᵀ x, the dense gradient)
         dx = dY W + U A     = dY W' where the deltas are merged
         dW = dYᵀ x          db = Σ dY                  (a trainable base only)
+
+    x is in the dtype of the forward pass's products, dx in `dtype`.
     """
-    lse, projected, low, heads, needed, *settings = arguments[TENSORS:]
+    lse, projected, low, heads, needed, dtype, *settings = arguments[TENSORS:]
     layer = Layer(*arguments[:TENSORS], *settings)
     x, w_in, b_in, lora_A, lora_B, gate = inputs = arguments[: len(GRADIENTS)]
     if not x.numel():
@@ -328,17 +338,16 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         if R and lora_A is not None and need["lora_A"]:
             C = lora_A.numel() // lora_A.shape[-1]
             u_rows, x_rows = u[..., :C].flatten(0, 1), layer.dropped().flatten(0, 1)
-            exact = {"out_dtype": lora_A.dtype} if _wide(x) else {}
-            grads["lora_A"] = torch.mm(u_rows.T, x_rows, **exact).view_as(lora_A)
+            grads["lora_A"] = _mm(u_rows.T, x_rows, lora_A.dtype).view_as(lora_A)
         if need["x"]:
-            grads["x"] = _dx(layer, dboth, u if R else None, product.weight)
+            grads["x"] = _dx(layer, dboth, u if R else None, product.weight, dtype)
         rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
         if need["w_in"]:
             grads["w_in"] = rows.T @ x.flatten(0, 1)
         if need["b_in"]:
             grads["b_in"] = rows.sum(0, dtype=lse.dtype)
     return tuple(
-        x.new_empty(0) if like is None or not need[name] else grads[name].to(like.dtype)
+        x.new_empty(0) if like is None or not need[name] else grads[name].to(dtype if like is x else like.dtype)
         for name, like in zip(GRADIENTS, inputs, strict=True)
     )
 
@@ -348,8 +357,13 @@ def _wide(x: Tensor) -> bool:
     return x.is_cuda and x.dtype.itemsize == 2
 
 
-def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) -> Tensor:
-    """dx from dY and U, in one product with the weights of the forward pass where that has both.
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, for `dtype`: already in it where that is float32 and the product can leave its accumulators unrounded."""
+    return torch.mm(a, b, out_dtype=dtype) if dtype == torch.float32 and _wide(a) else torch.mm(a, b)
+
+
+def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dx, for `dtype`, from dY and U, in one product with the weights of the forward pass where that has both.
 
     weight: those, where they were just formed.
     """
@@ -359,7 +373,7 @@ def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) ->
         if layer.impl == "cpu":
             return dy @ w
         # As matrices: of a batch of rows that are strided `@` makes a product each.
-        return (dy.flatten(0, 1) @ w).view(layer.x.shape)
+        return _mm(dy.flatten(0, 1), w, dtype).view(layer.x.shape)
 
     if layer.lora_A is None:
         return times(dqkv, layer.w_in.to(dqkv.dtype))
@@ -378,8 +392,8 @@ def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) ->
 
 def backward_shapes(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """What `backward` returns, without values."""
-    x, needed = arguments[0], arguments[TENSORS + BETWEEN]
+    x, needed, dtype = arguments[0], arguments[TENSORS + 4], arguments[TENSORS + 5]
     return tuple(
-        x.new_empty(0) if like is None or not need else like.new_empty(like.shape)
+        x.new_empty(0) if like is None or not need else like.new_empty(like.shape, dtype=dtype if like is x else None)
         for like, need in zip(arguments[: len(GRADIENTS)], needed, strict=True)
     )

@@ -19,18 +19,20 @@ __all__ = ["HeadAttentionOutput", "head_attention"]
 
 # gate_form: "" where gate holds the gates' values, else it is theta, and the form what makes gates of it (not "cpu").
 # pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean". keep: "projections" for a backward
-# pass, "inputs" for one that computes them again, "nothing" where none will come.
+# pass, "inputs" for one that computes them again, "nothing" where none will come. dtype: what is computed in; of the
+# backward pass, whose x has it, that of dx.
 _PROBLEM = "int num_heads, int[] parts, float scale, bool causal, float dropout_p, str gate_form, str impl"
 _TENSORS = "Tensor x, Tensor w_in, Tensor? b_in, Tensor? lora_A, Tensor? lora_B, Tensor? gate, Tensor? mask"
 _LIBRARY = torch.library.Library("fastheads", "DEF")
 _LIBRARY.define(
-    f"head_attention({_TENSORS}, Tensor? seed, Tensor? pool_tokens, str pool, int pool_token, str keep, {_PROBLEM})"
-    " -> (Tensor o, Tensor lse, Tensor cls, Tensor projected, Tensor low, Tensor heads)",
+    f"head_attention({_TENSORS}, Tensor? seed, Tensor? pool_tokens, str pool, int pool_token, str keep,"
+    f" ScalarType dtype, {_PROBLEM})"
+    " -> (Tensor o, Tensor lse, Tensor cls, Tensor projected, Tensor low, Tensor heads, Tensor x_cast)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
     f"head_attention_backward(Tensor do, {_TENSORS}, Tensor? seed, Tensor lse, Tensor projected, Tensor low,"
-    f" Tensor heads, bool[] needed, {_PROBLEM})"
+    f" Tensor heads, bool[] needed, ScalarType dtype, {_PROBLEM})"
     " -> (Tensor dx, Tensor dw_in, Tensor db_in, Tensor dlora_A, Tensor dlora_B, Tensor dgate)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -79,14 +81,14 @@ class _HeadAttention(torch.autograd.Function):
                 output: Any = cast(Any, fused.forward)(*tensors, *others)
             else:
                 output = _FORWARD.redispatch(keyset, *tensors, *others)
-        o, lse, cls, projected, low, heads = output
-        problem = others[3:]
-        ctx.mark_non_differentiable(lse, cls, projected, low, heads)
+        o, lse, cls, projected, low, heads, x_cast = output
+        problem, x = others[4:], tensors[0]
+        ctx.mark_non_differentiable(lse, cls, projected, low, heads, x_cast)
         ctx.set_materialize_grads(False)
         if tensors[5] is None and problem[-1] == "cpu" and projected.numel():
             heads = o  # un-gated as they are
-        ctx.save_for_backward(*tensors[:8], lse, projected, low, heads)
-        ctx.problem = problem
+        ctx.save_for_backward(x_cast if x_cast.numel() else x, *tensors[1:8], lse, projected, low, heads)
+        ctx.settings = x.dtype, *problem
         return output
 
     @staticmethod
@@ -96,10 +98,10 @@ class _HeadAttention(torch.autograd.Function):
             return (None,) * (2 + _INPUTS)
         needed, saved = list(ctx.needs_input_grad[2:8]), ctx.saved_tensors
         if torch.is_grad_enabled() or not _unwatched(do, *saved):
-            grads = _BACKWARD(do, *saved, needed, *ctx.problem)
+            grads = _BACKWARD(do, *saved, needed, *ctx.settings)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = cast(Any, fused.backward)(do, *saved, needed, *ctx.problem)
+                grads = cast(Any, fused.backward)(do, *saved, needed, *ctx.settings)
         found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         return (None, None, *found, None, None, None)
 
@@ -203,21 +205,22 @@ def head_attention(
             return checkpoint(plain, gate, *tensors, use_reentrant=False)
         return plain(gate, *tensors)
     wide = dtype if dtype == torch.float64 else torch.float32
-    x = x if x.dtype == dtype else x.to(dtype)
     lora_A, lora_B, gate = (t if t is None or t.dtype == wide else t.to(wide) for t in (lora_A, lora_B, gate))
     inputs = (x, w_in, b_in, lora_A, lora_B, gate)
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     parts = [TARGETS.index(t) for t in targets]
     if name == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*inputs, mask):
         # The way through the dispatcher costs as much as a short sequence's attention.
-        layer = fused.Layer(*inputs, mask, None, num_heads, parts, scale, causal, dropout_p, gate_form, name)
+        layer = fused.Layer(
+            x.to(dtype), *inputs[1:], mask, None, num_heads, parts, scale, causal, dropout_p, gate_form, name
+        )
         return HeadAttentionOutput(*fused.infer(layer, pool))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
     kind = "" if pool is None else pool if isinstance(pool, str) else "token" if isinstance(pool, int) else "tokens"
     given: Any = (*inputs, mask, seed, pool if isinstance(pool, Tensor) else None)
     token = pool if isinstance(pool, int) else 0
     keep = ("inputs" if recompute else "projections") if backward else "nothing"
-    others: Any = (kind, token, keep, num_heads, parts, scale, causal, dropout_p, gate_form, name)
+    others: Any = (kind, token, keep, dtype, num_heads, parts, scale, causal, dropout_p, gate_form, name)
     if not _unwatched(*given):
         o, lse, cls, *_ = _FORWARD(*given, *others)
     elif backward:

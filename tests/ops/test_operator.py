@@ -206,15 +206,14 @@ def test_the_dense_gradient_of_a_frozen_base_is_never_formed(impl):
 
     case = Case(B=1, N=5, H=2, dh=32, pool=None)  # of few tokens, so that nothing else is as large as D x D
     tensors, do, options = made(case, impl)
-    kept = fused.forward(
-        *tensors.values(), None, None, None, "", 0, "projections", 2, [0, 2], 1.0, False, 0.0, "", impl
-    )
-    saved = (*tensors.values(), None, None, kept[1], *kept[3:])
+    problem = (do.dtype, 2, [0, 2], 1.0, False, 0.0, "", impl)
+    kept = fused.forward(*tensors.values(), None, None, None, "", 0, "projections", *problem)
+    saved = (*tensors.values(), None, None, kept[1], *kept[3:6])
     for base in (False, True):
         sizes.clear()
         needed = [True, base, False, True, True, True]
         with Products():
-            fused.backward(do, *saved, needed, 2, [0, 2], 1.0, False, 0.0, "", impl)
+            fused.backward(do, *saved, needed, *problem)
         assert (max(sizes) >= 3 * case.D * case.D) == base, sizes
 
 
