@@ -57,6 +57,8 @@ class Layer(NamedTuple):
     lora_A: Tensor | None
     lora_B: Tensor | None
     gate: Tensor | None
+    w_out: Tensor | None
+    b_out: Tensor | None
     mask: Tensor | None
     seed: Tensor | None
     num_heads: int
@@ -105,15 +107,24 @@ class Layer(NamedTuple):
         """True where all heads share the down-projection."""
         return self.lora_A is not None and self.lora_B is not None and self.lora_A.shape[1] != self.lora_B.shape[1]
 
-    def fold(self, b_in: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """`[3D + R, D]` in x's dtype: the weights, with the deltas where merged, and lora_A's rows below.
+    def weights(self, bias: bool = True, beside: bool = True) -> Weights:
+        """The weights of its products in x's dtype: as they are, cast, or from one launch that casts them all.
 
-        And the bias `[3D + R]`, in x's dtype too, with zeros after b_in, where that is given.
+        bias: whether the biases are read; beside: whether a CPU, where it does not fold, needs W alone.
         """
-        options = {**self.low_rank, "shared": self.shared, "merge": self.merged, "dtype": self.x.dtype}
-        found: tuple[Tensor, Tensor | None]
-        found = _parts(self.impl).fold(self.w_in, b_in, self.lora_A, self.lora_B, **options)
-        return found
+        x, b_in, b_out = self.x, self.b_in if bias else None, self.b_out if bias else None
+        options = {**self.low_rank, "shared": self.shared, "merge": self.merged, "dtype": x.dtype}
+        if self.impl == "cpu":
+            if self.lora_A is not None and self.lora_B is not None and (self.merged or not (beside or self.few)):
+                return Weights(*cpu.fold(self.w_in, b_in, self.lora_A, self.lora_B, **options))
+            return Weights(self.w_in.to(x.dtype), None if b_in is None else b_in.to(x.dtype))
+        stored_out = any(t is not None and t.dtype != x.dtype for t in (self.w_out, b_out))
+        stored = stored_out or any(t is not None and t.dtype != x.dtype for t in (self.w_in, b_in))
+        if not stored and (self.lora_A is None or self.impl == "one_pass"):
+            return Weights(self.w_in, b_in, self.w_out, b_out)
+        tensors = (self.w_in, b_in, self.lora_A, self.lora_B, *((self.w_out, b_out) if stored_out else (None, None)))
+        found = Weights(*_parts(self.impl).fold(*tensors, num_heads=self.num_heads, **options))
+        return found if stored_out else found._replace(out=self.w_out, out_bias=b_out)
 
     def dropped(self) -> Tensor:
         """What the low-rank path sees of x; the same at every call."""
@@ -123,42 +134,49 @@ class Layer(NamedTuple):
         return x if self.seed is None else _parts(self.impl).dropout(_rows(x), self.dropout_p, self.seed)
 
 
+class Weights(NamedTuple):
+    """The weights of a layer's products. own: `[3D (+ R), D]`, W with the deltas where merged, and lora_A's rows below;
+    bias: `[3D (+ R)]`, zeros after b_in; out, out_bias: w_out and b_out."""
+
+    own: Tensor
+    bias: Tensor | None
+    out: Tensor | None = None
+    out_bias: Tensor | None = None
+
+
 class _Product(NamedTuple):
-    """What the projection yields: `[B, N, 3D (+ R)]`, and T where it was a product of its own; and what was folded."""
+    """What the projection yields: `[B, N, 3D (+ R)]`, and T where it was a product of its own."""
 
     whole: Tensor
     qkv: Tensor
     low: Tensor | None
     apart: bool
-    weight: Tensor | None
 
     @classmethod
-    def of(cls, whole: Tensor, low: Tensor | None, width: int, weight: Tensor | None = None) -> _Product:
+    def of(cls, whole: Tensor, low: Tensor | None, width: int) -> _Product:
         """`whole` holds q, k and v in its first `width` columns, and T in the others where `low` is None or empty."""
         if low is not None and low.numel():
-            return cls(whole, whole, low, True, weight)
+            return cls(whole, whole, low, True)
         if whole.shape[-1] == width:
-            return cls(whole, whole, None, False, weight)
-        return cls(whole, whole[..., :width], whole[..., width:], False, weight)
+            return cls(whole, whole, None, False)
+        return cls(whole, whole[..., :width], whole[..., width:], False)
 
 
-def _project(layer: Layer, low_too: bool) -> _Product:
+def _project(layer: Layer, weights: Weights, low_too: bool) -> _Product:
     """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
-    x, D3 = layer.x, layer.w_in.shape[0]
-    if layer.lora_A is not None and (layer.impl != "cpu" or layer.merged):
-        weight, bias = layer.fold(layer.b_in)
-        own = weight[:D3], None if bias is None else bias[:D3]
-        if layer.seed is not None:
-            return _Product.of(F.linear(x, *own), F.linear(layer.dropped(), weight[D3:]), D3, weight)
-        whole = low_too or not layer.merged
-        return _Product.of(F.linear(x, weight, bias) if whole else F.linear(x, *own), None, D3, weight)
-    bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
+    x, D3, weight, bias = layer.x, layer.w_in.shape[0], weights.own, weights.bias
+    own_bias = None if bias is None else bias[:D3]
     if layer.lora_A is None or layer.lora_B is None:
-        return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
+        return _Product.of(F.linear(x, weight, bias), None, D3)
+    if layer.impl != "cpu" or layer.merged:
+        if layer.seed is None and (low_too or not layer.merged):
+            return _Product.of(F.linear(x, weight, bias), None, D3)
+        y = F.linear(x, weight[:D3], own_bias)
+        return _Product.of(y, None if layer.seed is None else F.linear(layer.dropped(), weight[D3:]), D3)
     low_rank = (layer.lora_A, layer.lora_B, tuple(layer.parts), layer.scale)
     if layer.few:
-        return _Product.of(cpu.project_few(x, layer.w_in, bias, *low_rank), None, D3)
-    return _Product.of(*cpu.project_beside(x, layer.dropped(), layer.w_in, bias, *low_rank), D3)
+        return _Product.of(cpu.project_few(x, weight[:D3], own_bias, *low_rank), None, D3)
+    return _Product.of(*cpu.project_beside(x, layer.dropped(), weight[:D3], own_bias, *low_rank), D3)
 
 
 def _low_rank(layer: Layer, low: Tensor, up: Tensor) -> Any:
@@ -202,13 +220,14 @@ def _columns(w_in: Tensor, lora_A: Tensor | None, impl: str, dropped: bool) -> t
 # The operator's arguments in the order of its schema: a Layer's tensors (TENSORS of them) first and its settings last;
 # between them forward pool_tokens, pool, pool_token, keep and dtype, backward lse, projected, low, heads, needed and
 # dtype.
-TENSORS, BETWEEN = 8, 5  # forward
+TENSORS, BETWEEN = 10, 5  # forward
 GRADIENTS = ("x", "w_in", "b_in", "lora_A", "lora_B", "gate")
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """The operator on real tensors: o, lse, cls, and what its backward pass reads, empty where nothing is kept.
 
+    o is the gated heads, or with w_out their projection.
     projected `[B, N, 3D (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
     low `[B, N, R]`: T, where it has a product of its own.
     heads `[B, N, D]`: the un-gated heads, on a CPU, where they are not o itself.
@@ -228,10 +247,11 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         o, lse, cls = infer(layer, which)
     else:
         with _plainly(x):
+            weights = layer.weights()
             if impl == "one_pass":
-                o, lse, cls = _one_pass(layer, which)
+                o, lse, cls = _one_pass(layer, weights, which)
             else:
-                product = _project(layer, low_too=keep == "projections")
+                product = _project(layer, weights, low_too=keep == "projections")
                 if impl == "cpu":
                     o, lse, cls, heads = cpu.attention_fwd(product.qkv, **layer.attend, pool=which)
                 else:
@@ -240,6 +260,8 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
                     heads = None
                 if keep == "projections":
                     kept = (product.whole, product.low if product.apart else None, heads)
+            if weights.out is not None:
+                o = F.linear(o, weights.out, weights.out_bias)
     cls = x.new_empty(0, dtype=lse.dtype) if cls is None else cls
     return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in (*kept, x_cast)))
 
@@ -251,14 +273,12 @@ def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor
         return cpu.infer(layer.x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B, **options)
 
 
-def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, w_in, b_in, A, B = layer.x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B
-    if A is not None and w_in.dtype != x.dtype:  # all three are converted in one launch
-        weight, b_in = layer.fold(b_in)
-        w_in, low = weight[: w_in.shape[0]], weight[w_in.shape[0] :]
-        A, b_in = low[: A.numel() // A.shape[-1]].view(A.shape), None if b_in is None else b_in[: w_in.shape[0]]
-    b_in, A = None if b_in is None else b_in.to(x.dtype), None if A is None else _rows(A.to(x.dtype))
-    inputs = (_rows(x), _rows(w_in.to(x.dtype)), b_in, A, B)
+def _one_pass(layer: Layer, weights: Weights, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, A, D3 = layer.x, layer.lora_A, layer.w_in.shape[0]
+    w_in, bias, low = weights.own[:D3], weights.bias, weights.own[D3:]
+    if A is not None:
+        A = low[: A.numel() // A.shape[-1]].view(A.shape) if len(low) else _rows(A.to(x.dtype))
+    inputs = (_rows(x), _rows(w_in), None if bias is None else bias[:D3], A, layer.lora_B)
     out: tuple[Tensor, Tensor, Tensor | None]
     out = _parts("one_pass").one_pass_fwd(*inputs, **layer.low_rank, **layer.attend, pool=pool)
     return out
@@ -297,13 +317,14 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         dQ = dS K           dK = dSᵀ Q                 dV = g·Pᵀ dO          dY = [dQ, dK, dV]
         U_h = s·dY_h B_h    dB_h = s·dY_hᵀ T_h         dA_h = U_hᵀ x         (never s·dYᵀ x, the dense gradient)
         dx = dY W + U A     = dY W' where the deltas are merged
+        dO = do W_out       with w_out, whose own gradient, and b_out's, are not asked for here
         dW = dYᵀ x          db = Σ dY                  (a trainable base only)
 
     x is in the dtype of the forward pass's products, dx in `dtype`.
     """
     lse, projected, low, heads, needed, dtype, *settings = arguments[TENSORS:]
     layer = Layer(*arguments[:TENSORS], *settings)
-    x, w_in, b_in, lora_A, lora_B, gate = inputs = arguments[: len(GRADIENTS)]
+    x, w_in, _, lora_A, lora_B, gate = inputs = arguments[: len(GRADIENTS)]
     if not x.numel():
         return tuple(t.zero_() for t in backward_shapes(do, *arguments))
     impl = "delta" if layer.impl == "one_pass" else layer.impl
@@ -312,10 +333,13 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     need = dict(zip(GRADIENTS, needed, strict=True))
     grads: dict[str, Any] = {}
     with _plainly(x):
-        if projected.numel():
-            product = _Product.of(projected, low, D3)
-        else:
-            product = _project(layer, low_too=True)
+        again = not projected.numel()
+        weights = Weights(w_in, None)  # as it is, where nothing reads it
+        if again or need["x"] or layer.w_out is not None:
+            weights = layer.weights(bias=again, beside=not need["x"])
+        if weights.out is not None:
+            do = (do.flatten(0, 1) @ weights.out).view(x.shape)
+        product = _project(layer, weights, low_too=True) if again else _Product.of(projected, low, D3)
         low_rank = product.low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged))
         if product.low is not None and low_rank:
             R = product.low.shape[-1]
@@ -340,7 +364,7 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             u_rows, x_rows = u[..., :C].flatten(0, 1), layer.dropped().flatten(0, 1)
             grads["lora_A"] = _mm(u_rows.T, x_rows, lora_A.dtype).view_as(lora_A)
         if need["x"]:
-            grads["x"] = _dx(layer, dboth, u if R else None, product.weight, dtype)
+            grads["x"] = _dx(layer, dboth, u if R else None, weights.own, dtype)
         rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
         if need["w_in"]:
             grads["w_in"] = rows.T @ x.flatten(0, 1)
@@ -362,12 +386,10 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if dtype == torch.float32 and _wide(a) else torch.mm(a, b)
 
 
-def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """dx, for `dtype`, from dY and U, in one product with the weights of the forward pass where that has both.
-
-    weight: those, where they were just formed.
-    """
-    dqkv = dboth[..., : layer.w_in.shape[0]]
+def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dx, for `dtype`, from dY and U, in one product with the weights of the forward pass where that has both."""
+    D3 = layer.w_in.shape[0]
+    dqkv = dboth[..., :D3]
 
     def times(dy: Tensor, w: Tensor) -> Tensor:
         if layer.impl == "cpu":
@@ -375,15 +397,10 @@ def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None, dt
         # As matrices: of a batch of rows that are strided `@` makes a product each.
         return _mm(dy.flatten(0, 1), w, dtype).view(layer.x.shape)
 
-    if layer.lora_A is None:
-        return times(dqkv, layer.w_in.to(dqkv.dtype))
-    if layer.few and u is not None:
+    if layer.lora_A is not None and layer.few and u is not None:
         down = layer.lora_A.flatten(0, 2).to(dqkv.dtype)
-        return dqkv @ layer.w_in.to(dqkv.dtype) + u[..., : len(down)] @ down
-    if weight is None:
-        weight, _ = layer.fold()
-    D3 = dqkv.shape[-1]
-    if layer.merged:
+        return dqkv @ weight + u[..., : len(down)] @ down
+    if layer.lora_A is None or layer.merged:
         return times(dqkv, weight[:D3])
     if u is None or layer.seed is None:
         return times(dboth, weight)
