@@ -1,4 +1,7 @@
-"""The weights of the stacked projection, `[W + s·B A; A]` or `[W; A]`, in float32, rounded once; and its bias."""
+"""The weights of a layer's products in one dtype: `[W + s·B A; A]` or `[W; A]`, formed in float32 and rounded once, its
+bias, and out_proj's."""
+
+from collections import namedtuple
 
 import torch
 import triton
@@ -11,6 +14,9 @@ from fastheads.kernels.tiles import cdiv
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 
+# Weights `[rows, D]` of any strides, and a bias `[rows]` or None.
+Linear = namedtuple("Linear", "p stride_m stride_n p_bias")
+
 
 def padded_rank(columns: int) -> int:
     """The rows that A takes below the weights: its own, up to a multiple of 16. Triton loads a row of `[B, N, 3D + R]`
@@ -19,34 +25,54 @@ def padded_rank(columns: int) -> int:
 
 
 @triton.jit
+def load_block(linear, o_m, o_n, m_w):
+    """Weights `[BM, BN]`, in float32."""
+    p_w = linear.p + o_m[:, None] * linear.stride_m + o_n[None, :] * linear.stride_n
+    return tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_block(p_out, p_out_bias, linear, b_w, o_m, o_n, m_w, first, m_b, D):
+    """Weights, and their bias where m_b, as the rows from `first` on."""
+    tl.store(p_out + (first + o_m)[:, None] * D + o_n[None, :], b_w.to(p_out.dtype.element_ty), mask=m_w)
+    if linear.p_bias is not None:
+        b_b = tl.load(linear.p_bias + o_m, mask=m_b, other=0.0).to(tl.float32)
+        tl.store(p_out_bias + first + o_m, b_b.to(p_out.dtype.element_ty), mask=m_b)
+
+
+@triton.jit
 def fold_kernel(
-    p_w, stride_m, stride_n, p_a, p_b, p_bias, p_out, p_out_bias, scale, D, rank, rows, R, columns,
+    w_in, w_out, p_a, p_b, p_out, p_out_bias, scale, D, rank, rows, R,
     HEADS: tl.constexpr, DIM: tl.constexpr, TARGETS: tl.constexpr, SHARED: tl.constexpr, MERGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """W_h + s·B_h A_h, or W_h; below, A. A program: BM rows of a head of q, k or v, or BM rows of A, by BN columns.
+    """W_h + s·B_h A_h, or W_h; below, A, then out_proj's weights. A program: BM rows of a head of q, k or v, or BM rows
+    of the others, by BN columns.
 
-    The bias, and zeros below it, by the programs of the first columns.
+    The biases, and zeros below the first, by the programs of the first columns.
     """
+    columns = tl.cdiv(D, BN)
     i_m, i_n = tl.program_id(0) // columns, tl.program_id(0) % columns
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < D
     o_n = o_n.to(tl.int64)
     BLOCKS: tl.constexpr = (DIM + BM - 1) // BM
-    if i_m < 3 * HEADS * BLOCKS:
+    i_a = i_m - 3 * HEADS * BLOCKS
+    i_o = i_a - tl.cdiv(R, BM)
+    if i_a < 0:
         i_p, i_h = i_m // (HEADS * BLOCKS), i_m // BLOCKS % HEADS
         o_d = (i_m % BLOCKS) * BM + tl.arange(0, BM)
         m_w = (o_d < DIM)[:, None] & m_n[None, :]
         o_m = ((i_p * HEADS + i_h) * DIM + o_d).to(tl.int64)
         # [BM, BN]
-        b_w = tl.load(p_w + o_m[:, None] * stride_m + o_n[None, :] * stride_n, mask=m_w, other=0.0).to(tl.float32)
+        b_w = load_block(w_in, o_m, o_n, m_w)
         if MERGE:
             i_t = -1
             for part in tl.static_range(3):
                 i_t = tl.where(i_p == part, TARGETS[part], i_t)
             if i_t >= 0:
-                i_a = i_t if SHARED else i_t * HEADS + i_h
-                p_ar = p_a + i_a * rank * D + o_n
+                i_r = i_t if SHARED else i_t * HEADS + i_h
+                p_ar = p_a + i_r * rank * D + o_n
                 p_br = p_b + ((i_t * HEADS + i_h) * DIM + o_d) * rank
                 b_d = tl.zeros([BM, BN], tl.float32)
                 # a rank of 2 to 64 would be padding in tl.dot, and this is exact float32 on every chip
@@ -55,50 +81,66 @@ def fold_kernel(
                     b_b = tl.load(p_br + r, mask=o_d < DIM, other=0.0)
                     b_d += b_b[:, None] * b_a[None, :]
                 b_w += scale * b_d
-        tl.store(p_out + o_m[:, None] * D + o_n[None, :], b_w.to(p_out.dtype.element_ty), mask=m_w)
-        if p_bias is not None:
-            m_b = (o_d < DIM) & (i_n == 0)
-            b_b = tl.load(p_bias + o_m, mask=m_b, other=0.0).to(tl.float32)
-            tl.store(p_out_bias + o_m, b_b.to(p_out.dtype.element_ty), mask=m_b)
+        store_block(p_out, p_out_bias, w_in, b_w, o_m, o_n, m_w, 0, (o_d < DIM) & (i_n == 0), D)
+    elif i_o < 0:
+        if p_a is not None:
+            o_c = (i_a * BM + tl.arange(0, BM)).to(tl.int64)
+            b_a = tl.load(p_a + o_c[:, None] * D + o_n[None, :], mask=(o_c < rows)[:, None] & m_n[None, :], other=0.0)
+            p_o = p_out + (3 * HEADS * DIM + o_c)[:, None] * D + o_n[None, :]
+            tl.store(p_o, b_a.to(p_out.dtype.element_ty), mask=(o_c < R)[:, None] & m_n[None, :])
+            if w_in.p_bias is not None:
+                b_z = tl.zeros([BM], p_out.dtype.element_ty)
+                tl.store(p_out_bias + 3 * HEADS * DIM + o_c, b_z, mask=(o_c < R) & (i_n == 0))
     else:
-        o_c = ((i_m - 3 * HEADS * BLOCKS) * BM + tl.arange(0, BM)).to(tl.int64)
-        b_a = tl.load(p_a + o_c[:, None] * D + o_n[None, :], mask=(o_c < rows)[:, None] & m_n[None, :], other=0.0)
-        p_o = p_out + (3 * HEADS * DIM + o_c)[:, None] * D + o_n[None, :]
-        tl.store(p_o, b_a.to(p_out.dtype.element_ty), mask=(o_c < R)[:, None] & m_n[None, :])
-        if p_bias is not None:
-            b_z = tl.zeros([BM], p_out.dtype.element_ty)
-            tl.store(p_out_bias + 3 * HEADS * DIM + o_c, b_z, mask=(o_c < R) & (i_n == 0))
+        if w_out is not None:
+            o_o = (i_o * BM + tl.arange(0, BM)).to(tl.int64)
+            m_o = (o_o < D)[:, None] & m_n[None, :]
+            b_o = load_block(w_out, o_o, o_n, m_o)
+            store_block(p_out, p_out_bias, w_out, b_o, o_o, o_n, m_o, 3 * D + R, (o_o < D) & (i_n == 0), D)
 
 
 def fold(
     w_in: Tensor,
     b_in: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
     *,
+    num_heads: int,
     parts: tuple[int, ...],
     scale: float,
     shared: bool,
     merge: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`[3D + R, D]` in `dtype`: W + scale·B_h A_h (merge) or W, then A's rows over (target, H or 1, rank), then zeros;
-    and the bias `[3D + R]` in `dtype`, zeros after it, or None.
+    the bias `[3D + R]`, zeros after it, or None; out_proj's weights `[D, D]` and bias `[D]`, where they are given.
 
-    w_in: `[3D, D]`, b_in: `[3D]` or None, any float dtype. lora_A: `[T, H|1, r, D]`, lora_B: `[T, H, dh, r]`,
-    float32. Any strides.
+    w_in: `[3D, D]`, b_in: `[3D]` or None, w_out: `[D, D]` or None, b_out: `[D]` or None, any float dtype.
+    lora_A: `[T, H|1, r, D]`, lora_B: `[T, H, dh, r]`, float32, or both None. Any strides.
     parts: which of q (0), k (1), v (2) each target is. R: `padded_rank` of A's rows.
     """
-    _, H, dh, r = lora_B.shape
-    D, rows = w_in.shape[1], lora_A.numel() // lora_A.shape[-1]
-    R = padded_rank(rows)
-    out = torch.empty((3 * D + R, D), dtype=dtype, device=w_in.device)
-    bias = None if b_in is None else torch.empty(3 * D + R, dtype=dtype, device=w_in.device)
-    columns = cdiv(D, BLOCK_COLUMNS)
-    row_blocks = 3 * H * cdiv(dh, BLOCK_ROWS) + cdiv(R, BLOCK_ROWS)
-    low, size = (packed(lora_A), packed(lora_B)), (D, r, rows, R, columns)
-    args = (w_in, *strides(w_in, 0, 1), *low, packed(b_in), out, bias, float(scale), *size)
-    meta = {"HEADS": H, "DIM": dh, "TARGETS": low_of(parts, r, shared).targets, "SHARED": shared, "MERGE": merge}
-    grid = (on_grid(row_blocks * columns, "fold"),)
+    D, rank, rows = w_in.shape[1], 0, 0
+    if lora_A is not None:
+        rank, rows = lora_A.shape[2], lora_A.shape[0] * lora_A.shape[1] * lora_A.shape[2]
+    H, dh, R = num_heads, D // num_heads, padded_rank(rows)
+    own, below = 3 * D + R, 0 if w_out is None else D
+    out = torch.empty((own + below, D), dtype=dtype, device=w_in.device)
+    bias = None if b_in is None and b_out is None else torch.empty(own + below, dtype=dtype, device=w_in.device)
+    weights = (_linear(w_in, b_in), None if w_out is None else _linear(w_out, b_out))
+    args = (*weights, packed(lora_A), packed(lora_B), out, bias, float(scale), D, rank, rows, R)
+    targets = low_of(parts, rank, shared).targets
+    meta = {"HEADS": H, "DIM": dh, "TARGETS": targets, "SHARED": shared, "MERGE": merge and rank > 0}
+    row_blocks = 3 * H * cdiv(dh, BLOCK_ROWS) + cdiv(R, BLOCK_ROWS) + cdiv(below, BLOCK_ROWS)
+    grid = (on_grid(row_blocks * cdiv(D, BLOCK_COLUMNS), "fold"),)
     launch(fold_kernel, grid, *args, **meta, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, num_warps=4, num_stages=1)
-    return out, bias
+    if w_out is None:
+        return out, bias, None, None
+    biases = (None, None) if bias is None else (bias[:own], bias[own:])
+    return out[:own], None if b_in is None else biases[0], out[own:], None if b_out is None else biases[1]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    stride_m, stride_n = strides(weight, 0, 1)
+    return Linear(weight, stride_m, stride_n, packed(bias))

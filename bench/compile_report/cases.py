@@ -168,10 +168,13 @@ def sums(case: Case) -> None:
 
 def fold(case: Case) -> None:
     options = {"shared": case.shared, "merge": case.merge, "dtype": getattr(torch, case.dtype)}
-    w = meta(3 * case.width, case.width, dtype=case.base)
-    # forward with the bias, backward without
-    bias = meta(3 * case.width, dtype=case.base) if case.gate else None
-    _kernels("fold").fold(w, bias, *_adapters(case), parts=case.parts, scale=1.0, **options)
+    D = case.width
+    w_in, w_out = meta(3 * D, D, dtype=case.base), meta(D, D, dtype=case.base)
+    # forward with the biases, backward without; out_proj too where it is not in the dtype already
+    b_in, b_out = (meta(rows, dtype=case.base) if case.gate else None for rows in (3 * D, D))
+    out = (w_out, b_out) if case.base != case.dtype else ()
+    options |= {"num_heads": case.heads, "parts": case.parts, "scale": 1.0}
+    _kernels("fold").fold(w_in, b_in, *_adapters(case), *out, **options)
 
 
 def dropout(case: Case) -> None:

@@ -80,10 +80,9 @@ class MultiheadAttentionHost(HeadAttention):
                 raise ValueError(f"key_padding_mask: got shape {tuple(key_padding_mask.shape)}; takes {(B, N)}")
             padding = additive(key_padding_mask.view(B, 1, 1, N), torch.float32)
             mask = padding if mask is None else additive(mask, torch.float32) + padding
-        o, weights = self.heads_of(
-            x, mask, need_weights=need_weights, attention_dropout=self.dropout if self.training else 0.0
+        out, weights = self.attend(
+            x, mask, self.out_proj, need_weights=need_weights, attention_dropout=self.dropout if self.training else 0.0
         )
-        out = self.out_proj(o)
         if weights is not None:
             weights = weights.to(out.dtype)
             weights = weights.mean(1) if average_attn_weights else weights

@@ -74,17 +74,17 @@ class OpenClipAttentionHost(HeadAttention):
             norms = lambda q, k: (F.normalize(q, dim=-1), F.normalize(k, dim=-1))  # noqa: E731
         elif _present(self, "ln_q") or _present(self, "ln_k"):
             norms = lambda q, k: (self.ln_q(q), self.ln_k(k))  # noqa: E731
-        o, _ = self.heads_of(
+        inner = _present(self, "ln_inner")
+        o, _ = self.attend(
             x,
             mask,
+            None if inner else self.out_proj,
             norms=norms,
             score_scale=self.logit_scale.clamp(max=self.logit_scale_max).exp() if cosine else None,
             head_scale=self.head_scale,
             attention_dropout=self.attn_drop.p if self.training else 0.0,
         )
-        if _present(self, "ln_inner"):
-            o = self.ln_inner(o)
-        return self.out_drop(self.out_proj(o))
+        return self.out_drop(self.out_proj(self.ln_inner(o)) if inner else o)
 
 
 def _mask(mask: Tensor, x: Tensor, num_heads: int, keep: bool) -> Tensor:

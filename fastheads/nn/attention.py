@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastheads import ops, reference
 from fastheads.nn.lora import HeadLoRA
+
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+_PLAIN = (Tensor, nn.Parameter, type(None))
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether to call it is `F.linear` with its weight and bias and nothing else: no hooks, no class or forward of its
+    own, no other kinds of tensors, as LoRA, quantisation, parametrizations, sharding and offloading bring along."""
+    return (
+        type(module) in _LINEAR
+        and type(module.weight) in _PLAIN
+        and type(module.bias) in _PLAIN
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not _has_any_global_hook()
+        and module._compiled_call_impl is None
+        and "forward" not in module.__dict__
+    )
 
 
 class HeadAttention:
     """Mixed in before the host's own class: the module keeps its object, parameters and `isinstance`.
 
-    A host (`fastheads.hosts`) adds `forward`, which turns its caller's arguments into `heads_of(...)`.
+    A host (`fastheads.hosts`) adds `forward`, which turns its caller's arguments into `attend(...)`.
     """
 
     heads: HeadLoRA
@@ -24,10 +44,11 @@ class HeadAttention:
     in_proj_bias: Tensor | None
     training: bool
 
-    def heads_of(
+    def attend(
         self,
         x: Tensor,
         mask: Tensor | None,
+        out_proj: nn.Module | None,
         *,
         need_weights: bool = False,
         norms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -35,24 +56,26 @@ class HeadAttention:
         head_scale: Tensor | None = None,
         attention_dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gated heads `[B, N, D]` of x `[B, N, D]`, and the probabilities `[B, H, N, N]` where asked for.
+        """Gated heads `[B, N, D]` of x `[B, N, D]`, out_proj of them where one is given, and the probabilities
+        `[B, H, N, N]` where asked for.
 
         mask: broadcasts to `[B, H, N, N]`, additive or True = masked. `norms` (of q and k), `score_scale`,
         `head_scale` and `attention_dropout` are what only the reference path covers. A profiler sees it by the layer's
         name, `fastheads::visual.3`.
         """
         own = self.heads
-        options: Any = (x, mask, need_weights, norms, score_scale, head_scale, attention_dropout)
+        options: Any = (x, mask, out_proj, need_weights, norms, score_scale, head_scale, attention_dropout)
         if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
             with torch.autograd.profiler.record_function(f"fastheads::{own.tower}.{own.layer}"):
-                return self._heads_of(own, *options)
-        return self._heads_of(own, *options)
+                return self._attend(own, *options)
+        return self._attend(own, *options)
 
-    def _heads_of(
+    def _attend(
         self,
         own: HeadLoRA,
         x: Tensor,
         mask: Tensor | None,
+        out_proj: nn.Module | None,
         need_weights: bool,
         norms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
         score_scale: Tensor | None,
@@ -82,6 +105,9 @@ class HeadAttention:
             o = reference.gate_heads(each, own.gate(), q.dtype)
             cls = None if pool is None else reference.pool_heads(each.detach(), pool)
         else:
+            w_out = b_out = None
+            if out_proj is not None and is_plain_linear(out_proj):
+                w_out, b_out, out_proj = out_proj.weight, out_proj.bias, None
             o, _, cls = ops.head_attention(
                 x,
                 self.in_proj_weight,
@@ -90,6 +116,8 @@ class HeadAttention:
                 own.lora_B,
                 gate=own.theta,
                 gate_form=own.gate_kind or "",
+                w_out=w_out,
+                b_out=b_out,
                 mask=mask,
                 pool=pool,
                 recompute=own.recompute,
@@ -98,7 +126,7 @@ class HeadAttention:
             )
         if own.recorder is not None and cls is not None:
             own.recorder.add(own.layer, cls)
-        return o, probabilities if need_weights else None
+        return o if out_proj is None else out_proj(o), probabilities if need_weights else None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)

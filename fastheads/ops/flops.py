@@ -4,6 +4,7 @@ Counted is what the formulas ask for, as PyTorch counts its own attention on a G
 a product, softmax and gates free, scores computed again in the backward pass. With T targets, C rows of lora_A, rank r:
 
     forward   x W  2·BN·3D·D      T = x Aᵀ  2·BN·D·C      T Bᵀ  2·BN·T·D·r      attention  4·B·H·N²·dh
+              o W_out  2·BN·D·D, where that is the operator's
     backward  for each gradient asked for as many as its products in `fused.backward`; attention 10·B·H·N²·dh
 
 `register_flop_formula` is not used: its module imports Triton, and who imports fastheads has not asked for that.
@@ -28,6 +29,11 @@ def _products(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> tuple[
     return projection, 2 * B * N * lora_A.numel(), 2 * B * N * lora_B.numel()
 
 
+def _projection_out(x: Tensor, w_out: Tensor | None) -> int:
+    """Operations of the heads' product with w_out, and of its gradient."""
+    return 0 if w_out is None else 2 * x.shape[0] * x.shape[1] * w_out.numel()
+
+
 def _score_product(x: Tensor) -> int:
     """Operations of q kᵀ, and of every other product of attention."""
     B, N, D = x.shape
@@ -40,11 +46,13 @@ def forward_flops(
     b_in: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
+    gate: Tensor | None,
+    w_out: Tensor | None,
     *args: Any,
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
-    return sum(_products(x, lora_A, lora_B)) + 2 * _score_product(x)
+    return sum(_products(x, lora_A, lora_B)) + 2 * _score_product(x) + _projection_out(x, w_out)
 
 
 def backward_flops(
@@ -55,6 +63,8 @@ def backward_flops(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     gate: Tensor | None,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
     lse: Tensor,
@@ -68,7 +78,7 @@ def backward_flops(
 ) -> int:
     projection, down, up = _products(x, lora_A, lora_B)
     dx, dw, _, dA, dB, _ = needed
-    products = [5 * _score_product(x)]
+    products = [5 * _score_product(x), _projection_out(x, w_out)]
     products += [projection * (dx + dw)]  # dY W, dYᵀ x
     products += [up * ((dx or dA) + dB)]  # U = dY B, dYᵀ T
     products += [down * (dA + dx)]  # Uᵀ x, U A

@@ -46,15 +46,30 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _fold(layer: Layer, b_in: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """`[3D + R, D]` in x's dtype: the weights, with the deltas where merged, and lora_A's rows below.
+class Weights(NamedTuple):
+    """The weights of a layer's products. own: `[3D (+ R), D]`, W with the deltas where merged, and lora_A's rows below;
+    bias: `[3D (+ R)]`, zeros after b_in; out, out_bias: w_out and b_out."""
 
-    And the bias `[3D + R]`, in x's dtype too, with zeros after b_in, where that is given.
+    own: Tensor
+    bias: Tensor | None
+    out: Tensor | None = None
+    out_bias: Tensor | None = None
+
+
+def _weights(layer: Layer, bias: bool = True) -> Weights:
+    """The weights of its products in x's dtype: as they are, or from one launch that casts them all.
+
+    bias: whether the biases are read.
     """
-    options = {**layer.low_rank, "shared": layer.shared, "merge": layer.merged, "dtype": layer.x.dtype}
-    found: tuple[Tensor, Tensor | None]
-    found = _kernels().fold(layer.w_in, b_in, layer.lora_A, layer.lora_B, **options)
-    return found
+    x, b_in, b_out = layer.x, layer.b_in if bias else None, layer.b_out if bias else None
+    stored_out = any(t is not None and t.dtype != x.dtype for t in (layer.w_out, b_out))
+    stored = stored_out or any(t is not None and t.dtype != x.dtype for t in (layer.w_in, b_in))
+    if not stored and (layer.lora_A is None or layer.impl == "one_pass"):
+        return Weights(layer.w_in, b_in, layer.w_out, b_out)
+    options = {**layer.low_rank, "shared": layer.shared, "merge": layer.merged, "dtype": x.dtype}
+    tensors = (layer.w_in, b_in, layer.lora_A, layer.lora_B, *((layer.w_out, b_out) if stored_out else (None, None)))
+    found = Weights(*_kernels().fold(*tensors, num_heads=layer.num_heads, **options))
+    return found if stored_out else found._replace(out=layer.w_out, out_bias=b_out)
 
 
 def _dropped(layer: Layer, x: Tensor) -> Tensor:
@@ -66,36 +81,30 @@ def _dropped(layer: Layer, x: Tensor) -> Tensor:
 
 
 class _Product(NamedTuple):
-    """What the projection yields: `[B, N, 3D (+ R)]`, and T where it was a product of its own; and what was folded."""
+    """What the projection yields: `[B, N, 3D (+ R)]`, and T where it was a product of its own."""
 
     whole: Tensor
     qkv: Tensor
     low: Tensor | None
     apart: bool
-    weight: Tensor | None
 
     @classmethod
-    def of(cls, whole: Tensor, low: Tensor | None, width: int, weight: Tensor | None = None) -> _Product:
+    def of(cls, whole: Tensor, low: Tensor | None, width: int) -> _Product:
         """`whole` holds q, k and v in its first `width` columns, and T in the others where `low` is None or empty."""
         if low is not None and low.numel():
-            return cls(whole, whole, low, True, weight)
+            return cls(whole, whole, low, True)
         if whole.shape[-1] == width:
-            return cls(whole, whole, None, False, weight)
-        return cls(whole, whole[..., :width], whole[..., width:], False, weight)
+            return cls(whole, whole, None, False)
+        return cls(whole, whole[..., :width], whole[..., width:], False)
 
 
-def _project(layer: Layer, low_too: bool) -> _Product:
+def _project(layer: Layer, weights: Weights, low_too: bool) -> _Product:
     """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
-    x, D3 = layer.x, layer.w_in.shape[0]
-    if layer.lora_A is not None:
-        weight, bias = _fold(layer, layer.b_in)
-        own = weight[:D3], None if bias is None else bias[:D3]
-        if layer.seed is not None:
-            return _Product.of(F.linear(x, *own), F.linear(_dropped(layer, x), weight[D3:]), D3, weight)
-        whole = low_too or not layer.merged
-        return _Product.of(F.linear(x, weight, bias) if whole else F.linear(x, *own), None, D3, weight)
-    bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
-    return _Product.of(F.linear(x, layer.w_in.to(x.dtype), bias), None, D3)
+    x, D3, weight, bias = layer.x, layer.w_in.shape[0], weights.own, weights.bias
+    if layer.lora_A is None or (layer.seed is None and (low_too or not layer.merged)):
+        return _Product.of(F.linear(x, weight, bias), None, D3)
+    y = F.linear(x, weight[:D3], None if bias is None else bias[:D3])
+    return _Product.of(y, None if layer.seed is None else F.linear(_dropped(layer, x), weight[D3:]), D3)
 
 
 def _low_rank(layer: Layer, low: Tensor, up: Tensor) -> Any:
@@ -126,24 +135,29 @@ def _without_autocast(x: Tensor) -> Iterator[None]:
         yield
 
 
-# The operator's arguments in the order of its schema: a Layer's tensors (TENSORS of them) first and its settings last,
-# and BETWEEN others: forward pool_tokens, pool, pool_token, keep; backward lse, projected, low, heads, and needed.
-TENSORS, BETWEEN = 8, 4
+# The operator's arguments in the order of its schema: a Layer's tensors (TENSORS of them) first and its settings last;
+# between them forward pool_tokens, pool, pool_token, keep and dtype, backward lse, projected, low, heads, needed and
+# dtype.
+TENSORS, BETWEEN = 10, 5  # forward
 GRADIENTS = ("x", "w_in", "b_in", "lora_A", "lora_B", "gate")
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
     """The operator on real tensors: o, lse, cls, and what its backward pass reads, empty where nothing is kept.
 
+    o is the gated heads, or with w_out their projection.
     projected `[B, N, 3D (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
     low `[B, N, R]`: T, where it has a product of its own.
     heads: of a CPU alone, where these three are as `cpu.forward` has them.
+    x_cast `[B, N, D]`: x in `dtype`, where it has another.
     """
-    layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + BETWEEN :])
-    pool_tokens, pool, pool_token, keep = arguments[TENSORS : TENSORS + BETWEEN]
-    x, impl = layer.x, layer.impl
-    if not x.numel():
+    pool_tokens, pool, pool_token, keep, dtype = arguments[TENSORS : TENSORS + BETWEEN]
+    given = arguments[0]
+    if not given.numel():
         return tuple(t.zero_() for t in forward_shapes(*arguments))
+    x = given.to(dtype)
+    layer = Layer(x, *arguments[1:TENSORS], *arguments[TENSORS + BETWEEN :])
+    impl = layer.impl
     which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
     kept: Sequence[Tensor | None] = (None, None, None)
     with _plainly(x):
@@ -151,17 +165,22 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
             o, lse, cls = cpu.infer(layer, which)
         elif impl == "cpu":
             o, lse, cls, *kept = cpu.forward(layer, which)
-        elif impl == "one_pass":
-            o, lse, cls = _one_pass(layer, which)
         else:
-            product = _project(layer, low_too=keep == "projections")
-            delta = _delta(layer, product.low)
-            o, lse, cls = _kernels().attention_fwd(product.qkv, delta=delta, **layer.attend, pool=which)
-            kept = product.whole, product.low if product.apart else None, None
+            weights = _weights(layer)
+            if impl == "one_pass":
+                o, lse, cls = _one_pass(layer, weights, which)
+            else:
+                product = _project(layer, weights, low_too=keep == "projections")
+                delta = _delta(layer, product.low)
+                o, lse, cls = _kernels().attention_fwd(product.qkv, delta=delta, **layer.attend, pool=which)
+                kept = product.whole, product.low if product.apart else None, None
+            if weights.out is not None:
+                o = F.linear(o, weights.out, weights.out_bias)
     if keep != "projections":
         kept = (None, None, None)
+    x_cast = None if given.dtype == dtype or keep == "nothing" else x
     cls = x.new_empty(0, dtype=lse.dtype) if cls is None else cls
-    return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in kept))
+    return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in (*kept, x_cast)))
 
 
 def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -170,14 +189,12 @@ def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor
         return cpu.infer(layer, pool)
 
 
-def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, w_in, b_in, A, B = layer.x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B
-    if A is not None and w_in.dtype != x.dtype:  # all three are converted in one launch
-        weight, b_in = _fold(layer, b_in)
-        w_in, low = weight[: w_in.shape[0]], weight[w_in.shape[0] :]
-        A, b_in = low[: A.numel() // A.shape[-1]].view(A.shape), None if b_in is None else b_in[: w_in.shape[0]]
-    b_in, A = None if b_in is None else b_in.to(x.dtype), None if A is None else _rows(A.to(x.dtype))
-    inputs = (_rows(x), _rows(w_in.to(x.dtype)), b_in, A, B)
+def _one_pass(layer: Layer, weights: Weights, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, A, D3 = layer.x, layer.lora_A, layer.w_in.shape[0]
+    w_in, bias, low = weights.own[:D3], weights.bias, weights.own[D3:]
+    if A is not None:
+        A = low[: A.numel() // A.shape[-1]].view(A.shape) if len(low) else _rows(A.to(x.dtype))
+    inputs = (_rows(x), _rows(w_in), None if bias is None else bias[:D3], A, layer.lora_B)
     out: tuple[Tensor, Tensor, Tensor | None]
     out = _kernels().one_pass_fwd(*inputs, **layer.low_rank, **layer.attend, pool=pool)
     return out
@@ -185,11 +202,13 @@ def _one_pass(layer: Layer, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     """What `forward` returns, without values."""
-    layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + BETWEEN :])
-    _, pool, _, keep = arguments[TENSORS : TENSORS + BETWEEN]
-    x, impl = layer.x, layer.impl
+    _, pool, _, keep, dtype = arguments[TENSORS : TENSORS + BETWEEN]
+    given = arguments[0]
+    x = given.new_empty(given.shape, dtype=dtype)
+    layer = Layer(x, *arguments[1:TENSORS], *arguments[TENSORS + BETWEEN :])
+    impl = layer.impl
     B, N, D = x.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     kept: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
     if keep == "projections" and impl == "cpu":
         kept = cpu.kept_shapes(layer)
@@ -202,6 +221,7 @@ def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
         x.new_empty(B, layer.num_heads, N, dtype=wide),
         x.new_empty((B, layer.num_heads, D // layer.num_heads) if pool else (0,), dtype=wide),
         *map(x.new_empty, kept),
+        x.new_empty((B, N, D) if given.dtype != dtype and keep != "nothing" else (0,)),
     )
 
 
@@ -216,34 +236,43 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         dQ = dS K           dK = dSᵀ Q                 dV = g·Pᵀ dO          dY = [dQ, dK, dV]
         U_h = s·dY_h B_h    dB_h = s·dY_hᵀ T_h         dA_h = U_hᵀ x         (never s·dYᵀ x, the dense gradient)
         dx = dY W + U A     = dY W' where the deltas are merged
+        dO = do W_out       with w_out, whose own gradient, and b_out's, are not asked for here
         dW = dYᵀ x          db = Σ dY                  (a trainable base only)
+
+    x is in the dtype of the forward pass's products, dx in `dtype`.
     """
-    lse, projected, low, heads, needed, *settings = arguments[TENSORS:]
+    lse, projected, low, heads, needed, dtype, *settings = arguments[TENSORS:]
     layer = Layer(*arguments[:TENSORS], *settings)
-    x, w_in, b_in, lora_A, lora_B, gate = inputs = arguments[: len(GRADIENTS)]
+    x, *_ = inputs = arguments[: len(GRADIENTS)]
     if not x.numel():
         return tuple(t.zero_() for t in backward_shapes(do, *arguments))
     need = dict(zip(GRADIENTS, needed, strict=True))
+    grads: dict[str, Any]
     with _plainly(x):
-        grads: dict[str, Any]
         if layer.impl == "cpu":
             grads = cpu.backward(do, layer, lse, projected, low if low.numel() else None, heads, need)
         else:
-            grads = _gradients(do, layer, lse, projected, low, need)
+            grads = _gradients(do, layer, lse, projected, low, need, dtype)
     return tuple(
-        x.new_empty(0) if like is None or not need[name] else grads[name].to(like.dtype)
+        x.new_empty(0) if like is None or not need[name] else grads[name].to(dtype if like is x else like.dtype)
         for name, like in zip(GRADIENTS, inputs, strict=True)
     )
 
 
 def _gradients(
-    do: Tensor, layer: Layer, lse: Tensor, projected: Tensor, low: Tensor, need: dict[str, bool]
+    do: Tensor, layer: Layer, lse: Tensor, projected: Tensor, low: Tensor, need: dict[str, bool], dtype: torch.dtype
 ) -> dict[str, Any]:
     """`backward` by Triton's kernels; projected: empty where nothing was kept."""
     if layer.impl == "one_pass":
         layer = layer._replace(impl="delta")
     x, lora_A, D3 = layer.x, layer.lora_A, layer.w_in.shape[0]
-    product = _Product.of(projected, low, D3) if projected.numel() else _project(layer, low_too=True)
+    again = not projected.numel()
+    weights = Weights(layer.w_in, None)  # as it is, where nothing reads it
+    if again or need["x"] or layer.w_out is not None:
+        weights = _weights(layer, bias=again)
+    if weights.out is not None:
+        do = (do.flatten(0, 1) @ weights.out).view(x.shape)
+    product = _project(layer, weights, low_too=True) if again else _Product.of(projected, low, D3)
     R = 0
     if product.low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged)):
         R = product.low.shape[-1]
@@ -260,10 +289,9 @@ def _gradients(
     if R and lora_A is not None and need["lora_A"]:
         C = lora_A.numel() // lora_A.shape[-1]
         u_rows, x_rows = u[..., :C].flatten(0, 1), _dropped(layer, x).flatten(0, 1)
-        exact: dict[str, Any] = {"out_dtype": lora_A.dtype} if _wide(x) else {}
-        grads["lora_A"] = torch.mm(u_rows.T, x_rows, **exact).view_as(lora_A)
+        grads["lora_A"] = _mm(u_rows.T, x_rows, lora_A.dtype).view_as(lora_A)
     if need["x"]:
-        grads["x"] = _dx(layer, dboth, u if R else None, product.weight)
+        grads["x"] = _dx(layer, dboth, u if R else None, weights.own, dtype)
     rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
     if need["w_in"]:
         grads["w_in"] = rows.T @ x.flatten(0, 1)
@@ -277,23 +305,21 @@ def _wide(x: Tensor) -> bool:
     return x.is_cuda and x.dtype.itemsize == 2
 
 
-def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) -> Tensor:
-    """dx from dY and U, in one product with the weights of the forward pass where that has both.
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, for `dtype`: already in it where that is float32 and the product can leave its accumulators unrounded."""
+    return torch.mm(a, b, out_dtype=dtype) if dtype == torch.float32 and _wide(a) else torch.mm(a, b)
 
-    weight: those, where they were just formed.
-    """
+
+def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """dx, for `dtype`, from dY and U, in one product with the weights of the forward pass where that has both."""
     D3 = layer.w_in.shape[0]
     dqkv = dboth[..., :D3]
 
     def times(dy: Tensor, w: Tensor) -> Tensor:
         # As matrices: of a batch of rows that are strided `@` makes a product each.
-        return (dy.flatten(0, 1) @ w).view(layer.x.shape)
+        return _mm(dy.flatten(0, 1), w, dtype).view(layer.x.shape)
 
-    if layer.lora_A is None:
-        return times(dqkv, layer.w_in.to(dqkv.dtype))
-    if weight is None:
-        weight, _ = _fold(layer)
-    if layer.merged:
+    if layer.lora_A is None or layer.merged:
         return times(dqkv, weight[:D3])
     if u is None or layer.seed is None:
         return times(dboth, weight)
@@ -302,8 +328,8 @@ def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor | None) ->
 
 def backward_shapes(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """What `backward` returns, without values."""
-    x, needed = arguments[0], arguments[TENSORS + BETWEEN]
+    x, needed, dtype = arguments[0], arguments[TENSORS + 4], arguments[TENSORS + 5]
     return tuple(
-        x.new_empty(0) if like is None or not need else like.new_empty(like.shape)
+        x.new_empty(0) if like is None or not need else like.new_empty(like.shape, dtype=dtype if like is x else None)
         for like, need in zip(arguments[: len(GRADIENTS)], needed, strict=True)
     )

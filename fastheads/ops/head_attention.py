@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,18 +20,23 @@ __all__ = ["HeadAttentionOutput", "head_attention"]
 
 # gate_form: "" where gate holds the gates' values, else it is theta, and the form what makes gates of it.
 # pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean". keep: "projections" for a backward
-# pass, "inputs" for one that computes them again, "nothing" where none will come.
+# pass, "inputs" for one that computes them again, "nothing" where none will come. dtype: what is computed in; of the
+# backward pass, whose x has it, that of dx.
 _PROBLEM = "int num_heads, int[] parts, float scale, bool causal, float dropout_p, str gate_form, str impl"
-_TENSORS = "Tensor x, Tensor w_in, Tensor? b_in, Tensor? lora_A, Tensor? lora_B, Tensor? gate, Tensor? mask"
+_TENSORS = (
+    "Tensor x, Tensor w_in, Tensor? b_in, Tensor? lora_A, Tensor? lora_B, Tensor? gate,"
+    " Tensor? w_out, Tensor? b_out, Tensor? mask"
+)
 _LIBRARY = torch.library.Library("fastheads", "DEF")
 _LIBRARY.define(
-    f"head_attention({_TENSORS}, Tensor? seed, Tensor? pool_tokens, str pool, int pool_token, str keep, {_PROBLEM})"
-    " -> (Tensor o, Tensor lse, Tensor cls, Tensor projected, Tensor low, Tensor heads)",
+    f"head_attention({_TENSORS}, Tensor? seed, Tensor? pool_tokens, str pool, int pool_token, str keep,"
+    f" ScalarType dtype, {_PROBLEM})"
+    " -> (Tensor o, Tensor lse, Tensor cls, Tensor projected, Tensor low, Tensor heads, Tensor x_cast)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
     f"head_attention_backward(Tensor do, {_TENSORS}, Tensor? seed, Tensor lse, Tensor projected, Tensor low,"
-    f" Tensor heads, bool[] needed, {_PROBLEM})"
+    f" Tensor heads, bool[] needed, ScalarType dtype, {_PROBLEM})"
     " -> (Tensor dx, Tensor dw_in, Tensor db_in, Tensor dlora_A, Tensor dlora_B, Tensor dgate)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -46,7 +52,7 @@ _FORWARD = torch.ops.fastheads.head_attention.default
 _BACKWARD = torch.ops.fastheads.head_attention_backward.default
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
-_INPUTS = 9  # of the operator that are tensors, or None; they come first
+_INPUTS = 11  # of the operator that are tensors, or None; they come first
 
 
 def _unwatched(*tensors: Tensor | None) -> bool:
@@ -68,6 +74,8 @@ def _unwatched(*tensors: Tensor | None) -> bool:
 class _HeadAttention(torch.autograd.Function):
     """The gradients of x, w_in, b_in, lora_A, lora_B and gate, from the gradient of o; see `fused.backward`.
 
+    w_out and b_out have none here.
+
     `torch.library.register_autograd` would do, but for the 100 µs in which it looks for defaults of 19 arguments.
     keyset: what the operator goes on with; None: without the operator.
     """
@@ -79,14 +87,14 @@ class _HeadAttention(torch.autograd.Function):
                 output: Any = cast(Any, fused.forward)(*tensors, *others)
             else:
                 output = _FORWARD.redispatch(keyset, *tensors, *others)
-        o, lse, cls, projected, low, heads = output
-        problem = others[3:]
-        ctx.mark_non_differentiable(lse, cls, projected, low, heads)
+        o, lse, cls, projected, low, heads, x_cast = output
+        problem, x = others[4:], cast(Tensor, tensors[0])
+        ctx.mark_non_differentiable(lse, cls, projected, low, heads, x_cast)
         ctx.set_materialize_grads(False)
         if tensors[5] is None and problem[-1] == "cpu" and projected.numel():
             heads = o  # un-gated as they are
-        ctx.save_for_backward(*tensors[:8], lse, projected, low, heads)
-        ctx.problem = problem
+        ctx.save_for_backward(x_cast if x_cast.numel() else x, *tensors[1:10], lse, projected, low, heads)
+        ctx.settings = x.dtype, *problem
         return output
 
     @staticmethod
@@ -96,12 +104,12 @@ class _HeadAttention(torch.autograd.Function):
             return (None,) * (2 + _INPUTS)
         needed, saved = list(ctx.needs_input_grad[2:8]), ctx.saved_tensors
         if torch.is_grad_enabled() or not _unwatched(do, *saved):
-            grads = _BACKWARD(do, *saved, needed, *ctx.problem)
+            grads = _BACKWARD(do, *saved, needed, *ctx.settings)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = cast(Any, fused.backward)(do, *saved, needed, *ctx.problem)
+                grads = cast(Any, fused.backward)(do, *saved, needed, *ctx.settings)
         found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        return (None, None, *found, None, None, None)
+        return (None, None, *found, *(None,) * (_INPUTS - len(found)))
 
 
 def _differentiable(keyset: Any, *args: Any) -> Any:
@@ -128,7 +136,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 def _differentiated(keyset: Any, *args: Any) -> Any:
     keyset = keyset & torch._C._after_autograd_keyset
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _NoSecondDerivative.apply(keyset, args[13:], *args[:13])
+        return _NoSecondDerivative.apply(keyset, args[15:], *args[:15])
     with torch._C._AutoDispatchBelowAutograd():
         return _BACKWARD.redispatch(keyset, *args)
 
@@ -149,6 +157,8 @@ def head_attention(
     scale: float = 1.0,
     gate: Tensor | None = None,
     gate_form: str = "",
+    w_out: Tensor | None = None,
+    b_out: Tensor | None = None,
     causal: bool = False,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -158,19 +168,21 @@ def head_attention(
 ) -> HeadAttentionOutput:
     """Self-attention with per-head low-rank deltas and gates: `reference.head_attention` has arguments and formula.
 
-    o is differentiable (once) in x, w_in, b_in, lora_A, lora_B and gate; lse and cls are not. A mask that requires grad
+    o is differentiable (once) in all its weights and x; lse and cls are not. A mask that requires grad
     is the reference path's, as is what runs inside a transform of torch.func. Under autocast it computes in autocast's
     dtype, elsewhere in x's.
 
     Args, beside the reference's:
         gate_form: `""`: gate is the gates' values. `"softmax"` or `"sigmoid"`: it is theta `[H]`, of which
             `reference.GATES` says how gates are made; the kernels make them, and give theta's gradient.
+        w_out, b_out: `[D, D]`, `[D]` or None: the output projection; with it o is `o w_outᵀ + b_out`, the layer's
+            answer. The kernels cast it in the launch that casts w_in; a trained one is a linear layer of its own.
         recompute: keep x and lse for the backward pass, and compute the projections again there.
         impl: `"auto"` or the name of an implementation (`dispatch.NAMES`).
 
     Raises ValueError for a tensor that does not fit the others, naming it, and for an `impl` that cannot compute this.
     """
-    _check(x, w_in, b_in, lora_A, lora_B, num_heads, targets, gate, mask, dropout_p, pool)
+    _check(x, w_in, b_in, lora_A, lora_B, num_heads, targets, gate, w_out, b_out, mask, dropout_p, pool)
     if gate_form and gate_form not in GATES:
         raise ValueError(f"gate_form: got {gate_form!r}; takes {', '.join(map(repr, ('', *GATES)))}")
     dtype = reference.compute_dtype(x)
@@ -188,36 +200,61 @@ def head_attention(
         extras=(("a mask that requires grad",) if mask is not None and mask.requires_grad else ()) + surroundings(),
     )
     name = choose(impl, problem).name
-    tensors = (x, w_in, b_in, lora_A, lora_B)
-    if name == "reference":
-        if gate_form and gate is not None:
-            gate = GATES[gate_form](gate)
-        options: dict[str, Any] = {"num_heads": num_heads, "targets": targets, "scale": scale, "causal": causal}
-        options |= {"mask": mask, "dropout_p": dropout_p, "pool": pool}
-
-        def plain(gate: Tensor | None, *tensors: Any) -> HeadAttentionOutput:
-            out = reference.head_attention(*tensors, gate=gate, **options)
-            return HeadAttentionOutput(out.o, out.lse.detach(), out.cls)
-
-        if recompute and torch.is_grad_enabled():
-            return checkpoint(plain, gate, *tensors, use_reentrant=False)
-        return plain(gate, *tensors)
-    wide = dtype if dtype == torch.float64 else torch.float32
-    x = x if x.dtype == dtype else x.to(dtype)
-    lora_A, lora_B, gate = (t if t is None or t.dtype == wide else t.to(wide) for t in (lora_A, lora_B, gate))
+    if gate_form and name == "reference":
+        gate, gate_form = None if gate is None else GATES[gate_form](gate), ""
     inputs = (x, w_in, b_in, lora_A, lora_B, gate)
-    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    parts = [TARGETS.index(t) for t in targets]
-    if name == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*inputs, mask):
+    apart = w_out is not None and (name in ("cpu", "reference") or _trained(w_out, b_out))
+    if name == "reference":
+        options = {"num_heads": num_heads, "targets": targets, "scale": scale, "causal": causal}
+        out = _by_formula(inputs, recompute, {**options, "mask": mask, "dropout_p": dropout_p, "pool": pool})
+    else:
+        settings = (num_heads, [TARGETS.index(t) for t in targets], scale, causal, dropout_p, gate_form, name)
+        projection = (None, None) if apart else (w_out, b_out)
+        out = _by_operator((*inputs, *projection, mask), dtype, dropout, pool, recompute, settings)
+    return out._replace(o=F.linear(out.o, w_out, b_out)) if apart and w_out is not None else out
+
+
+def _trained(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of any of them will be asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _by_formula(inputs: tuple[Tensor | None, ...], recompute: bool, options: dict[str, Any]) -> HeadAttentionOutput:
+    """The reference, as differentiable as the operator."""
+
+    def plain(*tensors: Any) -> HeadAttentionOutput:
+        out = reference.head_attention(*tensors[:5], gate=tensors[5], **options)
+        return HeadAttentionOutput(out.o, out.lse.detach(), out.cls)
+
+    if recompute and torch.is_grad_enabled():
+        return cast(HeadAttentionOutput, checkpoint(plain, *inputs, use_reentrant=False))
+    return plain(*inputs)
+
+
+def _by_operator(
+    tensors: tuple[Any, ...],
+    dtype: torch.dtype,
+    dropout: bool,
+    pool: int | Tensor | str | None,
+    recompute: bool,
+    settings: tuple[Any, ...],
+) -> HeadAttentionOutput:
+    """The operator on x, w_in … mask, with its settings num_heads … impl; without the dispatcher where nobody looks."""
+    x, w_in, b_in, *adapters = tensors
+    wide = dtype if dtype == torch.float64 else torch.float32
+    lora_A, lora_B, gate = (t if t is None or t.dtype == wide else t.to(wide) for t in adapters[:3])
+    tensors = (x, w_in, b_in, lora_A, lora_B, gate, *adapters[3:])
+    backward = _trained(*tensors[:6])
+    if settings[-1] == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*tensors):
         # The way through the dispatcher costs as much as a short sequence's attention.
-        layer = fused.Layer(*inputs, mask, None, num_heads, parts, scale, causal, dropout_p, gate_form, name)
+        layer = fused.Layer._make((x.to(dtype), *tensors[1:], None, *settings))
         return HeadAttentionOutput(*fused.infer(layer, pool))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
     kind = "" if pool is None else pool if isinstance(pool, str) else "token" if isinstance(pool, int) else "tokens"
-    given: Any = (*inputs, mask, seed, pool if isinstance(pool, Tensor) else None)
+    given: Any = (*tensors, seed, pool if isinstance(pool, Tensor) else None)
     token = pool if isinstance(pool, int) else 0
     keep = ("inputs" if recompute else "projections") if backward else "nothing"
-    others: Any = (kind, token, keep, num_heads, parts, scale, causal, dropout_p, gate_form, name)
+    others: Any = (kind, token, keep, dtype, *settings)
     if not _unwatched(*given):
         o, lse, cls, *_ = _FORWARD(*given, *others)
     elif backward:
@@ -237,6 +274,8 @@ def _check(
     num_heads: int,
     targets: Sequence[str],
     gate: Tensor | None,
+    w_out: Tensor | None,
+    b_out: Tensor | None,
     mask: Tensor | None,
     dropout_p: float,
     pool: int | Tensor | str | None,
@@ -268,6 +307,12 @@ def _check(
             refuse("lora_A", lora_A, (T, num_heads, r, D), (T, 1, r, D))
     if gate is not None and gate.shape != (num_heads,):
         refuse("gate", gate, (num_heads,))
+    if w_out is not None and w_out.shape != (D, D):
+        refuse("w_out", w_out, (D, D))
+    if b_out is not None and (w_out is None or b_out.shape != (D,)):
+        if w_out is None:
+            raise ValueError("b_out: got one beside no w_out; takes both, or w_out alone")
+        refuse("b_out", b_out, (D,))
     if mask is not None and (
         mask.dim() > 4
         or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed((B, num_heads, N, N)), strict=False))
@@ -280,9 +325,9 @@ def _check(
     if isinstance(pool, int) and not -N <= pool < N:
         raise ValueError(f"pool: got token {pool}; takes {-N} to {N - 1}")
     tokens = pool if isinstance(pool, Tensor) else None
-    names = ("w_in", "b_in", "lora_A", "lora_B", "gate", "mask", "pool")
+    names = ("w_in", "b_in", "lora_A", "lora_B", "gate", "w_out", "b_out", "mask", "pool")
     device = x.device
-    for name, tensor in zip(names, (w_in, b_in, lora_A, lora_B, gate, mask, tokens), strict=True):
+    for name, tensor in zip(names, (w_in, b_in, lora_A, lora_B, gate, w_out, b_out, mask, tokens), strict=True):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}: is on {tensor.device}; takes one on x's device, {x.device}")
     if tokens is not None:

@@ -17,6 +17,8 @@ class Layer(NamedTuple):
     lora_A: Tensor | None
     lora_B: Tensor | None
     gate: Tensor | None
+    w_out: Tensor | None
+    b_out: Tensor | None
     mask: Tensor | None
     seed: Tensor | None
     num_heads: int

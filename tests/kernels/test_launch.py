@@ -15,10 +15,10 @@ def test_more_images_and_heads_than_a_second_axis_holds_are_on_the_first(impl):
     case = Case(B=33_000, N=1, H=2, dh=16)
     tensors, do = case.tensors(torch.float16), case.gradient(torch.float16)
     with launching(lambda kernel, grid, *args, **meta: grids.append(grid)):
-        inputs = (*tensors.values(), None, None)
-        kept = fused.forward(*inputs, None, "token", 0, "projections", 2, [0, 2], 1.0, False, 0.0, "", impl)
+        inputs, problem = (*tensors.values(), None, None, None, None), (2, [0, 2], 1.0, False, 0.0, "", impl)
+        kept = fused.forward(*inputs, None, "token", 0, "projections", torch.float16, *problem)
         needed = [True, False, False, True, True, True]
-        fused.backward(do, *inputs, kept[1], *kept[3:], needed, 2, [0, 2], 1.0, False, 0.0, "", impl)
+        fused.backward(do, *inputs, kept[1], *kept[3:6], needed, torch.float16, *problem)
     assert all(len(grid) == 1 for grid in grids)
     assert sum(grid[0] == 66_000 for grid in grids) >= 2  # forward and backward, a program for each
 

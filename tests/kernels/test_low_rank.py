@@ -98,7 +98,7 @@ def test_low_rank_gradients_at_offsets_beyond_two_to_the_31(shared):
 def test_folding_and_dropout_at_offsets_beyond_two_to_the_31():
     w, a, b = torch.randn(48, 16), torch.randn(2, 1, 3, 16), torch.randn(2, 1, 16, 3)
     rows = torch.empty_strided((47 * 2**26 + 16,), (1,), dtype=torch.float16).as_strided((48, 16), (2**26, 1))
-    options = {"parts": (0, 2), "scale": 1.0, "shared": False, "merge": True, "dtype": torch.float32}
+    options = {"num_heads": 1, "parts": (0, 2), "scale": 1.0, "shared": False, "merge": True, "dtype": torch.float32}
     assert torch.equal(fold(rows.copy_(w), None, a, b, **options)[0], fold(w.half(), None, a, b, **options)[0])
     x, seed = torch.randn(4, 5, 24).half(), torch.tensor([1])
     assert torch.equal(dropout(far(x), 0.5, seed), dropout(x, 0.5, seed))
@@ -119,17 +119,17 @@ def test_fold(parts, shared, stored):
     a = torch.randn(T, 1 if shared else H, D, r, generator=g).mT
     b = torch.randn(T, H, dh, r, generator=g)
     bias = torch.randn(3 * D, 2, generator=g).to(stored)[:, 0]
-    options = {"parts": parts, "scale": 0.5, "shared": shared}
+    options = {"num_heads": H, "parts": parts, "scale": 0.5, "shared": shared}
     names = tuple(TARGETS[p] for p in parts)
     rows = a.flatten(0, 2)
     up = up_matrix(b, names, 0.5, per_head=not shared)
     exact = w.double() + up.double() @ rows.double()
     for dtype in (torch.float32, torch.float16):
-        merged, merged_bias = fold(w, bias, a, b, merge=True, dtype=dtype, **options)
+        merged, merged_bias, *_ = fold(w, bias, a, b, merge=True, dtype=dtype, **options)
         assert merged.dtype == dtype and merged.shape == (3 * D + padded_rank(len(rows)), D)
         # Plain PyTorch forms it in float32, and rounds
         assert_right(merged[: 3 * D], (w.float() + up @ rows).to(dtype), exact, FORWARD, "W + s B A")
-        apart, apart_bias = fold(w, bias, a, b, merge=False, dtype=dtype, **options)
+        apart, apart_bias, *_ = fold(w, bias, a, b, merge=False, dtype=dtype, **options)
         assert torch.equal(apart[: 3 * D], w.float().to(dtype))
         for out in (merged, apart):
             assert torch.equal(out[3 * D : 3 * D + len(rows)], rows.to(dtype))
@@ -137,8 +137,29 @@ def test_fold(parts, shared, stored):
         for out in (merged_bias, apart_bias):
             assert out.dtype == dtype and out.shape == merged.shape[:1]
             assert torch.equal(out[: 3 * D], bias.float().to(dtype)) and not out[3 * D :].any()
-        without, none = fold(w, None, a, b, merge=True, dtype=dtype, **options)
-        assert none is None and torch.equal(without, merged)
+        without, *none = fold(w, None, a, b, merge=True, dtype=dtype, **options)
+        assert none == [None] * 3 and torch.equal(without, merged)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("bias_in,bias_out", [(True, True), (True, False), (False, True), (False, False)])
+def test_fold_casts_out_proj_too(rank, dtype, bias_in, bias_out):
+    g = torch.Generator().manual_seed(0)
+    H, dh = 3, 40  # rows of a matrix that are no multiple of a block's, nor columns
+    D = H * dh
+    w_in, w_out = torch.randn(3 * D, D, generator=g).half(), torch.randn(D, D, generator=g).t()
+    b_in = torch.randn(3 * D, generator=g) if bias_in else None
+    b_out = torch.randn(D, 2, generator=g)[:, 0] if bias_out else None
+    a, b = (torch.randn(2, H, rank, D, generator=g), torch.randn(2, H, dh, rank, generator=g)) if rank else (None, None)
+    options = {"num_heads": H, "parts": (0, 2) if rank else (), "scale": 0.5, "shared": False, "merge": True}
+    alone = fold(w_in, b_in, a, b, dtype=dtype, **options)[:2]
+    own, bias, out, out_bias = fold(w_in, b_in, a, b, w_out, b_out, dtype=dtype, **options)
+    assert torch.equal(own, alone[0]) and (bias is None if b_in is None else torch.equal(bias, alone[1]))
+    assert torch.equal(out, w_out.to(dtype)) and out.dtype == dtype
+    assert out_bias is None if b_out is None else torch.equal(out_bias, b_out.to(dtype))
+    if not rank:
+        assert torch.equal(own, w_in.to(dtype)) and (bias is None or torch.equal(bias, b_in.to(dtype)))
 
 
 def test_padded_rank():

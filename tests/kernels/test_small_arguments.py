@@ -51,9 +51,9 @@ def low_rank_backward(up):
     return low_rank_bwd(large()["qkv"], delta(up), u), u
 
 
-def folded(b_in, lora_A, lora_B):
-    options = {"parts": (0, 2), "scale": 1.5, "shared": False, "merge": True, "dtype": torch.float32}
-    return fold(large()["w"], b_in, lora_A, lora_B, **options)
+def folded(b_in, lora_A, lora_B, b_out):
+    options = {"num_heads": H, "parts": (0, 2), "scale": 1.5, "shared": False, "merge": True, "dtype": torch.float32}
+    return fold(large()["w"], b_in, lora_A, lora_B, large()["w"][:D], b_out, **options)
 
 
 def dropped(seed):
@@ -87,7 +87,12 @@ LAUNCHERS = {
     attention_forward: {"gate": GATE, "pool": POOL, "up": UP},
     attention_backward: {"lse": draw(B, H, N, seed=3) + 9, "gate": GATE, "up": UP},
     low_rank_backward: {"up": UP},
-    folded: {"b_in": draw(3 * D, seed=5), "lora_A": draw(2, H, RANK, D, seed=4), "lora_B": UP},
+    folded: {
+        "b_in": draw(3 * D, seed=5),
+        "lora_A": draw(2, H, RANK, D, seed=4),
+        "lora_B": UP,
+        "b_out": draw(D, seed=9),
+    },
     dropped: {"seed": torch.tensor([7], device=DEVICE)},
     one_pass: {"b_in": draw(3 * D, seed=5), "lora_B": UP, "gate": GATE, "pool": POOL},
     panel: {"x2": draw(L, 6, seed=6) ** 2, "dom": DOMAINS, "gammas": GAMMAS, "coeff": draw(L, S, S, seed=7)},

@@ -83,6 +83,16 @@ def test_only_gradients_asked_for_are_counted():
         assert back - attention == products * 2 * B * N * 3 * D * D, name
 
 
+@pytest.mark.parametrize("impl", ["cpu", "stacked"])
+def test_the_output_projection_counts_the_same_in_the_operator_and_behind_it(impl):
+    x, w, w_out = torch.randn(1, 5, 32, requires_grad=True), torch.randn(96, 32), torch.randn(32, 32)
+    ahead, y = counted(lambda: head_attention(x, w, num_heads=2, impl=impl, w_out=w_out).o)
+    back, _ = counted(lambda: y.sum().backward())
+    ahead_without, y = counted(lambda: head_attention(x, w, num_heads=2, impl=impl).o)
+    back_without, _ = counted(lambda: y.sum().backward())
+    assert ahead - ahead_without == back - back_without == 2 * 5 * 32 * 32
+
+
 def test_ones_own_formula_is_kept():
     given = {torch.ops.fastheads.head_attention: lambda *args, **kwargs: 7}
     with FlopCounterMode(display=False, custom_mapping=given) as counter:

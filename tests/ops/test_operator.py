@@ -17,6 +17,7 @@ from problems import (
     INPUTS,
     SAME,
     Case,
+    autocast,
     close,
     exact_results,
     leaves,
@@ -195,15 +196,14 @@ def test_the_dense_gradient_of_a_frozen_base_is_never_formed(impl):
 
     case = Case(B=1, N=5, H=2, dh=32, pool=None)  # of few tokens, so that nothing else is as large as D x D
     tensors, do, options = made(case, impl)
-    kept = fused.forward(
-        *tensors.values(), None, None, None, "", 0, "projections", 2, [0, 2], 1.0, False, 0.0, "", impl
-    )
-    saved = (*tensors.values(), None, None, kept[1], *kept[3:])
+    problem = (do.dtype, 2, [0, 2], 1.0, False, 0.0, "", impl)
+    kept = fused.forward(*tensors.values(), *[None] * 5, "", 0, "projections", *problem)
+    saved = (*tensors.values(), *[None] * 4, kept[1], *kept[3:6])
     for base in (False, True):
         sizes.clear()
         needed = [True, base, False, True, True, True]
         with Products():
-            fused.backward(do, *saved, needed, 2, [0, 2], 1.0, False, 0.0, "", impl)
+            fused.backward(do, *saved, needed, *problem)
         assert (max(sizes) >= case.D * case.D) == base, sizes
 
 
@@ -244,6 +244,70 @@ def test_a_mask_that_learns_is_the_references():
     mask = options["mask"].requires_grad_()
     head_attention(**tensors, **options, impl="auto").o.backward(do)
     assert mask.grad is not None and bool(mask.grad.any())
+
+
+# ----------------------------------------------------------------------------------------------- output projection
+
+
+def projected(case, impl, dtype=F32):
+    """A problem with an output projection, float32, of its own; bias: as the case has it."""
+    tensors, do, options = made(case, impl)
+    g = torch.Generator().manual_seed(3)
+    w_out = (torch.randn(case.D, case.D, generator=g) * case.D**-0.5).to(do.device, dtype)
+    b_out = torch.randn(case.D, generator=g).to(do.device, dtype) if case.bias else None
+    return tensors, do, options, w_out, b_out
+
+
+OUT_CASES = {
+    "deltas": Case(N=9),
+    "theta": Case(N=9, extra={"gate_form": "softmax"}),
+    "no bias": Case(N=9, bias=False),
+    "gates alone": Case(N=9, rank=0),
+    "neither": Case(N=9, rank=0, gate=None, pool=None),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("cast", [None, F16], ids=["plain", "autocast"])
+@pytest.mark.parametrize("which", OUT_CASES)
+def test_the_output_projection_is_a_linear_layer_behind(impl, cast, which):
+    tensors, do, options, w_out, b_out = projected(OUT_CASES[which], impl)
+
+    def behind(**own):
+        out = head_attention(**own)
+        return out._replace(o=torch.nn.functional.linear(out.o, w_out, b_out))
+
+    with autocast(do.device.type, cast):
+        got = results(head_attention, tensors, do, **options, impl=impl, w_out=w_out, b_out=b_out)
+        same = results(behind, tensors, do, **options, impl=impl)
+    assert got.keys() == same.keys()
+    for name, t in got.items():
+        assert t.dtype == same[name].dtype
+        close(t, same[name], SAME, name)  # the same casts, the same products
+
+
+@EVERY
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_trained_output_projection_gets_its_gradients(impl, recompute):
+    tensors, do, options, w_out, b_out = projected(Case(N=9), impl)
+    own = [w_out.requires_grad_(), b_out.requires_grad_()]
+    out = head_attention(**leaves(tensors), **options, impl=impl, w_out=w_out, b_out=b_out, recompute=recompute)
+    heads = head_attention(**tensors, **options, impl=impl).o
+    dw, db = torch.autograd.grad(out.o, own, do)
+    close(dw, do.flatten(0, 1).T @ heads.flatten(0, 1), SAME, "dw_out")
+    close(db, do.sum((0, 1)), SAME, "db_out")
+
+
+def test_an_output_projection_that_does_not_fit_is_refused_by_name():
+    tensors, _, options, w_out, b_out = projected(Case(N=9), "cpu")
+    for given, said in (
+        ({"w_out": w_out[:, :-1]}, r"^w_out: got shape \(32, 31\); takes \(32, 32\)"),
+        ({"w_out": w_out, "b_out": b_out[:-1]}, r"^b_out: got shape \(31,\); takes \(32,\)"),
+        ({"b_out": b_out}, r"^b_out: got one beside no w_out"),
+        ({"w_out": w_out.to("meta")}, r"^w_out: is on meta"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            head_attention(**tensors, **options, **given)
 
 
 # --------------------------------------------------------------------------------------------------------- theta

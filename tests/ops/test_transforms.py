@@ -18,7 +18,7 @@ CASE = Case(B=2, N=5, H=1, dh=16, rank=2)  # opcheck runs the operator some ten 
 SAME = 2e-5
 
 
-def arguments(impl, case=CASE, keep="projections", pool="", dropped=False, grad=True, form=""):
+def arguments(impl, case=CASE, keep="projections", pool="", dropped=False, grad=True, form="", dtype=F32, out=False):
     """Of the operator itself."""
     tensors, do, options = made(case, impl)
     own = leaves(tensors) if grad else tensors
@@ -26,7 +26,20 @@ def arguments(impl, case=CASE, keep="projections", pool="", dropped=False, grad=
     seed = torch.tensor([7], device=do.device) if dropped else None
     parts = [TARGETS.index(t) for t in case.targets]
     problem = (case.H, parts, case.scale, case.causal, 0.3 if dropped else 0.0, form, impl)
-    return (*own.values(), options["mask"], seed, tokens, pool, 2, keep, *problem), do
+    w_out = torch.linspace(-1, 1, case.D**2, device=do.device).view(case.D, case.D) if out else None
+    return (
+        *own.values(),
+        w_out,
+        None if w_out is None else w_out[0],
+        options["mask"],
+        seed,
+        tokens,
+        pool,
+        2,
+        keep,
+        dtype,
+        *problem,
+    ), do
 
 
 # -------------------------------------------------------------------------------------------------------- opcheck
@@ -41,6 +54,9 @@ FORMS = {
     "nothing but weights": {"case": Case(N=5, H=1, rank=0, gate=None, bias=False), "keep": "nothing", "grad": False},
     "dropout": {"dropped": True},
     "theta": {"form": "softmax"},
+    "cast": {"dtype": F16},
+    "cast, out": {"dtype": F16, "out": True},
+    "out": {"out": True, "case": Case(N=5, H=1, rank=0)},
 }
 
 
@@ -51,9 +67,9 @@ def checks(forms):
         for form in forms:
             if form == "dropout" and not IMPLEMENTATIONS[impl].dropout:
                 continue
-            if form == "theta" and impl == "cpu":
-                continue  # takes the gates' values alone
-            few = (("mean", "stacked"), ("theta", "stacked"))
+            if form in ("theta", "out", "cast, out") and impl == "cpu":
+                continue  # takes the gates' values alone, and no output projection
+            few = (("mean", "stacked"), ("theta", "stacked"), ("cast, out", "stacked"))
             quick = impl == "cpu" or GPU or form in ("inputs", "dropout") or (form, impl) in few
             found.append(pytest.param(impl, form, marks=() if quick else LONG))
     return found
@@ -68,13 +84,14 @@ def test_opcheck_forward(impl, form):
 @pytest.mark.parametrize(("impl", "form"), checks([form for form in FORMS if FORMS[form].get("grad", True)]))
 def test_opcheck_backward(impl, form):
     args, do = arguments(impl, **FORMS[form] | {"grad": False})
-    x, w_in, b_in, lora_A, lora_B, gate, mask, seed, _, _, _, _, *problem = args
-    o, lse, _, projected, low, heads = OP(*args)
-    heads = o if gate is None and projected.numel() and impl == "cpu" else heads
+    (x, *weights), (dtype, *problem) = args[:10], args[14:]
+    o, lse, _, projected, low, heads, x_cast = OP(*args)
+    x = x_cast if x_cast.numel() else x
+    heads = o if weights[4] is None and projected.numel() and impl == "cpu" else heads
     wanted = [True, form == "no gate", form == "no gate", True, True, True]
     wanted = [w and t is not None for w, t in zip(wanted, args[:6], strict=True)]
-    inputs = (x, w_in, b_in, lora_A, lora_B, gate, mask, seed, lse, projected, low, heads, wanted, *problem)
-    torch.library.opcheck(BACKWARD_OP, (do, *inputs))
+    inputs = (x, *weights, lse, projected, low, heads, wanted, F32, *problem)
+    torch.library.opcheck(BACKWARD_OP, (do.to(dtype), *inputs))
 
 
 @EVERY
