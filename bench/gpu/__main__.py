@@ -45,7 +45,7 @@ REHEARSAL = (
     Part("benches", "bench", 240, 1, ("bench/", "--rehearse")),
     Part("host", "python", 90, 1, ("bench.gpu.parts", "host")),
     Part("tiles", "python", 90, 1, ("bench.tune", "--open")),
-    Part("profile", "python", 60, 1, ("bench.gpu.parts", "profile")),
+    Part("profile", "python", 90, 1, ("bench.gpu.parts", "profile")),
     Part("rates", "python", 30, 1, ("bench.gpu.parts", "rates")),
     Part("sweeps", "python", 90, 1, ("bench.gpu.parts", "sweeps")),
 )
