@@ -1,7 +1,7 @@
 """`pytest bench/`: options, contenders taken in turn with their baseline, and a table per case at the end.
 
 On a CPU the quick set, without compiled contenders, on a GPU everything. `-k mmd` is one group; a rehearsal shows in
-seconds that it runs, and that ours is right.
+seconds that it runs, and that ours is right; `--untimed` only the latter.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
     group.addoption("--full", action="store_true", help="the full set on a CPU too: larger, with compiled contenders")
     group.addoption("--rehearse", action="store_true", help="tiny shapes, whose times mean nothing")
+    group.addoption("--untimed", action="store_true", help="ours alone, checked and run once")
     group.addoption("--rows", type=Path, metavar="FILE", help="write the rows to this file")
 
 
@@ -37,15 +38,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" not in metafunc.fixturenames:
         return
     group: Group = metafunc.module.GROUP
-    pairs = [(case, c) for case in group.cases(DEVICE, _size(metafunc.config)) for c in group.of(case)]
+    untimed = metafunc.config.getoption("--untimed")
+    cases = group.cases(DEVICE, _size(metafunc.config))
+    pairs = [(case, c) for case in cases for c in group.of(case) if c.ours or not untimed]
     metafunc.parametrize(("case", "contender"), pairs, ids=[f"{case.name}: {c.name}" for case, c in pairs])
 
 
 class Contests:
     """The rows so far; of the case at hand its baseline's trial."""
 
-    def __init__(self, size: str) -> None:
-        self.size, self.rows = size, list[Row]()
+    def __init__(self, size: str, untimed: bool) -> None:
+        self.size, self.untimed, self.rows = size, untimed, list[Row]()
         self.words: dict[tuple[str, str], str] = {}
         self._baseline: dict[Any, Trial] = {}  # of one case: models don't lie beside each other
 
@@ -54,6 +57,9 @@ class Contests:
         if contender.slow_start and self.size != "full":
             raise NotRunError(SLOW_START)
         verdict = group.check(contender, case)
+        if self.untimed:
+            contender.tried(case)
+            return Row(group.name, case.name, contender.name, extra=case.extra(), **verdict._asdict())
         if (group.name, case) not in self._baseline:
             self._baseline.clear()
             free()
@@ -73,7 +79,8 @@ KEY = pytest.StashKey[Contests]()
 @pytest.fixture
 def compete(request: pytest.FixtureRequest) -> Iterator[Callable[[Group, Any, Contender], None]]:
     """Notes the row of a contender, which fails the test where ours is wrong."""
-    contests = request.config.stash.setdefault(KEY, Contests(_size(request.config)))
+    config = request.config
+    contests = config.stash.setdefault(KEY, Contests(_size(config), config.getoption("--untimed")))
 
     def run(group: Group, case: Any, contender: Contender) -> None:
         contests.words[group.name, contender.name] = contender.words

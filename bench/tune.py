@@ -1,8 +1,9 @@
 """The search for tile rows on a GPU: each candidate is checked against the default's output, then timed.
 
-Writes tune.result.json problem by problem; started again, it goes on with those that are not there. Prints, where a
-candidate is faster, the row to paste into FORWARD or BACKWARD (kernels/tiles.py). A new row is compiled for its chips
-first (`python -m bench.compile_report`): no spills.
+`--open`: of the rows alone that were left open (`OPEN_BACKWARD` in kernels/tiles.py), five seconds each. Writes
+tune.result.json, or tiles.result.json, problem by problem; started again, it goes on with those that are not there.
+Prints, where a candidate is faster, the row to paste into FORWARD or BACKWARD (kernels/tiles.py). A new row is compiled
+for its chips first (`python -m bench.compile_report`): no spills.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from bench.base.results import read_json, write_json
 from bench.base.timing import compare
-from bench.base.towers import SETTINGS
+from bench.base.towers import BATCHES, SETTINGS
 from bench.contests.contest import first_line
 
 TOWERS = ("B/16", "L/14", "H/14")
@@ -27,6 +28,7 @@ TOKENS = 256 * 197
 # Both outputs are rounded to bfloat16 and so is P inside: a few units in the last place, 2⁻⁸, of the largest value.
 ALLOWED = 2.0**-6
 GAIN = 1.03  # by so much a candidate must be faster, or the row is not worth changing
+OPEN_SECONDS = 5.0
 
 
 class Problem(NamedTuple):
@@ -74,6 +76,22 @@ def candidates(p: Problem) -> list[Any]:
     streamed = itertools.product((64, 128), (32, 64), (4, 8), (2, 3))
     found = [Row(64, chunk=largest, tail=tail, warps=warps) for largest, tail, warps in chunks]
     return found + [Row(m, n, warps=warps, stages=stages) for m, n, warps, stages in streamed]
+
+
+def searched(rehearse: bool) -> dict[Problem, list[Any]]:
+    return {p: candidates(p) for p in problems(rehearse)}
+
+
+def left_open(arch: int) -> dict[Problem, list[Any]]:
+    """The problems whose row is open on a chip, and the rows that stand against it; arch 0: of a rehearsal."""
+    from fastheads.kernels.tiles import FAMILY, OPEN_BACKWARD
+
+    own = [p for p in problems(rehearse=not arch) if p.direction == "backward"]
+    if not arch:
+        return {p: candidates(p)[:1] for p in own}
+    rows = OPEN_BACKWARD.get(FAMILY.get(arch, 0), ())
+    own = [p for p in own if p.tower in BATCHES and p.length == SETTINGS[p.tower].tokens and not p.deltas]
+    return {p: list(rows) for p in own if rows}
 
 
 def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:
@@ -130,24 +148,36 @@ def search(p: Problem, candidates: Sequence[Any], until: float, **timing: Any) -
             runs[name] = lambda c=candidate: run(c)
     times = {name: took["median"] for name, took in compare(runs, p.device, **timing).items()}
     best, default = min(times, key=times.get), times["default"]
-    found = {"best": best, "gain": default / times[best], "default_seconds": default}
-    return found | {"times": times, "refused": refused}
+    gain = default / times[best]
+    found = {"best": best, "gain": gain, "winner": best if gain > GAIN else "default", "default_seconds": default}
+    ratios = {name: seconds / default for name, seconds in times.items()}
+    return found | {"times": times, "ratios": ratios, "refused": refused}
+
+
+def _arch() -> int:
+    from fastheads.kernels.launch import architecture
+
+    return architecture(torch.empty(0, device="cuda"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--open", action="store_true", help="only the rows that were left open")
     parser.add_argument("--rehearse", action="store_true", help="tiny problems on the CPU, in the interpreter")
     given = parser.parse_args(argv)
-    until, file = time.monotonic() + given.seconds, given.out / "tune.result.json"
+    until, file = time.monotonic() + given.seconds, given.out / f"{'tiles' if given.open else 'tune'}.result.json"
     found: dict[str, Any] = read_json(file) or {}
+    each = left_open(0 if given.rehearse else _arch()) if given.open else searched(given.rehearse)
     timing: dict[str, Any] = {"rounds": 1, "sample_seconds": 0.001} if given.rehearse else {"rounds": 9}
-    todo = [p for p in problems(given.rehearse) if p.name not in found]
+    todo = [p for p in each if p.name not in found]
     for i, p in enumerate(todo):
         if time.monotonic() > until:
             raise SystemExit(f"no time left for {len(todo) - i} of {len(todo)} problems, from {p.name} on")
-        own = candidates(p)
+        own = each[p]
+        if given.open and not given.rehearse:
+            timing = {"rounds": 1000, "seconds": OPEN_SECONDS * (1 + len(own))}
         found[p.name] = result = search(p, own, until, **timing)
         print(f"{p.name}: {len(result['times']) - 1} of {len(own)} candidates ran", flush=True)
         if result["gain"] > GAIN:

@@ -74,6 +74,11 @@ class Row(NamedTuple):
     masked: bool = True
     spread: bool = True
 
+    def __repr__(self) -> str:
+        """As it stands in a table: without what it has by default."""
+        told = (f"{name}={value}" for name, value in self._asdict().items() if value != self._field_defaults.get(name))
+        return f"Row({', '.join(told)})"
+
     def tiles(self, length: int) -> Tiles:
         """For so many tokens: no more queries on chip than there are, and chunks that add up to little more."""
         m = min(self.m, max(16, next_power_of_2(length))) if self.chunk else self.m
@@ -155,6 +160,14 @@ BACKWARD: Table = {
     # Triton 3.6 fails on what has blocks of 16 rows there: two launches, without any.
     100: (Row(64, 32, (32, 64)),),
     120: _BACKWARD_80,
+}
+
+# What stands against BACKWARD's row for heads of 64 columns, 81 to 272 tokens, no deltas, until a GPU has said which is
+# faster (`python -m bench.tune --open`). On an A100 three blocks fit an SM, not two; on Hopper four, or two that load
+# ahead.
+OPEN_BACKWARD: Table = {
+    80: (Row(64, 16, (16, 64), whole=True, stages=2),),
+    90: (Row(64, 32, (32, 64), whole=True), Row(64, 32, (32, 64), whole=True, stages=2)),
 }
 
 # Up to 80 tokens nothing spills; at 197 8 bytes on sm_80, at 257 8 on sm_80 and 48 on sm_90. n: where one block of keys

@@ -263,6 +263,14 @@ def all_cases() -> list[Case]:
     return list(dict.fromkeys(cases + _corners()))
 
 
+def family_cases() -> list[Case]:
+    """Of the other families' chips: forms, head sizes and lengths whose rows are not those of an A100."""
+    cases = [Case("attention_fwd", 64, n, rank=r) for n in (50, 197, 577) for r in (0, 8)]
+    cases += [Case("attention_bwd", 64, n, rank=r) for n, r in ((50, 0), (197, 0), (197, 8), (577, 8))]
+    cases += [Case("attention_fwd", 80, 257, rank=8), Case("attention_bwd", 80, 257)]
+    return [*cases, Case("mmd_small"), Case("mmd_tile")]
+
+
 def _corners() -> list[Case]:
     """What the kernels take and no model of today asks for: one head of one token, all targets, the highest ranks."""
     cases = []

@@ -15,13 +15,23 @@ from bench.compile_report.cases import LAUNCHERS, Case, quick_cases
 from bench.compile_report.offline import Compiled, compiling
 
 SHARED_NAME = {80: "A100", 90: "H100, H200"}
+OTHER_NAME = {86: "A10, RTX 30", 89: "L4, L40S, RTX 40", 100: "B200", 120: "RTX 50"}  # a few cases each: `family_cases`
+NAME = SHARED_NAME | OTHER_NAME
 # Constexprs that say which problem it is, not which tile.
-PROBLEM = {"H", "DH", "D", "HEADS", "HEAD", "HEAD_DIM", "DIM", "PREC", "PRECISION", "CAUSAL"}
-PROBLEM |= {"MASK", "GATE", "POOL", "RANK", "LOW", "SLOTS", "SHARED", "PARTS"}
+PROBLEM = {"HEAD", "LOW", "CAUSAL", "POOL", "T", "HEADS", "DIM", "TARGETS", "SHARED", "MERGE"}
+PROBLEM |= {"S", "POWERS", "PRESET", "WEIGHTS", "UNBIASED", "GATE", "BACKWARD", "PREC", "BLOCKS"}
 PROBLEM |= {"num_warps", "num_stages"}  # have columns of their own
-# Of an SM: 32-bit registers in each of its four parts, bytes of shared memory, of which a block takes 1 KB more than it
-# asks for, warps, blocks (CUDA C++ Programming Guide, technical specifications per compute capability).
-SM_REGISTERS, SM_SHARED, SM_WARPS, SM_BLOCKS = 16 * 1024, {80: 164 * 1024, 90: 228 * 1024}, 64, 32
+# Of an SM: 32-bit registers in each of its four parts; bytes of shared memory, of which a block takes 1 KB more than it
+# asks for, warps and blocks (CUDA C++ Programming Guide, technical specifications per compute capability).
+SM_REGISTERS = 16 * 1024
+SM = {
+    80: (164, 64, 32),
+    86: (100, 48, 16),
+    89: (100, 48, 24),
+    90: (228, 64, 32),
+    100: (228, 64, 32),
+    120: (100, 48, 24),
+}
 
 
 @dataclass
@@ -71,8 +81,7 @@ def compile_case(job: tuple[Case, int]) -> list[Kernel]:
         return [Kernel(case, arch, error=f"{type(inner).__name__}: {lines[-1] if lines else ''}")]
 
 
-def compile_all(cases: Iterable[Case], jobs: int) -> list[Kernel]:
-    work = [(case, arch) for case in cases for arch in SHARED_NAME]
+def compile_all(work: Iterable[tuple[Case, int]], jobs: int) -> list[Kernel]:
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = (map if jobs == 1 else pool.map)(compile_case, work)
         return merged(chain.from_iterable(found))
@@ -104,7 +113,8 @@ def failures(kernels: Iterable[Kernel]) -> list[str]:
 def blocks_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
     """How many blocks run on one SM at a time. A warp takes registers by the 256, and stays in one of four parts."""
     by_registers = 4 * (SM_REGISTERS // (-(-registers * 32 // 256) * 256)) // warps
-    return min(by_registers, SM_SHARED[arch] // (shared + 1024), SM_WARPS // warps, SM_BLOCKS)
+    memory, most_warps, most = SM[arch]
+    return min(by_registers, memory * 1024 // (shared + 1024), most_warps // warps, most)
 
 
 def tile_text(constexprs: dict[str, Any]) -> str:
@@ -146,7 +156,7 @@ def summary(kernels: Sequence[Kernel]) -> str:
         others = f" and {len(spilled) - sum(spilled)} others" if not all(spilled) else ""
         most = f"most shared memory {max((k.compiled.shared for k in own), default=0) / 1024:.1f} KB"
         counted = f"{len(own)} kernels compiled, {sum(spilled)} default rows spill{others}"
-        lines.append(f"sm_{arch} ({SHARED_NAME[arch]}): {counted}; {most}")
+        lines.append(f"sm_{arch} ({NAME[arch]}): {counted}; {most}")
     return "\n".join(lines)
 
 

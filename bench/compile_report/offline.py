@@ -43,7 +43,7 @@ class Compiled:
     stack: int
     local: int
     shared: int
-    mma: int  # mma.sync instructions in the PTX
+    mma: int  # mma.sync instructions in the PTX, tcgen05.mma on sm_100
     wgmma: int  # wgmma instructions
     dots: bool  # whether the source asks for a tl.dot at all
     hash: str
@@ -108,7 +108,8 @@ def _describe(kernel: Any, arch: int, compiled: Any) -> Compiled:
     ptx, usage, made = compiled.asm["ptx"], resource_usage(compiled.asm["cubin"]), compiled.metadata
     found = {name: usage[key] for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))}
     found |= {name: getattr(made, name) for name in ("num_warps", "num_stages", "shared")}
-    found |= {"mma": len(re.findall(r"\bmma\.sync", ptx)), "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx))}
+    instructions = {"mma": r"\b(?:mma\.sync|tcgen05\.mma)\b", "wgmma": r"\bwgmma\.mma_async"}
+    found |= {name: len(re.findall(pattern, ptx)) for name, pattern in instructions.items()}
     found["constexprs"] = {param.name: _plain(value) for param, value in own.items() if param.is_constexpr}
     return Compiled(kernel.fn.__name__, arch, dots="tt.dot " in compiled.asm["ttir"], hash=compiled.hash, **found)
 

@@ -5,8 +5,9 @@
     python -m bench.gpu --out DIR --rehearse     the same on a CPU, tiny, Triton's kernels in the interpreter: a minute
 
 Parts, each a process under a time limit of its own, what matters first. The state is the files in DIR/parts: started
-again, the command runs what is not yet complete there. Writes gpu.json (environment, parts, rows), traces.tar.gz and
-summary.md to DIR; exits with 1 where a part failed. Needs torch, triton, pytest; what else is missing is said.
+again, the command runs what is not yet complete there. Writes gpu.json (environment, parts, rows) and summary.md to DIR
+after every part, traces.tar.gz at the end; exits with 1 where a part failed. Needs torch, triton, pytest; what else is
+missing is said.
 """
 
 import argparse
@@ -21,28 +22,32 @@ import fastheads.kernels
 from bench.base.checkout import ROOT
 from bench.gpu.run import Outcome, Part, Run
 from bench.report.gpu_page import summary
+from fastheads.files import write_whole
 
-# The paths that take longest first: where the time ends early, what is missing matters least.
+# What we most need to know first. After the first two, which are over in two minutes, a run that is cut off is of use:
+# the first also compiles, in several processes, what the second times.
 PARTS = (
-    Part("rates", "python", 40, 15, ("bench.gpu.parts", "rates")),
-    Part("tests", "tests", 110, 30, ("tests/kernels", "tests/ops", "-m", "not gpu")),
-    Part("gpu tests", "tests", 70, 30, ("tests/ops/test_gpu.py", "tests", "-m", "gpu")),
-    Part("block", "bench", 110, 30, ("bench/", "-k", "test_block")),
-    Part("model step", "bench", 110, 30, ("bench/", "-k", "test_model_step")),
-    Part("attention", "bench", 60, 25, ("bench/", "-k", "test_attention")),
-    Part("mmd", "bench", 60, 25, ("bench/", "-k", "test_mmd")),
-    Part("inference", "bench", 50, 25, ("bench/", "-k", "test_inference")),
-    Part("host", "python", 60, 20, ("bench.gpu.parts", "host")),
-    Part("sweeps", "python", 110, 40, ("bench.gpu.parts", "sweeps")),
-    Part("profile", "python", 60, 20, ("bench.gpu.parts", "profile")),
+    Part("correctness", "tests", 55, 30, ("bench/", "-k", "test_block", "--untimed")),
+    Part("block", "bench", 60, 25, ("bench/", "-k", "test_block")),
+    Part("host", "python", 50, 20, ("bench.gpu.parts", "host")),
+    Part("tiles", "python", 65, 25, ("bench.tune", "--open")),
+    Part("mmd", "bench", 50, 25, ("bench/", "-k", "test_mmd")),
+    Part("model step", "bench", 65, 30, ("bench/", "-k", "test_model_step")),
+    Part("profile", "python", 40, 20, ("bench.gpu.parts", "profile")),
+    Part("rates", "python", 15, 15, ("bench.gpu.parts", "rates")),
+    Part("tests", "tests", 55, 30, ("tests/ops/test_gpu.py", "tests/ops", "tests/kernels")),
+    Part("contests", "bench", 45, 25, ("bench/", "-k", "test_attention or test_inference")),
+    Part("sweeps", "python", 35, 20, ("bench.gpu.parts", "sweeps")),
 )
 TUNE = Part("tune", "python", 300, 40, ("bench.tune",))
 REHEARSAL = (
-    Part("rates", "python", 30, 1, ("bench.gpu.parts", "rates")),
     Part("tests", "tests", 60, 1, ("tests/bench/roofline/test_roofline.py",)),
     Part("benches", "bench", 240, 1, ("bench/", "--rehearse")),
+    Part("host", "python", 90, 1, ("bench.gpu.parts", "host")),
+    Part("tiles", "python", 90, 1, ("bench.tune", "--open")),
+    Part("profile", "python", 90, 1, ("bench.gpu.parts", "profile")),
+    Part("rates", "python", 30, 1, ("bench.gpu.parts", "rates")),
     Part("sweeps", "python", 90, 1, ("bench.gpu.parts", "sweeps")),
-    Part("profile", "python", 60, 1, ("bench.gpu.parts", "profile")),
 )
 
 
@@ -74,22 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"{where['device']}, torch {torch.__version__}, commit {where['commit'][:10]}, fastheads of {ROOT}")
     for name in given.again:
         run.forget(name)
-    outcomes: dict[str, Outcome] = {}
+    outcomes = {part.name: run.outcome(part.name) or Outcome("left out", why="not begun") for part in parts}
     for part in parts:
-        outcome = run.outcome(part.name)
         left = 60 * given.minutes - (time.monotonic() - started) - 5
-        if outcome is not None and outcome.status == "done":
+        if outcomes[part.name].status == "done":
             say(f"{part.name}: there already")
         elif left < part.least:
-            outcome = outcome or Outcome("left out", why=f"no time left of {given.minutes:g} minutes")
+            say(f"{part.name}: no time left of {given.minutes:g} minutes")
         else:
             say(f"{part.name}, at most {min(part.seconds, left):.0f} s")
-            outcome = run.run(part, min(part.seconds, left))
-        outcomes[part.name] = outcome
-        if outcome.status != "done":
-            say(f"  {outcome.status}: {outcome.why}")
-    text = summary(run.collect(where, outcomes))
-    (run.out / "summary.md").write_text(text, encoding="utf-8")
+            outcomes[part.name] = outcome = run.run(part, min(part.seconds, left))
+            if outcome.status != "done":
+                say(f"  {outcome.status}: {outcome.why}")
+        text = summary(run.collect(where, outcomes))
+        write_whole(run.out / "summary.md", text.encode())
+    run.archive()
     print(f"\n{text}")
     say(f"written to {run.out}")
     return 1 if any(o.status == "failed" for o in outcomes.values()) else 0

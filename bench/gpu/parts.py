@@ -17,7 +17,7 @@ from torch.profiler import profile as profiled
 import fastheads
 from bench import launches
 from bench import sweeps as sweeping
-from bench.base.results import environment, write, write_json
+from bench.base.results import Row, environment, write, write_json
 from bench.base.timing import compare
 from bench.base.towers import BATCHES, SETTINGS
 from bench.contests.contenders.towers import AUTO, training
@@ -93,10 +93,18 @@ def mmd_step(rehearse: bool) -> Callable[[], Any]:
 
 
 def host(out: Path, seconds: float, rehearse: bool) -> None:
-    """Host time of a layer beside stock's, by form and way of launching (`bench.launches`), CUDA's share in it."""
-    rounds, device = (1, "cpu") if rehearse else (21, "cuda")
-    rows = [row for autocast in (True, False) for row in launches.timed(autocast, rounds, device)]
-    write(out / "host.rows.json", environment(device), rows)
+    """The kernels that a layer launches, by form; host time beside stock's, by form and way of launching
+    (`bench.launches`), CUDA's share in it. In a rehearsal no times: the interpreter launches nothing."""
+    where = (launches.TINY, 1) if rehearse else (SETTINGS["B/16"], BATCHES["B/16"])
+    options: dict[str, Any] = {"autocast": not rehearse, "device": "cpu" if rehearse else "cuda", "captured": False}
+    found, rows = {}, list[Row]()
+    for form in ("stock", *launches.FORMS):
+        layer = launches.Layer(form, *where, **options)
+        found[f"{form}: {layer.name}"] = kernels(layer.step(), 1)
+        write_json(out / "host.result.json", found)
+    for autocast in () if rehearse else (True, False):
+        rows += launches.timed(autocast, 21, "cuda")
+        write(out / "host.rows.json", environment("cuda"), rows)
 
 
 def profile(out: Path, seconds: float, rehearse: bool) -> None:

@@ -1,5 +1,6 @@
 """How `bench.gpu` runs pytest, as a plugin: what matters first, and an end in time.
 
+First ours, as "auto" chooses it, of every case; then what else a target names, case by case; then others.
 What would start after `--until` is skipped. In a rehearsal only the contenders of TINY take part.
 """
 
@@ -7,6 +8,8 @@ import time
 from dataclasses import replace
 
 import pytest
+
+from bench.report.gpu_page import CHOSEN
 
 NO_TIME = "no time left"
 # Contenders that a target names, in either of bench/'s precisions; what is measured first is measured for sure.
@@ -36,10 +39,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _rank(item: pytest.Item) -> int:
-    contender = getattr(getattr(item, "callspec", None), "params", {}).get("contender")
-    if contender is None:
+    values = getattr(getattr(item, "callspec", None), "params", {})
+    contender = values.get("contender")
+    if contender is None or contender.name == CHOSEN.get(getattr(values["case"], "precision", "")):
         return 0
-    return 0 if contender.name in FIRST else 1 if contender.name in THEN else 3 if contender.slow_start else 2
+    return 1 if contender.name in FIRST else 2 if contender.name in THEN else 4 if contender.slow_start else 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -127,11 +127,14 @@ class Run:
         parts = {name: {k: v for k, v in asdict(o).items() if k != "output"} for name, o in outcomes.items()}
         beside |= {"parts": parts, "rehearsal": self.rehearse}
         results.write(self.out / "gpu.json", where, rows, **beside)
+        return {"environment": where, "rows": rows, **beside}
+
+    def archive(self) -> None:
+        """traces.tar.gz: logs, traces, the memory snapshot."""
         with tarfile.open(self.out / "traces.tar.gz", "w:gz") as archive:
             for file in sorted(self.folder.iterdir()):
                 if file.suffix in (".log", ".pickle", ".xml") or file.name.startswith("trace-"):
                     archive.add(file, file.name)
-        return {"environment": where, "rows": rows, **beside}
 
 
 def has(package: str) -> bool:

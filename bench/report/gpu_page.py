@@ -6,6 +6,7 @@ attention module are means over a tower's layers at their published ranks.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from bench.base.results import Row, by_case
@@ -102,6 +103,25 @@ def step_target(rows: Sequence[Row], setting: str, precision: str) -> Target:
     return _target(where, what, "≤", 1.03, lambda: _value(rows, "model step", ours, "ratio", own))
 
 
+def host_targets(rows: Sequence[Row], launched: Mapping[str, Any]) -> list[Target]:
+    """launched: by "form: layer", kernels of a step."""
+
+    def count(form: str) -> float:
+        for name, kernels in launched.items():
+            if name.startswith(f"{form}: "):
+                return float(sum(k["calls"] for k in kernels))
+        raise NotRunError("no launches were counted")
+
+    found = []
+    for form in CHOSEN.values():
+        found += [
+            _target("a layer, forward and backward", f"launches, {form}", "≤", 12, partial(count, form)),
+            _target("a layer, forward and backward", f"host time, {form} / stock", "≤", 1,
+                    partial(_value, rows, "launches", f"{form}, ours", "ratio", {})),
+        ]  # fmt: skip
+    return found
+
+
 def mmd_targets(rows: Sequence[Row], rates: Mapping[str, float] | None, profile: Mapping[str, Any]) -> list[Target]:
     layers, domains, each, width, _ = LARGE
     features = 4 * layers * domains * each * width  # bytes
@@ -137,7 +157,18 @@ def targets(content: Mapping[str, Any]) -> list[Target]:
     found = []
     for which in itertools.product(BATCHES, CHOSEN):
         found += [*module_targets(rows, device, *which), step_target(rows, *which)]
+    found += host_targets(rows, content.get("host", {}))
     return found + mmd_targets(rows, content["environment"].get("rates"), content.get("profile", {}))
+
+
+def tile_table(result: Mapping[str, Any]) -> str:
+    """Of a result of `bench.tune`: the table's row ("default") and those that stand against it."""
+    cells = [
+        [name, f"{seconds * 1e3:.3f}", f"{result['ratios'][name]:.3f}", "won" if name == result["winner"] else ""]
+        for name, seconds in sorted(result["times"].items(), key=lambda one: one[1])
+    ]
+    cells += [[name, "", "", why] for name, why in result["refused"].items()]
+    return table(["row", "ms", "/ default", ""], cells)
 
 
 def summary(content: Mapping[str, Any]) -> str:
@@ -168,7 +199,10 @@ def summary(content: Mapping[str, Any]) -> str:
     lines += ["## Targets", "", table(["where", "what", "limit", "measured", ""], cells), ""]
     for (group, case), own in by_case(r for r in rows if not r.group.endswith("sweep")).items():
         lines += [f"## {group}: {case}", "", contest_table(own), ""]
-    for name, kernels in content.get("profile", {}).items():
+    for part in ("tiles", "tune"):
+        for problem, result in content.get(part, {}).items():
+            lines += [f"## Tile rows: {problem}", "", tile_table(result), ""]
+    for name, kernels in (content.get("host", {}) | content.get("profile", {})).items():
         cells = [[k["kernel"][:90], f"{k['microseconds']:.0f}", f"{k['calls']:.0f}"] for k in kernels]
         lines += [f"## Where the time goes: {name}", "", table(["kernel", "µs", "launches"], cells), ""]
     return "\n".join(lines).rstrip() + "\n"

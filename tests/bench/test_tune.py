@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import tune
+from fastheads.kernels.tiles import BACKWARD, OPEN_BACKWARD, row_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,7 +34,8 @@ def test_a_candidate_that_is_wrong_or_breaks_is_not_timed(monkeypatch):
     fake({None: 1.0, "right": 1.001, "wrong": 1.1, **broken}, monkeypatch)
     (problem, *_) = tune.problems(rehearse=True)
     found = tune.search(problem, ["right", "wrong", "big", "nan"], float("inf"))
-    assert found["best"] == "'right'" and found["gain"] == 1.5
+    assert found["best"] == found["winner"] == "'right'" and found["gain"] == 1.5
+    assert found["ratios"]["'right'"] == pytest.approx(2 / 3)
     assert found["refused"]["'wrong'"].startswith("wrong: off by 0.1")
     assert "shared memory" in found["refused"]["'big'"]
     assert "wrong" in found["refused"]["'nan'"]
@@ -49,6 +51,25 @@ def test_the_towers_are_searched_at_the_lengths_asked_for():
     names = [p.name for p in tune.problems(rehearse=False)]
     assert len(set(names)) == len(names) == 3 * 4 * 2 * 2
     assert "backward, H/14, head 80, N 577, delta" in names
+
+
+@pytest.mark.parametrize(("arch", "rows"), [(80, 1), (87, 1), (90, 2), (89, 0)])
+def test_rows_left_open_meet_the_tables_at_the_headline_shapes(arch, rows):
+    found = tune.left_open(arch)
+    assert [p.name for p in found] == [
+        f"backward, {tower}, head 64, N {n}, stacked" for n, tower in ((197, "B/16"), (257, "L/14")) if rows
+    ]
+    assert all(len(own) == rows for own in found.values())
+
+
+def test_no_row_is_left_open_against_itself():
+    for family, rows in OPEN_BACKWARD.items():
+        table = row_for(BACKWARD, family, 64, 197, torch.bfloat16).tiles(197)
+        assert len({table, *(row.tiles(197) for row in rows)}) == 1 + len(rows)
+
+
+def test_a_row_is_told_as_a_table_has_it():
+    assert repr(OPEN_BACKWARD[80][0]) == "Row(m=64, n=16, key=(16, 64), whole=True, stages=2)"
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from standalone import compiled
 
 from bench.compile_report.__main__ import main
-from bench.compile_report.cases import Case, all_cases, quick_cases
-from bench.compile_report.kernels import Kernel, blocks_per_sm, failures, merged, read, report
+from bench.compile_report.cases import Case, all_cases, family_cases, quick_cases
+from bench.compile_report.kernels import NAME, PROBLEM, SM, Kernel, blocks_per_sm, failures, merged, read, report
+from fastheads.kernels.tiles import FAMILY
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -53,6 +55,17 @@ def test_cases_reach_every_launcher_length_and_switch():
     assert {c.pool for c in cases if c.launcher == "attention_fwd"} >= {None, 0, "mean"}
 
 
+def test_every_family_of_chips_has_cases():
+    assert {FAMILY[arch] for arch in NAME} == set(FAMILY.values()) and set(NAME) <= set(SM)
+    assert {c.launcher for c in family_cases()} >= {"attention_fwd", "attention_bwd"}
+    assert all(c.default for c in family_cases())
+
+
+def test_what_is_left_out_of_a_tile_is_a_constant_of_some_kernel():
+    text = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
+    assert PROBLEM - {"num_warps", "num_stages"} <= set(re.findall(r"(\w+): tl\.constexpr", text))
+
+
 def test_cases_that_compile_to_the_same_kernel_are_one_row():
     rows = [row(Case("attention_fwd", length=n), hash="same") for n in (197, 257)]
     (one,) = merged(rows)
@@ -67,6 +80,8 @@ def test_blocks_per_sm_are_bounded_by_registers_shared_memory_and_warps():
     assert [blocks_per_sm(arch, 128, 86 * 1024, 4) for arch in (80, 90)] == [1, 2]
     assert blocks_per_sm(90, 32, 0, 8) == 8  # 64 warps
     assert blocks_per_sm(80, 32, 1024, 1) == 32
+    assert [blocks_per_sm(arch, 32, 1024, 1) for arch in (86, 89)] == [16, 24]
+    assert blocks_per_sm(120, 32, 0, 8) == 6  # 48 warps
 
 
 def test_a_pooled_token_at_257_tokens_leaves_an_a100_one_block():

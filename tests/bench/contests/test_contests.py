@@ -12,6 +12,7 @@ from standalone import clean_environment
 
 from bench.base import results
 from bench.base.towers import SETTINGS
+from bench.conftest import Contests
 from bench.contests import bench_attention, bench_block, bench_inference, bench_mmd, bench_model_step
 from bench.contests.attentions import EXACT, PLAIN, LoraQKVO, adapters, modules
 from bench.contests.contenders.towers import IMPLEMENTATIONS, training
@@ -220,6 +221,16 @@ def test_the_tower_written_out_is_openclips():
 
 
 # ------------------------------------------------------------------------------------------------- the whole command
+
+
+def test_untimed_ours_is_checked_and_run_once():
+    group, case, calls = GROUPS["block"], replace(BLOCK, batch=3), []
+
+    def build(case):
+        return replace(group.named("cpu").build(case), run=lambda: calls.append(case))
+
+    row = Contests("quick", untimed=True).row(group, case, replace(group.named("cpu"), build=build))
+    assert row.status == "ok" and row.allowed > 0 and row.seconds is None and calls.count(case) == 1
 
 
 @pytest.mark.slow

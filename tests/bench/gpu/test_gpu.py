@@ -14,10 +14,20 @@ from bench.base.results import Row
 from bench.base.timing import compare
 from bench.base.towers import SHAPES
 from bench.check.__main__ import copy_working_tree
-from bench.gpu.__main__ import main
+from bench.gpu import __main__ as command
+from bench.gpu.__main__ import PARTS, main
 from bench.gpu.plugin import NO_TIME
 from bench.gpu.run import Outcome, Part, Run, read_junit
-from bench.report.gpu_page import LARGE, PAPER, Target, mmd_targets, module_targets, step_target
+from bench.report.gpu_page import (
+    LARGE,
+    PAPER,
+    Target,
+    host_targets,
+    mmd_targets,
+    module_targets,
+    step_target,
+    tile_table,
+)
 from bench.roofline.chips import CHIPS
 from bench.roofline.costs import cost
 
@@ -87,6 +97,31 @@ def test_the_mmds_targets_come_from_rows_rates_and_launches():
     assert found["memory / inputs and gradients"].value == pytest.approx(1.0)
 
 
+def test_a_layers_launches_and_host_time_have_targets():
+    rows = [Row("launches", "host time", "stacked, ours", seconds={"median": 1e-4}, baseline="stock", ratio=0.9)]
+    found = by_what(host_targets(rows, {"stacked: ViT-B/16": [{"calls": 1}, {"calls": 12}], "stock: ViT-B/16": []}))
+    assert (found["launches, stacked"].value, found["launches, stacked"].verdict()) == (13, "missed")
+    assert found["host time, stacked / stock"].verdict() == "met"
+    assert found["launches, delta"].verdict() == "not measured: no launches were counted"
+    assert found["host time, delta / stock"].verdict() == "not measured: delta, ours has no row"
+
+
+def test_the_summary_says_which_tile_row_won():
+    times = {"default": 2e-3, "Row(m=64)": 1e-3}
+    result = {"winner": "Row(m=64)", "times": times, "ratios": {"default": 1.0, "Row(m=64)": 0.5}}
+    lines = tile_table(result | {"refused": {"Row(m=32)": "wrong: off by 1"}}).splitlines()
+    assert [("won" in line, "0.500" in line) for line in lines[2:]] == [(True, True), (False, False), (False, False)]
+    assert "wrong: off by 1" in lines[-1]
+
+
+def test_nine_minutes_are_enough_and_two_show_what_matters_most():
+    assert sum(part.seconds for part in PARTS) <= 9 * 60 - 5
+    assert sum(part.seconds for part in PARTS[:2]) <= 2 * 60 - 5
+    names = [part.name for part in PARTS]
+    assert names[:7] == ["correctness", "block", "host", "tiles", "mmd", "model step", "profile"]
+    assert all(part.least <= part.seconds for part in PARTS)
+
+
 def test_a_junit_report_is_read():
     text = f"""<testsuites><testsuite tests="4" failures="1" errors="0" skipped="2">
     <testcase classname="tests.a" name="good"/>
@@ -140,6 +175,25 @@ def test_a_part_that_is_complete_is_known_from_its_file(run, tmp_path):
     run.run(Part("good", "python", 9, 1, ("0", "")), limit=30)
     assert Run(tmp_path, True).outcome("good").status == "done"
     assert Run(tmp_path, True).outcome("other") is None
+
+
+def test_what_is_there_is_written_after_every_part(tmp_path, monkeypatch):
+    """A run that is killed in its second part leaves the results of its first."""
+    good, killed = Part("good", "python", 9, 1, ("0", "")), Part("killed", "python", 9, 1, ("0", ""))
+
+    class Killed(Sleeping):
+        def run(self, part: Part, limit: float) -> Outcome:
+            if part is killed:
+                raise KeyboardInterrupt
+            return super().run(part, limit)
+
+    monkeypatch.setattr(command, "REHEARSAL", (good, killed))
+    monkeypatch.setattr(command, "Run", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--out", str(tmp_path), "--rehearse"])
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {"good": "done", "killed": "left out"}
+    assert "| killed | left out |" in (tmp_path / "summary.md").read_text()
 
 
 def test_a_folder_of_another_commit_is_refused(run, monkeypatch):
@@ -204,6 +258,8 @@ def test_the_rehearsal_runs_in_a_checkout_that_was_never_installed(tmp_path):
     assert sum("largest" in r.extra for r in swept) == 4  # of each contender: found, or its time was over
     assert any(r.status == "wrong" for r in rows if r.contender == "peft") or "peft" in found["environment"]["missing"]
     assert found["environment"]["rates"]["copy"] > 0 and found["profile"]["step, ours"]
+    assert {name.split(":")[0] for name in found["host"]} == {"stock", "stacked", "delta", "one_pass"}
+    assert all(result["winner"] in result["times"] and not result["refused"] for result in found["tiles"].values())
     assert (tmp_path / "out" / "traces.tar.gz").stat().st_size > 1000
     assert "not measured" in (tmp_path / "out" / "summary.md").read_text()
 
