@@ -35,7 +35,9 @@ PARTS = (
     Part("model step", "bench", 65, 30, ("bench/", "-k", "test_model_step")),
     Part("profile", "python", 40, 20, ("bench.gpu.parts", "profile")),
     Part("rates", "python", 15, 15, ("bench.gpu.parts", "rates")),
-    Part("tests", "tests", 55, 30, ("tests/ops/test_gpu.py", "tests/ops", "tests/kernels")),
+    Part(
+        "tests", "tests", 55, 30, ("tests/ops/test_gpu.py", "tests/test_cuda_graphs.py", "tests/ops", "tests/kernels")
+    ),
     Part("contests", "bench", 45, 25, ("bench/", "-k", "test_attention or test_inference")),
     Part("sweeps", "python", 35, 20, ("bench.gpu.parts", "sweeps")),
 )

@@ -65,6 +65,10 @@ def _check_samples(features: Tensor, domains: Tensor, num_domains: int | None) -
 def _number_of_domains(domains: Tensor, num_domains: int | None) -> int:
     """S, and that the ids are in 0 … S-1 (where `looked_at`)."""
     if num_domains is None:
+        if domains.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "num_domains: got None while a CUDA graph is captured, when ids cannot be read; takes their number"
+            )
         num_domains = max(1, int(domains.max()) + 1) if domains.numel() else 1
     if looked_at(domains) and domains.numel():
         low, high = int(domains.min()), int(domains.max())
@@ -124,7 +128,7 @@ def mmd(
         domains: int64 `[N]`, ids in 0 … S-1; sizes may differ. On a CPU another id is an error; on a GPU, where looking
             would wait for it, such samples count nowhere: not in the loss, the bandwidths or the gradient.
         num_domains: S. None reads it from `domains`, which waits for the GPU where they are on one; given, nothing
-            does, and a step with the loss in it can be captured as a CUDA graph.
+            does, and a step with the loss in it can be captured as a CUDA graph (docs/cuda-graphs.md).
         kernel: `"adaptive"` (TLlib's bandwidths), `"domainbed"`, `"dan"`, or gammas of your own; bandwidths carry no
             gradient, and are taken over all samples of all domains, layer by layer.
         estimator: `"biased"` or `"unbiased"`; None: the preset's own (adaptive: unbiased; else biased).

@@ -1,60 +1,29 @@
 """Losses wait for no GPU and copy nothing to it; so ids that nobody could look at count nowhere, on every path.
 
-There is no GPU here: fake CUDA tensors have no values to wait for, and on the CPU a mode looks at every operation.
+There is no GPU here: fake CUDA tensors have no values to wait for, and a mode looks at every operation. Whole steps are
+in tests/test_cuda_graphs.py.
 """
 
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from graphs import DEVICE, NoHostTrips, as_on_a_gpu, captured
 from mmd_cases import close, leaf
 from mmd_formulas import labels, mmd_loops, randn
-from standins import MODELS, images
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fastheads
 from fastheads import mmd, reference
 from fastheads.losses.samples import gather_rows
 from fastheads.ops import dispatch, kernel_sums, mmd_fused, mmd_small
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-aten = torch.ops.aten
-
-
-class NoHostTrips(TorchDispatchMode):
-    """Raises where the host would read `device`'s values, or send some: `tolist`, boolean indices, tensors of lists."""
-
-    READS = {
-        aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount, aten.equal, aten.is_nonzero,
-        aten._unique, aten._unique2, aten.unique_dim, aten.unique_consecutive,
-    }  # fmt: skip
-
-    def __init__(self, device=DEVICE):
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, read = func.overloadpacket, args and getattr(args[0], "device", None)
-        assert name not in self.READS or read.type != self.device, f"{func}: the host waits for its result"
-        assert name is not aten.lift_fresh, "a tensor is made of Python numbers: a copy from the host"
-        if name is aten.index:
-            assert all(i is None or i.dtype == torch.int64 for i in args[1]), "a boolean index: the host counts it"
-        out = func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        assert len({t.device.type for t in (*given, *made)}) <= 1, f"{func}: a copy between host and GPU"
-        return out
-
 
 @pytest.fixture
 def unseen(monkeypatch):
-    """Values are not looked at, as on a GPU."""
-    for module in ("fastheads.losses.mmd_loss", "fastheads.ops.head_attention"):
-        monkeypatch.setattr(sys.modules[module], "looked_at", lambda values: False)
+    as_on_a_gpu(monkeypatch)
 
 
 OPTIONS = {
@@ -78,7 +47,7 @@ def loss_of(x, domains, options, impl):
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("n", [12, 140])  # one launch, and panels
 @pytest.mark.parametrize("name", OPTIONS)
-def test_no_loss_waits_for_a_gpu_or_copies_to_it(name, n, impl):
+def test_no_loss_waits_for_a_gpu_or_copies_to_it(name, n, impl, unseen):
     with FakeTensorMode():
         x, domains = torch.empty(2, n, 8, device="cuda", requires_grad=True), torch.empty(n, device="cuda").long()
         with NoHostTrips("cuda"):
@@ -89,8 +58,9 @@ def test_no_loss_waits_for_a_gpu_or_copies_to_it(name, n, impl):
 @pytest.mark.parametrize("name", ["adaptive", "domainbed", "pairs"])
 def test_nor_does_what_runs_inside_the_operators_or_their_gradients(name, impl, unseen):
     x, domains = leaf(randn(1, 140, 8, dtype=torch.float32).to(DEVICE)), labels(50, 90).to(DEVICE)
-    with NoHostTrips():
+    with captured() as asked:
         loss_of(x, domains, OPTIONS[name], impl).backward()
+    assert ("mmd_tile_kernel" in {name for name, *_ in asked.seen}) == (impl == "triton")
 
 
 def test_sizes_of_batches_spread_over_processes_are_told_on_the_cpu(monkeypatch):
@@ -106,28 +76,6 @@ def test_sizes_of_batches_spread_over_processes_are_told_on_the_cpu(monkeypatch)
     monkeypatch.setattr("fastheads.losses.samples.dist", two)
     rows = gather_rows(torch.empty(2, 12, 8, device="meta"), torch.zeros(12, device="meta").long(), "both")
     assert (rows.all.shape, rows.all_domains.shape, rows.offset) == ((2, 24, 8), (24,), 12)
-
-
-@pytest.mark.parametrize("features", ["heads", "embedding"])
-def test_a_whole_step_of_purification_waits_for_nothing(features, unseen):
-    """Forward, cross-entropy, MMD, context KL and backward, on the kernels a GPU would run."""
-    model = MODELS["clip"]().to(DEVICE)
-    fastheads.patch(model, fastheads.HeadConfig(layers=(2,)), impl="stacked")
-    pictures, domains = images(6).to(DEVICE), torch.arange(6, device=DEVICE) % 2
-    text = torch.nn.functional.normalize(randn(4, 24, dtype=torch.float32), dim=-1).to(DEVICE)
-    with NoHostTrips():
-        with fastheads.capture_heads(model) as heads:
-            found = model.encode_image(pictures)
-        with torch.no_grad(), fastheads.disabled(model):
-            original = model.encode_image(pictures)
-        scale = model.logit_scale.exp()
-        logits = scale * torch.nn.functional.normalize(found, dim=-1) @ text.T
-        loss = torch.nn.functional.cross_entropy(logits, domains)
-        loss = loss + fastheads.context_kl(found, original, text, scale)
-        given = {"features": features, "embedding": found if features == "embedding" else None}
-        loss = loss + fastheads.head_mmd(heads, domains, num_domains=2, impl="triton", **given)
-        loss.backward()
-    assert all(p.grad is not None for p in fastheads.gate_parameters(model))
 
 
 # ------------------------------------------------------------------------------------------ ids out of range
