@@ -14,8 +14,8 @@ from fastheads.kernels.tiles import cdiv
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 
-# Weights `[rows, D]` of any strides, and a bias `[rows]` or None.
-Linear = namedtuple("Linear", "p stride_m stride_n p_bias")
+# `[rows, D]`, of any strides.
+Matrix = namedtuple("Matrix", "p stride_m stride_n")
 
 
 def padded_rank(columns: int) -> int:
@@ -25,24 +25,24 @@ def padded_rank(columns: int) -> int:
 
 
 @triton.jit
-def load_block(linear, o_m, o_n, m_w):
+def load_block(matrix, o_m, o_n, m_w):
     """Weights `[BM, BN]`, in float32."""
-    p_w = linear.p + o_m[:, None] * linear.stride_m + o_n[None, :] * linear.stride_n
+    p_w = matrix.p + o_m[:, None] * matrix.stride_m + o_n[None, :] * matrix.stride_n
     return tl.load(p_w, mask=m_w, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_block(p_out, p_out_bias, linear, b_w, o_m, o_n, m_w, first, m_b, D):
+def store_block(p_out, p_out_bias, p_bias, b_w, o_m, o_n, m_w, first, m_b, D):
     """Weights, and their bias where m_b, as the rows from `first` on."""
     tl.store(p_out + (first + o_m)[:, None] * D + o_n[None, :], b_w.to(p_out.dtype.element_ty), mask=m_w)
-    if linear.p_bias is not None:
-        b_b = tl.load(linear.p_bias + o_m, mask=m_b, other=0.0).to(tl.float32)
+    if p_bias is not None:
+        b_b = tl.load(p_bias + o_m, mask=m_b, other=0.0).to(tl.float32)
         tl.store(p_out_bias + first + o_m, b_b.to(p_out.dtype.element_ty), mask=m_b)
 
 
 @triton.jit
 def fold_kernel(
-    w_in, w_out, p_a, p_b, p_out, p_out_bias, scale, D, rank, rows, R,
+    w_in, p_b_in, w_out, p_b_out, p_a, p_b, p_out, p_out_bias, scale, D, rank, rows, R,
     HEADS: tl.constexpr, DIM: tl.constexpr, TARGETS: tl.constexpr, SHARED: tl.constexpr, MERGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -81,14 +81,14 @@ def fold_kernel(
                     b_b = tl.load(p_br + r, mask=o_d < DIM, other=0.0)
                     b_d += b_b[:, None] * b_a[None, :]
                 b_w += scale * b_d
-        store_block(p_out, p_out_bias, w_in, b_w, o_m, o_n, m_w, 0, (o_d < DIM) & (i_n == 0), D)
+        store_block(p_out, p_out_bias, p_b_in, b_w, o_m, o_n, m_w, 0, (o_d < DIM) & (i_n == 0), D)
     elif i_o < 0:
         if p_a is not None:
             o_c = (i_a * BM + tl.arange(0, BM)).to(tl.int64)
             b_a = tl.load(p_a + o_c[:, None] * D + o_n[None, :], mask=(o_c < rows)[:, None] & m_n[None, :], other=0.0)
             p_o = p_out + (3 * HEADS * DIM + o_c)[:, None] * D + o_n[None, :]
             tl.store(p_o, b_a.to(p_out.dtype.element_ty), mask=(o_c < R)[:, None] & m_n[None, :])
-            if w_in.p_bias is not None:
+            if p_b_in is not None:
                 b_z = tl.zeros([BM], p_out.dtype.element_ty)
                 tl.store(p_out_bias + 3 * HEADS * DIM + o_c, b_z, mask=(o_c < R) & (i_n == 0))
     else:
@@ -96,7 +96,7 @@ def fold_kernel(
             o_o = (i_o * BM + tl.arange(0, BM)).to(tl.int64)
             m_o = (o_o < D)[:, None] & m_n[None, :]
             b_o = load_block(w_out, o_o, o_n, m_o)
-            store_block(p_out, p_out_bias, w_out, b_o, o_o, o_n, m_o, 3 * D + R, (o_o < D) & (i_n == 0), D)
+            store_block(p_out, p_out_bias, p_b_out, b_o, o_o, o_n, m_o, 3 * D + R, (o_o < D) & (i_n == 0), D)
 
 
 def fold(
@@ -128,7 +128,7 @@ def fold(
     own, below = 3 * D + R, 0 if w_out is None else D
     out = torch.empty((own + below, D), dtype=dtype, device=w_in.device)
     bias = None if b_in is None and b_out is None else torch.empty(own + below, dtype=dtype, device=w_in.device)
-    weights = (_linear(w_in, b_in), None if w_out is None else _linear(w_out, b_out))
+    weights = (_matrix(w_in), packed(b_in), None if w_out is None else _matrix(w_out), packed(b_out))
     args = (*weights, packed(lora_A), packed(lora_B), out, bias, float(scale), D, rank, rows, R)
     targets = low_of(parts, rank, shared).targets
     meta = {"HEADS": H, "DIM": dh, "TARGETS": targets, "SHARED": shared, "MERGE": merge and rank > 0}
@@ -141,6 +141,5 @@ def fold(
     return out[:own], None if b_in is None else biases[0], out[own:], None if b_out is None else biases[1]
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    stride_m, stride_n = strides(weight, 0, 1)
-    return Linear(weight, stride_m, stride_n, packed(bias))
+def _matrix(weight: Tensor) -> Matrix:
+    return Matrix(weight, *strides(weight, 0, 1))
