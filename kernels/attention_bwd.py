@@ -28,7 +28,7 @@ Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_lse2
 
 @triton.jit
 def problem_of(
-    do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
@@ -43,7 +43,8 @@ def problem_of(
         else:
             b_gate = (p_gate, h)
     o_l = (b * HEAD.heads + h) * rows
-    return Problem(q, k, v, do_h, dq, dk, dv, b_mask, b_gate, p_lse + o_l, made[0] + o_l, made[1] + o_l)
+    p_mean = p_made + 2 * o_l
+    return Problem(q, k, v, do_h, dq, dk, dv, b_mask, b_gate, p_lse + o_l, p_mean, p_mean + rows)
 
 
 @triton.jit
@@ -167,15 +168,15 @@ def key_rows(
 
 @triton.jit
 def attention_bwd_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, made, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK, dV `[N, dh]` and Σ δ of one head: a program per (image, head) makes both sweeps.
 
-    made: δ and lse `[B, H, N]`, which the first sweep leaves to the second; p_dgate: `[B, H]`.
+    p_made: δ and lse `[B, H, 2, N]`, which the first sweep leaves to the second; p_dgate: `[B, H]`.
     """
     b, h, _ = heads.program(1, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_ks = ()
     b_vs = ()
     for c in tl.static_range(len(TILES.chunks)):
@@ -202,25 +203,25 @@ def attention_bwd_kernel(
 
 @triton.jit
 def attention_bwd_queries_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, made, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The first sweep, a program per (image, head, block_m queries): dQ, δ and lse; Σ δ of each block."""
     blocks = tl.cdiv(rows, TILES.block_m)
     b, h, i_m = heads.program(blocks, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_dgate = query_rows(x, (), (), i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, LOW, CAUSAL)
     tl.store(p_dgate + (b * blocks + i_m) * HEAD.heads + h, b_dgate)
 
 
 @triton.jit
 def attention_bwd_keys_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, made, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The second sweep, a program per (image, head, key_n keys): dK and dV."""
     b, h, i_n = heads.program(tl.cdiv(rows, TILES.key_n), HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, made, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows, TILES, HEAD, LOW)
     key_rows(x, i_n * TILES.key_n, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
 
 
@@ -260,7 +261,7 @@ def attention_bwd(
     tiles = (_row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, **given)).tiles(N)
     meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype, gate_form), low, causal)
     blocks = 1 if tiles.whole else cdiv(N, tiles.block_m)
-    made = torch.empty((2, B, H, N), dtype=torch.float32, device=qkv.device).unbind()
+    made = torch.empty((B, H, 2, N), dtype=torch.float32, device=qkv.device)
     dgate = torch.empty((B * blocks, H), dtype=torch.float32, device=qkv.device)
     inputs = (heads.as_rows(do), heads.as_rows(qkv), None if delta is None else delta.on_chip())
     args = (*inputs, heads.as_mask(mask, B, H, N), packed(gate), packed(lse), made, heads.as_rows(dqkv), dgate, N)

@@ -246,7 +246,7 @@ def attend(
     outputs = (heads.as_mask(mask, B, head.heads, N), packed(gate), heads.as_rows(o), lse, pooled, N)
     launch(kernel, grid, *inputs, *outputs, **heads.compiled_for(tiles, head, low, causal), POOL=form)
     if cls is not None:
-        cls = cls.sum(2) / (N - 1) if form == "mean" else cls[:, :, 0]
+        cls = cls.sum(2) / (N - 1) if form == "mean" else cls.view(B, head.heads, head.dim)
     return o, lse, cls
 
 

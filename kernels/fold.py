@@ -137,8 +137,9 @@ def fold(
     launch(fold_kernel, grid, *args, **meta, BM=BLOCK_ROWS, BN=BLOCK_COLUMNS, num_warps=4, num_stages=1)
     if w_out is None:
         return out, bias, None, None
-    biases = (None, None) if bias is None else (bias[:own], bias[own:])
-    return out[:own], None if b_in is None else biases[0], out[own:], None if b_out is None else biases[1]
+    biases = (None, None) if bias is None else (bias.narrow(0, 0, own), bias.narrow(0, own, below))
+    above = None if b_in is None else biases[0]
+    return out.narrow(0, 0, own), above, out.narrow(0, own, below), None if b_out is None else biases[1]
 
 
 def _matrix(weight: Tensor) -> Matrix:

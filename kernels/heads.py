@@ -4,6 +4,7 @@ Names say what a thing is: p_ a pointer, o_ offsets, m_ a mask, b_ a tile or wha
 tuples of tiles `[R, P]`, in pieces along head_dim: 80 columns are 64 and 16, not 128. () stands for what is not there.
 """
 
+import functools
 import math
 from collections import namedtuple
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ DeltaOfHead = namedtuple("DeltaOfHead", "p stride p_up scale")
 
 
 def as_rows(x: Tensor) -> Rows:
-    return Rows(x, *strides(x, 0, 1))
+    every = x.stride()
+    return Rows(x, every[0], every[1])
 
 
 def as_mask(mask: Tensor | None, batch: int, heads: int, length: int) -> Mask | None:
@@ -66,6 +68,7 @@ def as_mask(mask: Tensor | None, batch: int, heads: int, length: int) -> Mask | 
     return Mask(mask, *strides(mask, 0, 1, 2, 3))
 
 
+@functools.lru_cache(maxsize=1024)
 def low_of(parts: tuple[int, ...], rank: int, shared: bool) -> Low:
     """parts: which of q (0), k (1), v (2) each delta is of."""
     q, k, v = (parts.index(part) if part in parts else -1 for part in range(3))
@@ -73,8 +76,13 @@ def low_of(parts: tuple[int, ...], rank: int, shared: bool) -> Low:
 
 
 def head_of(heads: int, head_dim: int, dtype: torch.dtype, gate_form: str = "") -> Head:
+    return _head_of(heads, head_dim, dot_precision(dtype), gate_form)
+
+
+@functools.lru_cache(maxsize=1024)
+def _head_of(heads: int, head_dim: int, precision: str, gate_form: str) -> Head:
     gates = next_power_of_2(heads)
-    return Head(heads, head_dim, pieces_of(head_dim), head_dim**-0.5, dot_precision(dtype), gates, gate_form)
+    return Head(heads, head_dim, pieces_of(head_dim), head_dim**-0.5, precision, gates, gate_form)
 
 
 def compiled_for(tiles: Tiles, head: Head, low: Low, causal: bool) -> dict[str, Any]:

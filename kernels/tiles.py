@@ -6,6 +6,7 @@ only, in bf16, without deltas and with those of q and v at rank 8. For 80 and 90
 word: `python -m bench.tune` prints rows to paste.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,7 @@ class Row(NamedTuple):
         told = (f"{name}={value}" for name, value in self._asdict().items() if value != self._field_defaults.get(name))
         return f"Row({', '.join(told)})"
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (a row is a tuple)
     def tiles(self, length: int) -> Tiles:
         """For so many tokens: no more queries on chip than there are, and chunks that add up to little more."""
         m = min(self.m, max(16, next_power_of_2(length))) if self.chunk else self.m

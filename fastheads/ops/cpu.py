@@ -42,15 +42,21 @@ def kept_shapes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
 
 
 def backward(
-    do: Tensor, layer: Layer, lse: Tensor, projected: Tensor, low: Tensor | None, heads: Tensor, need: dict[str, bool]
+    do: Tensor,
+    layer: Layer,
+    lse: Tensor,
+    projected: Tensor | None,
+    low: Tensor | None,
+    heads: Tensor | None,
+    need: dict[str, bool],
 ) -> dict[str, Any]:
-    """The gradients that are needed, in the notation of `fused.backward`. projected and heads: empty where not kept."""
+    """The gradients that are needed, in the notation of `fused.backward`. projected and heads: None where not kept."""
     x, D = layer.x, layer.x.shape[2]
-    if not projected.numel():
+    if projected is None:
         projected, low = _project(layer)
     each, gate = heads_of(projected, layer.num_heads), _gate(layer)
     options: dict[str, Any] = {"mask": layer.mask, "causal": layer.causal}
-    if not heads.numel():
+    if heads is None:
         heads = attend(*each, gate=None, pool=None, **options)[0]
     *dy, dgate = attend_bwd(do, *each, lse, heads, gate=gate, **options)
     grads: dict[str, Any] = {}

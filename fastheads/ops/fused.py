@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,57 +81,65 @@ def _dropped(layer: Layer, x: Tensor) -> Tensor:
 
 
 class _Product(NamedTuple):
-    """What the projection yields: `[B, N, 3D (+ R)]`, and T where it was a product of its own."""
+    """What the projection yields. whole: `[B, N, 3D (+ R)]`, q, k and v in its first `width` columns, and T in the
+    others where it was no product of its own, `apart`."""
 
     whole: Tensor
-    qkv: Tensor
-    low: Tensor | None
-    apart: bool
+    apart: Tensor | None
+    width: int
 
-    @classmethod
-    def of(cls, whole: Tensor, low: Tensor | None, width: int) -> _Product:
-        """`whole` holds q, k and v in its first `width` columns, and T in the others where `low` is None or empty."""
-        if low is not None and low.numel():
-            return cls(whole, whole, low, True)
-        if whole.shape[-1] == width:
-            return cls(whole, whole, None, False)
-        return cls(whole, whole[..., :width], whole[..., width:], False)
+    @property
+    def qkv(self) -> Tensor:
+        return self.whole if self.whole.shape[-1] == self.width else self.whole.narrow(-1, 0, self.width)
+
+    @property
+    def low(self) -> Tensor | None:
+        """T `[B, N, R]`, None where there is none."""
+        rest = self.whole.shape[-1] - self.width
+        return self.whole.narrow(-1, self.width, rest) if rest else self.apart
 
 
 def _project(layer: Layer, weights: Weights, low_too: bool) -> _Product:
     """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
     x, D3, weight, bias = layer.x, layer.w_in.shape[0], weights.own, weights.bias
     if layer.lora_A is None or (layer.seed is None and (low_too or not layer.merged)):
-        return _Product.of(F.linear(x, weight, bias), None, D3)
+        return _Product(F.linear(x, weight, bias), None, D3)
     y = F.linear(x, weight[:D3], None if bias is None else bias[:D3])
-    return _Product.of(y, None if layer.seed is None else F.linear(_dropped(layer, x), weight[D3:]), D3)
+    return _Product(y, None if layer.seed is None else F.linear(_dropped(layer, x), weight[D3:]), D3)
 
 
 def _low_rank(layer: Layer, low: Tensor, up: Tensor) -> Any:
     return _kernels().LowRank(low, up, **layer.low_rank, shared=layer.shared)
 
 
-def _delta(layer: Layer, low: Tensor | None) -> Any:
+def _delta(layer: Layer, product: _Product) -> Any:
     """What the attention kernels add on chip; None where the deltas are in q, k and v already."""
-    if layer.lora_B is None or low is None or layer.merged:
+    if layer.merged or layer.lora_B is None or (low := product.low) is None:
         return None
     return _low_rank(layer, low, layer.lora_B)
 
 
-_NOTHING_TO_DO = nullcontext()
+_KEYS = torch._C.DispatchKeySet
+_AUTOCAST: Any = _KEYS(torch._C.DispatchKey.AutocastCPU) | _KEYS(torch._C.DispatchKey.AutocastCUDA)
 
 
 def _plainly(x: Tensor) -> AbstractContextManager[None]:
     """Without autocast (every dtype here is meant), and on x's GPU, where Triton would take the current one."""
     here = x.get_device()  # -1: a CPU
-    if (here < 0 or here == torch.cuda.current_device()) and not torch.is_autocast_enabled(x.device.type):
-        return _NOTHING_TO_DO
-    return _without_autocast(x)
+    if here < 0 or here == torch.cuda.current_device():
+        return _without_autocast()
+    return _on_its_gpu(x)
+
+
+def _without_autocast() -> AbstractContextManager[None]:
+    """Past its dispatch key; `torch.autocast(…, enabled=False)` does all it does in Python."""
+    guard: AbstractContextManager[None] = torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+    return guard
 
 
 @contextmanager
-def _without_autocast(x: Tensor) -> Iterator[None]:
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+def _on_its_gpu(x: Tensor) -> Iterator[None]:
+    with _without_autocast(), torch.cuda.device_of(x):
         yield
 
 
@@ -142,8 +150,8 @@ TENSORS, BETWEEN = 10, 5  # forward
 GRADIENTS = ("x", "w_in", "b_in", "lora_A", "lora_B", "gate")
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator on real tensors: o, lse, cls, and what its backward pass reads, empty where nothing is kept.
+def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """The operator on real tensors: o, lse, cls, and what its backward pass reads; None where nothing is kept.
 
     o is the gated heads, or with w_out their projection.
     projected `[B, N, 3D (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
@@ -171,16 +179,21 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
                 o, lse, cls = _one_pass(layer, weights, which)
             else:
                 product = _project(layer, weights, low_too=keep == "projections")
-                delta = _delta(layer, product.low)
+                delta = _delta(layer, product)
                 o, lse, cls = _kernels().attention_fwd(product.qkv, delta=delta, **layer.attend, pool=which)
-                kept = product.whole, product.low if product.apart else None, None
+                kept = product.whole, product.apart, None
             if weights.out is not None:
                 o = F.linear(o, weights.out, weights.out_bias)
     if keep != "projections":
         kept = (None, None, None)
     x_cast = None if given.dtype == dtype or keep == "nothing" else x
-    cls = x.new_empty(0, dtype=lse.dtype) if cls is None else cls
-    return (o, lse, cls, *(x.new_empty(0) if t is None else t for t in (*kept, x_cast)))
+    return o, lse, cls, *kept, x_cast
+
+
+def forward_filled(*arguments: Any) -> tuple[Tensor, ...]:
+    """`forward` as the operator answers: with an empty tensor for every None."""
+    o, lse, cls, *kept = cast(Any, forward(*arguments))
+    return o, lse, lse.new_empty(0) if cls is None else cls, *(o.new_empty(0) if t is None else t for t in kept)
 
 
 def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -225,8 +238,8 @@ def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of x, w_in, b_in, lora_A, lora_B and gate; an empty tensor for each one not `needed`.
+def backward(do: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of x, w_in, b_in, lora_A, lora_B and gate; None for each one not `needed`.
 
     With P the probabilities, `g` a head's gate (of theta, where there is a gate_form) and dO the gradient of the gated
     output:
@@ -241,62 +254,74 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
     x is in the dtype of the forward pass's products, dx in `dtype`.
     """
-    lse, projected, low, heads, needed, dtype, *settings = arguments[TENSORS:]
-    layer = Layer(*arguments[:TENSORS], *settings)
+    lse, *kept, needed, dtype = arguments[TENSORS : TENSORS + 6]
+    layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + 6 :])
     x, *_ = inputs = arguments[: len(GRADIENTS)]
     if not x.numel():
         return tuple(t.zero_() for t in backward_shapes(do, *arguments))
+    projected, low, heads = (t if t is not None and t.numel() else None for t in kept)
     need = dict(zip(GRADIENTS, needed, strict=True))
     grads: dict[str, Any]
     with _plainly(x):
         if layer.impl == "cpu":
-            grads = cpu.backward(do, layer, lse, projected, low if low.numel() else None, heads, need)
+            grads = cpu.backward(do, layer, lse, projected, low, heads, need)
         else:
             grads = _gradients(do, layer, lse, projected, low, need, dtype)
     return tuple(
-        x.new_empty(0) if like is None or not need[name] else grads[name].to(dtype if like is x else like.dtype)
+        None if like is None or not need[name] else _as(grads[name], dtype if like is x else like.dtype)
         for name, like in zip(GRADIENTS, inputs, strict=True)
     )
 
 
+def backward_filled(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """`backward` as its operator answers: with an empty tensor for every None."""
+    return tuple(arguments[0].new_empty(0) if t is None else t for t in backward(do, *arguments))
+
+
+def _as(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad if grad.dtype == dtype else grad.to(dtype)
+
+
 def _gradients(
-    do: Tensor, layer: Layer, lse: Tensor, projected: Tensor, low: Tensor, need: dict[str, bool], dtype: torch.dtype
+    do: Tensor,
+    layer: Layer,
+    lse: Tensor,
+    projected: Tensor | None,
+    low: Tensor | None,
+    need: dict[str, bool],
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """`backward` by Triton's kernels; projected: empty where nothing was kept."""
+    """`backward` by Triton's kernels; projected: None where nothing was kept."""
     if layer.impl == "one_pass":
         layer = layer._replace(impl="delta")
-    x, lora_A, D3 = layer.x, layer.lora_A, layer.w_in.shape[0]
-    again = not projected.numel()
+    x, lora_A, lora_B, D3, R = layer.x, layer.lora_A, layer.lora_B, layer.w_in.shape[0], 0
     weights = Weights(layer.w_in, None)  # as it is, where nothing reads it
-    if again or need["x"] or layer.w_out is not None:
-        weights = _weights(layer, bias=again)
+    if projected is None or need["x"] or layer.w_out is not None:
+        weights = _weights(layer, bias=projected is None)
     if weights.out is not None:
         do = (do.flatten(0, 1) @ weights.out).view(x.shape)
-    product = _project(layer, weights, low_too=True) if again else _Product.of(projected, low, D3)
-    R = 0
-    if product.low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged)):
-        R = product.low.shape[-1]
+    product = _project(layer, weights, low_too=True) if projected is None else _Product(projected, low, D3)
+    qkv, low = product.qkv, product.low
+    if low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged)):
+        R = low.shape[-1]
     dboth = x.new_empty(*x.shape[:2], D3 + R)
-    dqkv, u = dboth[..., :D3], dboth[..., D3:]
-    delta = _delta(layer, product.low)
-    _, dgate = _kernels().attention_bwd(do, product.qkv, lse, delta=delta, out=dqkv, **layer.attend)
+    dqkv, u = (dboth.narrow(-1, 0, D3), dboth.narrow(-1, D3, R)) if R else (dboth, None)
+    _, dgate = _kernels().attention_bwd(do, qkv, lse, delta=_delta(layer, product), out=dqkv, **layer.attend)
     dup = None
-    if R and layer.lora_B is not None and product.low is not None:
-        dup = _kernels().low_rank_bwd(dqkv, _low_rank(layer, product.low, layer.lora_B), u)
+    if u is not None and low is not None and lora_B is not None:
+        dup = _kernels().low_rank_bwd(dqkv, _low_rank(layer, low, lora_B), u)
     grads: dict[str, Any] = {}
     parts = dgate if need["gate"] else None, dup if need["lora_B"] else None
     grads["gate"], grads["lora_B"] = _kernels().sums(*parts, gate=layer.gate, gate_form=layer.gate_form)
-    if R and lora_A is not None and need["lora_A"]:
-        C = lora_A.numel() // lora_A.shape[-1]
-        u_rows, x_rows = u[..., :C].flatten(0, 1), _dropped(layer, x).flatten(0, 1)
-        grads["lora_A"] = _mm(u_rows.T, x_rows, lora_A.dtype).view_as(lora_A)
+    if u is not None and lora_A is not None and need["lora_A"]:
+        u_rows = u.flatten(0, 1).narrow(1, 0, lora_A.numel() // lora_A.shape[-1])
+        grads["lora_A"] = _mm(u_rows.T, _dropped(layer, x).flatten(0, 1), lora_A.dtype).view(lora_A.shape)
     if need["x"]:
-        grads["x"] = _dx(layer, dboth, u if R else None, weights.own, dtype)
-    rows = dqkv.reshape(-1, D3) if need["w_in"] or need["b_in"] else dqkv
-    if need["w_in"]:
-        grads["w_in"] = rows.T @ x.flatten(0, 1)
-    if need["b_in"]:
-        grads["b_in"] = rows.sum(0, dtype=lse.dtype)
+        grads["x"] = _dx(layer, dboth, dqkv, u, weights.own, dtype)
+    if need["w_in"] or need["b_in"]:
+        rows = dqkv.reshape(-1, D3)
+        grads["w_in"] = rows.T @ x.flatten(0, 1) if need["w_in"] else None
+        grads["b_in"] = rows.sum(0, dtype=lse.dtype) if need["b_in"] else None
     return grads
 
 
@@ -310,17 +335,16 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if dtype == torch.float32 and _wide(a) else torch.mm(a, b)
 
 
-def _dx(layer: Layer, dboth: Tensor, u: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _dx(layer: Layer, dboth: Tensor, dqkv: Tensor, u: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """dx, for `dtype`, from dY and U, in one product with the weights of the forward pass where that has both."""
-    D3 = layer.w_in.shape[0]
-    dqkv = dboth[..., :D3]
+    D3 = dqkv.shape[-1]
 
     def times(dy: Tensor, w: Tensor) -> Tensor:
         # As matrices: of a batch of rows that are strided `@` makes a product each.
         return _mm(dy.flatten(0, 1), w, dtype).view(layer.x.shape)
 
     if layer.lora_A is None or layer.merged:
-        return times(dqkv, weight[:D3])
+        return times(dqkv, weight.narrow(0, 0, D3))
     if u is None or layer.seed is None:
         return times(dboth, weight)
     return times(dqkv, weight[:D3]) + _dropped(layer, u @ weight[D3:])

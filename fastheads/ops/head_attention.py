@@ -35,16 +35,16 @@ _LIBRARY.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
-    f"head_attention_backward(Tensor do, {_TENSORS}, Tensor? seed, Tensor lse, Tensor projected, Tensor low,"
-    f" Tensor heads, bool[] needed, ScalarType dtype, {_PROBLEM})"
+    f"head_attention_backward(Tensor do, {_TENSORS}, Tensor? seed, Tensor lse, Tensor? projected, Tensor? low,"
+    f" Tensor? heads, bool[] needed, ScalarType dtype, {_PROBLEM})"
     " -> (Tensor dx, Tensor dw_in, Tensor db_in, Tensor dlora_A, Tensor dlora_B, Tensor dgate)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _OP = "fastheads::head_attention"
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("head_attention", fused.forward, _device)
-    _LIBRARY.impl("head_attention_backward", fused.backward, _device)
+    _LIBRARY.impl("head_attention", fused.forward_filled, _device)
+    _LIBRARY.impl("head_attention_backward", fused.backward_filled, _device)
 torch.library.register_fake(_OP, fused.forward_shapes, lib=_LIBRARY)
 torch.library.register_fake(f"{_OP}_backward", fused.backward_shapes, lib=_LIBRARY)
 
@@ -81,35 +81,38 @@ class _HeadAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, others: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, keyset: Any, others: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             if keyset is None:
-                output: Any = cast(Any, fused.forward)(*tensors, *others)
+                output: Any = fused.forward(*tensors, *others)
             else:
                 output = _FORWARD.redispatch(keyset, *tensors, *others)
         o, lse, cls, projected, low, heads, x_cast = output
         problem, x = others[4:], cast(Tensor, tensors[0])
-        ctx.mark_non_differentiable(lse, cls, projected, low, heads, x_cast)
-        ctx.set_materialize_grads(False)
-        if tensors[5] is None and problem[-1] == "cpu" and projected.numel():
+        if tensors[5] is None and problem[-1] == "cpu" and projected is not None and projected.numel():
             heads = o  # un-gated as they are
-        ctx.save_for_backward(x_cast if x_cast.numel() else x, *tensors[1:10], lse, projected, low, heads)
+        kept_x = x if x_cast is None or not x_cast.numel() else x_cast
+        ctx.save_for_backward(kept_x, *tensors[1:10], lse, projected, low, heads)
         ctx.settings = x.dtype, *problem
-        return output
+        # What only the backward pass reads need not be an output where no operator is.
+        output = output[:3] if keyset is None else output
+        ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
+        ctx.set_materialize_grads(False)
+        return cast(tuple[Tensor | None, ...], output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         do = grad_outputs[0]
         if do is None:
             return (None,) * (2 + _INPUTS)
-        needed, saved = list(ctx.needs_input_grad[2:8]), ctx.saved_tensors
+        needed, saved = ctx.needs_input_grad[2:8], ctx.saved_tensors
         if torch.is_grad_enabled() or not _unwatched(do, *saved):
-            grads = _BACKWARD(do, *saved, needed, *ctx.settings)
+            grads = _BACKWARD(do, *saved, list(needed), *ctx.settings)
+            grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = cast(Any, fused.backward)(do, *saved, needed, *ctx.settings)
-        found = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-        return (None, None, *found, *(None,) * (_INPUTS - len(found)))
+                grads = fused.backward(do, *saved, needed, *ctx.settings)
+        return None, None, *grads, *(None,) * (_INPUTS - len(grads))
 
 
 def _differentiable(keyset: Any, *args: Any) -> Any:
@@ -216,7 +219,7 @@ def head_attention(
 
 def _trained(*tensors: Tensor | None) -> bool:
     """Whether a gradient of any of them will be asked for."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def _by_formula(inputs: tuple[Tensor | None, ...], recompute: bool, options: dict[str, Any]) -> HeadAttentionOutput:
@@ -242,8 +245,7 @@ def _by_operator(
     """The operator on x, w_in … mask, with its settings num_heads … impl; without the dispatcher where nobody looks."""
     x, w_in, b_in, *adapters = tensors
     wide = dtype if dtype == torch.float64 else torch.float32
-    lora_A, lora_B, gate = (t if t is None or t.dtype == wide else t.to(wide) for t in adapters[:3])
-    tensors = (x, w_in, b_in, lora_A, lora_B, gate, *adapters[3:])
+    tensors = (x, w_in, b_in, *[t if t is None or t.dtype == wide else t.to(wide) for t in adapters[:3]], *adapters[3:])
     backward = _trained(*tensors[:6])
     if settings[-1] == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*tensors):
         # The way through the dispatcher costs as much as a short sequence's attention.
@@ -258,10 +260,10 @@ def _by_operator(
     if not _unwatched(*given):
         o, lse, cls, *_ = _FORWARD(*given, *others)
     elif backward:
-        o, lse, cls, *_ = _HeadAttention.apply(None, others, *given)
+        o, lse, cls = _HeadAttention.apply(None, others, *given)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            o, lse, cls, *_ = fused.forward(*given, *others)
+            o, lse, cls, *_ = cast(Any, fused.forward(*given, *others))
     return HeadAttentionOutput(o, lse, cls if kind else None)
 
 
