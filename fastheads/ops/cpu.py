@@ -164,13 +164,13 @@ def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tens
     M, D = dy[0].shape
     up, each = lora_B.to(low.dtype).mT, low.view(M, T, -1, r).permute(1, 2, 3, 0)  # [T, H or 1, r, M]
     u, dup = low.new_empty(each.shape), low.new_empty(T, H, r, dh)
-    for t, part in enumerate(layer.parts):
+    for part, own, b, out, db in zip(layer.parts, each, up, u, dup, strict=True):
         heads = dy[part].view(M, H, dh).transpose(0, 1)
-        torch.baddbmm(dup[t], each[t].expand(H, -1, -1), heads, beta=0, alpha=layer.scale, out=dup[t])
+        torch.baddbmm(db, own.expand(H, -1, -1), heads, beta=0, alpha=layer.scale, out=db)
         if layer.shared:
-            torch.mm(up[t].transpose(0, 1).reshape(r, D), dy[part].T, out=u[t, 0])
+            torch.mm(b.transpose(0, 1).reshape(r, D), dy[part].T, out=out[0])
         else:
-            torch.bmm(up[t], heads.mT, out=u[t])
+            torch.bmm(b, heads.mT, out=out)
     return u.view(-1, M), dup.mT.contiguous()
 
 
