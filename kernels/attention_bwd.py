@@ -21,9 +21,9 @@ from fastheads.kernels.low_rank import LowRank
 from fastheads.kernels.tiles import BACKWARD, Row, cdiv, is_spread, row_for
 
 # One head of one image. gate: (), (g,), or (pointer to all, h) where it is made when it is needed: of two launches each
-# needs it once, at the end, with registers to spare. p_lse: as the forward left it; p_mean, p_lse2: δ and base-2 lse of
+# needs it once, at the end, with registers to spare. p_lse: as the forward left it; p_mean, p_inverse: δ and 1 / ΣP of
 # each query, made here.
-Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_lse2")
+Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_inverse")
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def load_lse(p_lse, o_m, rows):
 
 @triton.jit
 def probabilities(b_x, b_y, b_lse, o_m, o_n, rows, mask, CAUSAL: tl.constexpr, HEAD: tl.constexpr):
-    """P of queries and keys, or its transpose, as `scores` takes them; b_lse broadcasts as o_m does."""
+    """exp(S − lse) of queries and keys, or its transpose, as `scores` takes them; b_lse broadcasts as o_m does."""
     b_s, factor = heads.scores(b_x, b_y, o_m, o_n, rows, mask, HEAD)
     return heads.hide(tl.exp2(b_s * factor - b_lse), o_m, o_n, rows, 0.0, True, CAUSAL)
 
@@ -117,23 +117,23 @@ def query_rows(
             b_dp = heads.dot_over(b_do, heads.transposed(b_v), HEAD)
             b_mean += tl.sum(b_p * b_dp, 1)
             b_sum += tl.sum(b_p, 1)
-    # P's rows sum to 1 only as far as q and k are rounded here as they were for lse, and where they don't, a common
-    # mean of dP stays in dS: so they are made to. A row that sees nothing is left at 0.
-    b_sum = tl.where(b_sum > 0, b_sum, 1.0)
-    b_mean = b_mean / b_sum
-    b_lse = b_lse + tl.log2(b_sum)
+    # Rows of exp(S − lse) sum to 1 only as far as lse is exact and q and k are rounded here as they were for it, and
+    # where they don't, a common mean of dP stays in dS: so they are divided by their sum. Not by a corrected lse: at
+    # −1e6 the correction would be rounded away. A row that sees nothing is left at 0.
+    b_inverse = 1.0 / tl.where(b_sum > 0, b_sum, 1.0)
+    b_mean = b_mean * b_inverse
+    tl.store(x.p_mean + o_m, b_mean, mask=o_m < rows)
+    tl.store(x.p_inverse + o_m, b_inverse, mask=o_m < rows)
     b_dq = heads.zero_head(ROWS, (), HEAD)
     for c in tl.static_range(len(TILES.chunks)):
-        b_dq = heads.add_product(b_dq, b_ps[c] * (b_dps[c] - b_mean[:, None]) / b_sum[:, None], b_ks[c], HEAD)
+        b_dq = heads.add_product(b_dq, b_ps[c] * (b_dps[c] - b_mean[:, None]), b_ks[c], HEAD)
     if len(TILES.chunks) == 0:
         for start in range(0, end, TILES.block_n):
             b_k, b_v, o_n = load_keys(x, start, rows, TILES.block_n, HEAD, LOW)
             b_p = probabilities(b_q, b_k, b_lse[:, None], o_m[:, None], o_n[None, :], rows, x.mask, CAUSAL, HEAD)
             b_dp = heads.dot_over(b_do, heads.transposed(b_v), HEAD)
             b_dq = heads.add_product(b_dq, b_p * (b_dp - b_mean[:, None]), b_k, HEAD)
-    tl.store(x.p_mean + o_m, b_mean, mask=o_m < rows)
-    tl.store(x.p_lse2 + o_m, b_lse, mask=o_m < rows)
-    heads.store_head(x.dq, o_m, rows, b_dq, gate_of(x, HEAD) * HEAD.scale, HEAD)
+    heads.store_head(x.dq, o_m, rows, b_dq, (b_inverse * (gate_of(x, HEAD) * HEAD.scale))[:, None], HEAD)
     return tl.sum(b_mean, 0)
 
 
@@ -154,11 +154,13 @@ def key_rows(
         o_m = start + tl.arange(0, TILES.key_m)
         b_q = heads.load_part(x.q, o_m, rows, HEAD, LOW)
         b_do = heads.load_head(x.do, o_m, rows, HEAD, b_q[0].dtype)
-        b_lse = tl.load(x.p_lse2 + o_m, mask=o_m < rows, other=float("inf"))
-        b_mean = tl.load(x.p_mean + o_m, mask=o_m < rows, other=0.0)
+        b_lse = load_lse(x.p_lse, o_m, rows)
         # [N, M]
         b_p = probabilities(b_k, b_q, b_lse[None, :], o_m[None, :], o_n[:, None], rows, x.mask, CAUSAL, HEAD)
+        # What is of each query is loaded where it is needed: all at once takes sm_90 152 registers for 128 at N = 50.
+        b_p *= tl.load(x.p_inverse + o_m, mask=o_m < rows, other=0.0)[None, :]
         b_dv = heads.add_product(b_dv, b_p, b_do, HEAD)
+        b_mean = tl.load(x.p_mean + o_m, mask=o_m < rows, other=0.0)
         b_dp = heads.dot_over(b_v, heads.transposed(b_do), HEAD)
         b_dk = heads.add_product(b_dk, b_p * (b_dp - b_mean[None, :]), b_q, HEAD)
     b_gate = gate_of(x, HEAD)
@@ -173,7 +175,7 @@ def attention_bwd_kernel(
 ):  # fmt: skip
     """dQ, dK, dV `[N, dh]` and Σ δ of one head: a program per (image, head) makes both sweeps.
 
-    p_made: δ and lse `[B, H, 2, N]`, which the first sweep leaves to the second; p_dgate: `[B, H]`.
+    p_made: δ and 1 / ΣP `[B, H, 2, N]`, which the first sweep leaves to the second; p_dgate: `[B, H]`.
     """
     b, h, _ = heads.program(1, HEAD)
     x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows, TILES, HEAD, LOW)
@@ -191,7 +193,7 @@ def attention_bwd_kernel(
         for start in range(whole, rows, TILES.tail):
             b_dgate += query_rows(x, b_ks, b_vs, start, rows, TILES.tail, TILES, HEAD, LOW, CAUSAL)
     tl.store(p_dgate + tl.program_id(0), b_dgate)
-    # δ and lse, written by other threads of this program, are read below
+    # δ and 1 / ΣP, written by other threads of this program, are read below
     tl.debug_barrier()
     whole_keys = rows - rows % TILES.key_n if TILES.key_tail > 0 else rows
     for start in range(0, whole_keys, TILES.key_n):
@@ -206,7 +208,7 @@ def attention_bwd_queries_kernel(
     do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The first sweep, a program per (image, head, block_m queries): dQ, δ and lse; Σ δ of each block."""
+    """The first sweep, a program per (image, head, block_m queries): dQ, δ and 1 / ΣP; Σ δ of each block."""
     blocks = tl.cdiv(rows, TILES.block_m)
     b, h, i_m = heads.program(blocks, HEAD)
     x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows, TILES, HEAD, LOW)

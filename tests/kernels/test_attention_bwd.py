@@ -175,6 +175,25 @@ def test_rows_that_see_nothing_have_no_gradient(additive, dtype, row):
 
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("masked", [-1e4, -1e6, -2e6, -5e6, -8e6])
+def test_rows_whose_keys_are_all_masked_by_a_large_number(masked, dtype, row):
+    """Their scores and log-sum-exp are rounded to 0.06 … 0.5, but what P is divided by is what it sums to: dV of all
+    keys together is dO of all queries."""
+    qkv, do, gate = inputs(1, 37, 2, 16, dtype)
+    seen = torch.ones(37, dtype=torch.bool)
+    seen[[0, 20, 36]] = False
+    do = do * ~seen[:, None]  # only they have a gradient, for the others would hide it
+    mask = torch.zeros(37, 37).masked_fill(~seen[:, None], masked)
+    _, _, lse = exact(do, qkv, 2, gate, mask=mask)
+    dy, _ = attention_bwd(do, qkv, lse, num_heads=2, gate=gate, mask=mask, _row=row)
+    dv, want = heads_of(dy, 2)[2].double().sum(-2), gate[:, None] * do.view(1, 37, 2, 16).double().sum(1)
+    assert (dv - want).abs().max() < (1e-5 if dtype == torch.float32 else 5e-3)
+    if dtype == torch.float32:  # a 16-bit mask, which plain PyTorch would need, is -inf
+        check(do, qkv, 2, gate=gate, mask=mask, row=row)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("parts,shared", [((0, 2), False), ((1,), False), ((0, 1, 2), True)])
 def test_delta(parts, shared, dtype, row):
     B, N, H, dh, r = 1, 21, 2, 24, 5
