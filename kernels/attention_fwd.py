@@ -234,14 +234,15 @@ def attend(
     B, N = x.shape[:2]
     o = torch.empty(B, N, head.heads * head.dim, dtype=x.dtype, device=x.device)
     lse = torch.empty(B, head.heads, N, dtype=torch.float32, device=x.device)
-    cls, pooled, form = None, None, "mean" if isinstance(pool, str) else None if pool is None else "token"
-    if pool is not None:
-        parts = cdiv(N, tiles.block_m) if form == "mean" else 1  # of a mean every block of queries has its own
+    form = None if pool is None else "mean" if isinstance(pool, str) else "token"
+    cls, pooled = None, None
+    if form is not None:
+        parts = max(1, cdiv(N, tiles.block_m)) if form == "mean" else 1  # every block of queries has its own
         cls = torch.empty(B, head.heads, parts, head.dim, dtype=torch.float32, device=x.device)
-        pooled = Pool(cls, None, pool % N if isinstance(pool, int) else 0)
-    if cls is not None and isinstance(pool, Tensor):
-        cls.fill_(float("nan"))  # what an index out of range leaves
-        pooled = Pool(cls, packed(pool), 0)
+        tokens = pool if isinstance(pool, Tensor) else None
+        if tokens is not None or not N:
+            cls.fill_(float("nan"))  # what a token that is not there leaves
+        pooled = Pool(cls, packed(tokens), pool % N if isinstance(pool, int) and N else 0)
     grid = (on_grid(B * head.heads * blocks, "attention_fwd"),)
     outputs = (heads.as_mask(mask, B, head.heads, N), packed(gate), heads.as_rows(o), lse, pooled, N)
     launch(kernel, grid, *inputs, *outputs, **heads.compiled_for(tiles, head, low, causal), POOL=form)
@@ -272,7 +273,7 @@ def attention_fwd(
         causal: token i sees tokens 0 … i.
         delta: each head's low-rank delta to q, k or v.
         pool: which token's heads to return: an index, int64 `[B]`, or `"mean"` over tokens 1 … N-1. Where an image's
-            index is not in 0 … N-1 they are NaN.
+            index is not in 0 … N-1, and of no tokens, they are NaN.
 
     Returns o `[B, N, D]`, gated, in qkv's dtype; lse `[B, H, N]` float32, natural log; cls `[B, H, dh]` float32,
     un-gated, or None. A row that sees no key is 0, its lse -inf.

@@ -282,7 +282,7 @@ def _check(
     dropout_p: float,
     pool: int | Tensor | str | None,
 ) -> None:
-    """Raises ValueError, naming the argument, for shapes that do not fit each other."""
+    """Raises ValueError, naming the argument, for what doesn't fit the others, and a mask of integers."""
 
     def refuse(name: str, tensor: Tensor, *takes: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; takes {' or '.join(map(str, takes))}")
@@ -320,12 +320,14 @@ def _check(
         or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed((B, num_heads, N, N)), strict=False))
     ):
         raise ValueError(f"mask: got shape {tuple(mask.shape)}; takes one that broadcasts to {(B, num_heads, N, N)}")
+    if mask is not None and not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        raise ValueError(f"mask: got {mask.dtype}; takes booleans, True = masked, or floats, which are added")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p}; takes a probability in [0, 1)")
     if isinstance(pool, str) and pool != "mean":
         raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
     if isinstance(pool, int) and not -N <= pool < N:
-        raise ValueError(f"pool: got token {pool}; takes {-N} to {N - 1}")
+        raise ValueError(f"pool: got token {pool}; takes {f'{-N} to {N - 1}' if N else 'none, for x has no tokens'}")
     tokens = pool if isinstance(pool, Tensor) else None
     names = ("w_in", "b_in", "lora_A", "lora_B", "gate", "w_out", "b_out", "mask", "pool")
     device = x.device

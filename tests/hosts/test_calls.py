@@ -125,6 +125,10 @@ def test_cross_attention_is_refused_in_words():
         twin(x, x, x, attn_mask=CAUSAL[:-1])
     with pytest.raises(ValueError, match="key_padding_mask"):
         twin(x, x, x, key_padding_mask=PADDING[:, :-1])
+    with pytest.raises(ValueError, match="attn_mask: got torch.uint8; takes booleans"):
+        twin(x, x, x, attn_mask=CAUSAL.to(torch.uint8))
+    with pytest.raises(ValueError, match="key_padding_mask: got torch.uint8; takes booleans"):
+        twin(x, x, x, attn_mask=CAUSAL, key_padding_mask=PADDING.to(torch.uint8))
     with pytest.raises(ValueError, match="is_causal.*attn_mask"):
         twin(x, x, x, is_causal=True)
     _, twin = pair(lambda: Attention(D, H))

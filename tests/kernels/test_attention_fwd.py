@@ -326,6 +326,13 @@ def test_an_empty_batch(pool):
     assert (cls is None) if pool is None else (cls.shape == (0, 2, 16))
 
 
+@pytest.mark.parametrize("pool", [0, -1, "mean", torch.zeros(2, dtype=torch.int64, device=DEVICE)], ids=str)
+def test_the_pooled_token_of_no_tokens_is_not_a_number(pool):
+    o, lse, cls = attention_fwd(torch.zeros(2, 0, 96, device=DEVICE), num_heads=2, pool=pool)
+    assert o.shape == (2, 0, 32) and lse.shape == (2, 2, 0)
+    assert cls.shape == (2, 2, 16) and cls.isnan().all()
+
+
 def test_the_same_bits_every_time():
     qkv, low = inputs(1, 40, 2, 16, torch.float16, (0, 1, 2))
     first = attention_fwd(qkv, num_heads=2, delta=low, pool="mean")
