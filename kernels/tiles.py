@@ -83,6 +83,8 @@ class Row(NamedTuple):
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (a row is a tuple)
     def tiles(self, length: int) -> Tiles:
         """For so many tokens: no more queries on chip than there are, and chunks that add up to little more."""
+        if self.chunk and self.key[1] and not self.whole:
+            raise ValueError(f"{self}: a backward in two launches streams its keys, so chunk takes whole=True")
         m = min(self.m, max(16, next_power_of_2(length))) if self.chunk else self.m
         chunks = chunks_of(length, self.chunk) if self.chunk else ()
         rest = [TAIL if size > TAIL and 0 < length % size <= TAIL else 0 for size in (m, self.key[1] or 1)]

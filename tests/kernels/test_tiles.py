@@ -12,6 +12,7 @@ from fastheads.kernels.tiles import (
     FORWARD,
     ONE_PASS,
     SHARED,
+    Row,
     chunks_of,
     columns_of,
     pieces_of,
@@ -53,6 +54,13 @@ def test_every_backward_and_one_pass_has_a_row(arch):
                 if length <= 272:
                     tiles = row_for(ONE_PASS, arch, head_dim, length, dtype).tiles(length)
                     assert tiles.chunks[-1][0] < length <= sum(tiles.chunks[-1]) and tiles.block_n >= 16
+
+
+def test_a_backward_in_two_launches_keeps_no_keys_on_chip():
+    with pytest.raises(ValueError, match=r"Row\(m=64, .*chunk=64\): .* chunk takes whole=True"):
+        Row(64, 32, (32, 64), chunk=64).tiles(50)
+    assert Row(64, 32, (32, 64), chunk=64, whole=True).tiles(50).chunks
+    assert Row(64, chunk=64).tiles(50).chunks
 
 
 def test_every_family_has_tables_or_takes_the_row_for_unknown_chips():
