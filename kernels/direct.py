@@ -2,8 +2,9 @@
 
 Triton compiles a kernel anew for other types, alignments, divisibilities by 16, for a 1, a None, other constants. Which
 it is here, `facts` say by themselves: the arguments' types, the values of all that are not tensors, and dtype and
-alignment of those that are. Where they are equal, so is whatever Triton makes of them, by whichever rules. The first
-launch with some facts is Triton's own, which returns what it compiled; later ones start that.
+alignment of those that are. Where they are equal, so is what Triton makes of them for NVIDIA's chips, for it looks at
+nothing else there; on AMD's it also asks whether a tensor takes more than 2 GB. The first launch with some facts is
+Triton's own, which returns what it compiled; later ones start that.
 
 Triton's own are also those under launch hooks and other settings that are not the usual ones, of kernels with hooks of
 their own, of arguments that `facts` do not cover, and all with a Triton that is built otherwise than 3.6 to 3.9.
