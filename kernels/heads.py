@@ -216,15 +216,15 @@ def load_ups(delta, h, dtype: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexp
 
 @triton.jit
 def load_part(x, o_r, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
-    """Rows o_r of q, k or v with their delta, y0 + s·T Bᵀ: added in float32, then rounded."""
+    """Rows o_r of q, k or v with their delta, y0 + T (s·B)ᵀ: added in float32, then rounded."""
     b_y = load_head(x, o_r, rows, HEAD, x.p.dtype.element_ty)
     if len(x.delta) > 0:
         b_t = load_low(x, o_r, rows, LOW)
-        b_up = load_up(x.delta.p_up, 1.0, b_t.dtype, HEAD, LOW)
+        b_up = load_up(x.delta.p_up, x.delta.scale, b_t.dtype, HEAD, LOW)
         b_sum = ()
         for i in tl.static_range(len(HEAD.pieces)):
-            b_d = tl.dot(b_t, tl.trans(b_up[i]), input_precision=HEAD.precision)
-            b_sum = b_sum + ((b_y[i].to(tl.float32) + x.delta.scale * b_d).to(b_y[i].dtype),)
+            b_y32 = tl.dot(b_t, tl.trans(b_up[i]), b_y[i].to(tl.float32), input_precision=HEAD.precision)
+            b_sum = b_sum + (b_y32.to(b_y[i].dtype),)
         b_y = b_sum
     return b_y
 
