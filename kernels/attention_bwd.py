@@ -4,7 +4,8 @@
     dS = g P ∘ (dP − δ) / sqrt(dh)            dQ = dS K                      dK = dSᵀ Q               dV = g Pᵀ dO
 
 A sweep over the queries makes δ and dQ, then one over the keys dK and dV. Nothing reads the output o: δ comes from a
-whole row of keys, so dg is right at g = 0 too. q, k and v are with their deltas, y0 + s·T_h B_hᵀ, and so is dY.
+whole row of keys, so dg is right at g = 0 too. q, k and v are with their deltas, y0 + s·T_h B_hᵀ, rounded as
+`heads.load_part` says, and so is dY.
 """
 
 from collections import namedtuple
@@ -16,19 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels import heads
-from fastheads.kernels.launch import architecture, launch, on_grid, packed, rows_of
+from fastheads.kernels.launch import architecture, check_contiguous, launch, on_grid, packed
 from fastheads.kernels.low_rank import LowRank
 from fastheads.kernels.tiles import BACKWARD, Row, cdiv, is_spread, row_for
 
-# One head of one image. gate: (), (g,), or (pointer to all, h) where it is made when it is needed: of two launches each
-# needs it once, at the end, with registers to spare. p_lse: as the forward left it; p_mean, p_inverse: δ and 1 / ΣP of
-# each query, made here.
+# One head of one image. gate: () without gates; (g,), made at the start, where both sweeps are one launch; else
+# (pointer to all, h), for each of two launches to make it at its end. Always at the end takes sm_90 231 registers for
+# 184 at 197 tokens; always at the start takes sm_80 168 for 128 in the query sweep, and spills 8 bytes at head size 80.
+# p_lse: as the forward left it; p_mean, p_inverse: δ and 1 / ΣP of each query, made here.
 Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_inverse")
 
 
 @triton.jit
 def problem_of(
-    do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
@@ -43,12 +45,13 @@ def problem_of(
         else:
             b_gate = (p_gate, h)
     o_l = (b * HEAD.heads + h) * rows
-    p_mean = p_made + 2 * o_l
+    p_mean = p_scratch + 2 * o_l
     return Problem(q, k, v, do_h, dq, dk, dv, b_mask, b_gate, p_lse + o_l, p_mean, p_mean + rows)
 
 
 @triton.jit
 def gate_of(x, HEAD: tl.constexpr):
+    """g of the head, from whichever form it has."""
     b_gate = 1.0
     if len(x.gate) == 1:
         b_gate = x.gate[0]
@@ -159,6 +162,7 @@ def key_rows(
         b_p = probabilities(b_k, b_q, b_lse[None, :], o_m[None, :], o_n[:, None], rows, x.mask, CAUSAL, HEAD)
         # What is of each query is loaded where it is needed: all at once takes sm_90 152 registers for 128 at N = 50.
         b_p *= tl.load(x.p_inverse + o_m, mask=o_m < rows, other=0.0)[None, :]
+        # dV before dP is formed, so not both by one function as for the queries: that takes 241 at N = 197.
         b_dv = heads.add_product(b_dv, b_p, b_do, HEAD)
         b_mean = tl.load(x.p_mean + o_m, mask=o_m < rows, other=0.0)
         b_dp = heads.dot_over(b_v, heads.transposed(b_do), HEAD)
@@ -170,15 +174,15 @@ def key_rows(
 
 @triton.jit
 def attention_bwd_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK, dV `[N, dh]` and Σ δ of one head: a program per (image, head) makes both sweeps.
 
-    p_made: δ and 1 / ΣP `[B, H, 2, N]`, which the first sweep leaves to the second; p_dgate: `[B, H]`.
+    p_scratch: δ and 1 / ΣP `[B, H, 2, N]`, which the first sweep leaves to the second; p_dgate: `[B, H]`.
     """
     b, h, _ = heads.program(1, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_ks = ()
     b_vs = ()
     for c in tl.static_range(len(TILES.chunks)):
@@ -186,44 +190,44 @@ def attention_bwd_kernel(
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
     b_dgate = 0.0
-    whole = rows - rows % TILES.block_m if TILES.tail > 0 else rows
-    for start in range(0, whole, TILES.block_m):
+    full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
+    for start in range(0, full, TILES.block_m):
         b_dgate += query_rows(x, b_ks, b_vs, start, rows, TILES.block_m, TILES, HEAD, LOW, CAUSAL)
     if TILES.tail > 0:
-        for start in range(whole, rows, TILES.tail):
+        for start in range(full, rows, TILES.tail):
             b_dgate += query_rows(x, b_ks, b_vs, start, rows, TILES.tail, TILES, HEAD, LOW, CAUSAL)
     tl.store(p_dgate + tl.program_id(0), b_dgate)
     # δ and 1 / ΣP, written by other threads of this program, are read below
     tl.debug_barrier()
-    whole_keys = rows - rows % TILES.key_n if TILES.key_tail > 0 else rows
-    for start in range(0, whole_keys, TILES.key_n):
+    full_keys = rows - rows % TILES.key_n if TILES.key_tail > 0 else rows
+    for start in range(0, full_keys, TILES.key_n):
         key_rows(x, start, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
     if TILES.key_tail > 0:
-        for start in range(whole_keys, rows, TILES.key_tail):
+        for start in range(full_keys, rows, TILES.key_tail):
             key_rows(x, start, rows, TILES.key_tail, TILES, HEAD, LOW, CAUSAL)
 
 
 @triton.jit
 def attention_bwd_queries_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The first sweep, a program per (image, head, block_m queries): dQ, δ and 1 / ΣP; Σ δ of each block."""
     blocks = tl.cdiv(rows, TILES.block_m)
     b, h, i_m = heads.program(blocks, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_dgate = query_rows(x, (), (), i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, LOW, CAUSAL)
     tl.store(p_dgate + (b * blocks + i_m) * HEAD.heads + h, b_dgate)
 
 
 @triton.jit
 def attention_bwd_keys_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The second sweep, a program per (image, head, key_n keys): dK and dV."""
     b, h, i_n = heads.program(tl.cdiv(rows, TILES.key_n), HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_made, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     key_rows(x, i_n * TILES.key_n, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
 
 
@@ -253,7 +257,7 @@ def attention_bwd(
         delta: what the heads' q, k, v have beside qkv. The gradient is that of their sum.
         out: `[B, N, 3D]` view to write dqkv to, its last dimension contiguous; None: allocated.
     """
-    rows_of(qkv=qkv, out=out, low=None if delta is None else delta.low)
+    check_contiguous(qkv=qkv, out=out, low=None if delta is None else delta.low)
     B, N, D = do.shape
     H, dh = num_heads, D // num_heads
     do = do if do.stride(-1) == 1 else do.contiguous()
@@ -263,10 +267,10 @@ def attention_bwd(
     tiles = (_row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, **given)).tiles(N)
     meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype, gate_form), low, causal)
     blocks = 1 if tiles.whole else cdiv(N, tiles.block_m)
-    made = torch.empty((B, H, 2, N), dtype=torch.float32, device=qkv.device)
+    scratch = torch.empty((B, H, 2, N), dtype=torch.float32, device=qkv.device)
     dgate = torch.empty((B * blocks, H), dtype=torch.float32, device=qkv.device)
     inputs = (heads.as_rows(do), heads.as_rows(qkv), None if delta is None else delta.on_chip())
-    args = (*inputs, heads.as_mask(mask, B, H, N), packed(gate), packed(lse), made, heads.as_rows(dqkv), dgate, N)
+    args = (*inputs, heads.as_mask(mask, B, H, N), packed(gate), packed(lse), scratch, heads.as_rows(dqkv), dgate, N)
     sweeps = ((attention_bwd_queries_kernel, blocks), (attention_bwd_keys_kernel, cdiv(N, tiles.key_n)))
     for kernel, blocks in ((attention_bwd_kernel, 1),) if tiles.whole else sweeps:
         launch(kernel, (on_grid(B * H * blocks, "attention_bwd"),), *args, **meta)

@@ -5,7 +5,7 @@ projection's product left them, `[B, N, 3D]`.
     o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h                         lse_h = log Σ exp(…)
 
 q0 is rounded already: a delta added to it and rounded again would vanish under half a unit in the last place. So it
-stays a product of its own, as columns beside those of the head:
+stays a product of its own, as columns beside those of the head, with k = k0 + T_k (s·B_k)ᵀ:
 
     q kᵀ = q0 k0ᵀ + T_q (k s·B_q)ᵀ + (q0 s·B_k) T_kᵀ        P v = P v0 + (P T_v) (s·B_v)ᵀ
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels import heads
-from fastheads.kernels.launch import architecture, launch, on_grid, packed, rows_of
+from fastheads.kernels.launch import architecture, check_contiguous, launch, on_grid, packed
 from fastheads.kernels.low_rank import LowRank
 from fastheads.kernels.tiles import FORWARD, Row, Tiles, cdiv, row_for
 
@@ -37,7 +37,7 @@ def load_queries(q, b_up, o_m, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
     b_q0 = heads.load_head(q, o_m, rows, HEAD, dtype)
     b_q = b_q0
     if len(b_up[0]) > 0:
-        b_q = b_q + (heads.load_low(q, o_m, rows, LOW),)
+        b_q = b_q + (heads.load_t(q, o_m, rows, LOW),)
     if len(b_up[1]) > 0:
         b_q = b_q + (heads.dot_over(b_q0, b_up[1], HEAD).to(dtype),)
     return b_q
@@ -55,12 +55,12 @@ def load_keys(k, v, b_up, o_n, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
         if len(b_up[1]) > 0:
             # k is k0 + T_k s·B_kᵀ: the deltas' product with each other, small but at large deltas not nothing.
             b_uu = heads.dot_over(heads.transposed(b_up[1]), b_up[0], HEAD)
-            b_ku = tl.dot(heads.load_low(k, o_n, rows, LOW), b_uu.to(dtype), b_ku, input_precision=HEAD.precision)
+            b_ku = tl.dot(heads.load_t(k, o_n, rows, LOW), b_uu.to(dtype), b_ku, input_precision=HEAD.precision)
         b_k = b_k + (b_ku.to(dtype),)
     if len(b_up[1]) > 0:
-        b_k = b_k + (heads.load_low(k, o_n, rows, LOW),)
+        b_k = b_k + (heads.load_t(k, o_n, rows, LOW),)
     if len(b_up[2]) > 0:
-        b_v = b_v + (heads.load_low(v, o_n, rows, LOW),)
+        b_v = b_v + (heads.load_t(v, o_n, rows, LOW),)
     return b_k, b_v
 
 
@@ -69,28 +69,28 @@ def softmax_step(
     state, b_q, b_k, b_v, o_m, o_n, rows, mask, EDGE: tl.constexpr, CAUSAL: tl.constexpr, HEAD: tl.constexpr
 ):
     """More keys: m' = max(m, S), l' = l·2^(m − m') + Σ 2^(S − m'), o' = o·2^(m − m') + 2^(S − m') v."""
-    b_m, b_l, b_acc = state
+    b_max, b_sum, b_acc = state
     # [M, N]
     b_s, factor = heads.scores(b_q, b_k, o_m[:, None], o_n[None, :], rows, mask, HEAD)
     b_s = heads.hide(b_s, o_m[:, None], o_n[None, :], rows, float("-inf"), EDGE, CAUSAL)
-    b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * factor)
+    b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
     # A row whose keys are all masked has no maximum yet: subtract 0, not -inf.
-    b_zero = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
+    b_zero = tl.where(b_max_new == float("-inf"), 0.0, b_max_new)
     # Where no mask was added the scores are scaled here, at no cost: a multiply-add.
     b_p = tl.exp2(b_s * factor - b_zero[:, None])
-    b_alpha = tl.exp2(b_m - b_zero)
+    b_alpha = tl.exp2(b_max - b_zero)
     b_w = b_p.to(b_v[0].dtype)
     b_out = ()
     for i in tl.static_range(len(b_v)):
         b_out = b_out + (tl.dot(b_w, b_v[i], b_acc[i] * b_alpha[:, None], input_precision=HEAD.precision),)
-    return b_m_new, b_l * b_alpha + tl.sum(b_p, 1), b_out
+    return b_max_new, b_sum * b_alpha + tl.sum(b_p, 1), b_out
 
 
 @triton.jit
 def softmax_of_none(ROWS: tl.constexpr, b_up, HEAD: tl.constexpr):
     """The running maximum m `[M]`, sum l `[M]` and outputs o, tiles `[M, P]`, before any key. b_up: that of v."""
-    b_m, b_l = tl.full([ROWS], float("-inf"), tl.float32), tl.full([ROWS], 0.0, tl.float32)
-    return b_m, b_l, heads.zero_head(ROWS, b_up, HEAD)
+    b_max, b_sum = tl.full([ROWS], float("-inf"), tl.float32), tl.full([ROWS], 0.0, tl.float32)
+    return b_max, b_sum, heads.zero_head(ROWS, b_up, HEAD)
 
 
 @triton.jit
@@ -98,19 +98,20 @@ def softmax_store(
     state, b_up, out, start, rows, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, POOL: tl.constexpr
 ):
     """o / l, and (P T_v / l) (s·B_v)ᵀ where v has a delta: the pooled token as it is; all of it gated, rounded once."""
-    b_m, b_l, b_acc = state
+    b_max, b_sum, b_acc = state
     o_m = start + tl.arange(0, ROWS)
     m_m = o_m < rows
-    b_sum = tl.where(b_l == 0.0, 1.0, b_l)
-    tl.store(out.p_lse + o_m, tl.where(b_l == 0.0, float("-inf"), (b_m + tl.log2(b_sum)) * heads.LN2), mask=m_m)
+    m_none = b_sum == 0.0
+    b_sum = tl.where(m_none, 1.0, b_sum)
+    tl.store(out.p_lse + o_m, tl.where(m_none, float("-inf"), (b_max + tl.log2(b_sum)) * heads.LN2), mask=m_m)
     b_inverse = (1.0 / b_sum)[:, None]
     b_out = ()
     for i in tl.static_range(len(HEAD.pieces)):
         # [M, P]
         b_o = b_acc[i] * b_inverse
         if len(b_up) > 0:
-            b_low = (b_acc[len(HEAD.pieces)] * b_inverse).to(b_up[i].dtype)
-            b_o = tl.dot(b_low, tl.trans(b_up[i]), b_o, input_precision=HEAD.precision)
+            b_pt = (b_acc[len(HEAD.pieces)] * b_inverse).to(b_up[i].dtype)
+            b_o = tl.dot(b_pt, tl.trans(b_up[i]), b_o, input_precision=HEAD.precision)
         o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
         m_d = o_d < HEAD.dim
         if POOL == "token":
@@ -128,7 +129,7 @@ def softmax_store(
 def out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES: tl.constexpr, HEAD: tl.constexpr, POOL: tl.constexpr):
     """Where one head's outputs go, its gate, and the pooled token."""
     i_bh = b * HEAD.heads + h
-    p_cls, token = i_bh, 0  # nobody reads them
+    p_cls, token = i_bh, 0  # of the type that a field needs; without a POOL nobody reads them
     if POOL == "mean":
         p_cls = pool.p_cls + i_bh * tl.cdiv(rows, TILES.block_m) * HEAD.dim
     if POOL == "token":
@@ -181,13 +182,13 @@ def attention_fwd_chunks_kernel(
         b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
-    whole = rows - rows % TILES.block_m if TILES.tail > 0 else rows
-    for start in range(0, whole, TILES.block_m):
+    full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
+    for start in range(0, full, TILES.block_m):
         b_q = load_queries(q, b_up, start + tl.arange(0, TILES.block_m), rows, HEAD, LOW)
         attend_chunks(b_q, b_ks, b_vs, b_up[2], b_mask, out, start, rows, TILES.block_m, TILES, HEAD, CAUSAL, POOL)
     if TILES.tail > 0:
         # A loop of one round: outside of one, keys and values would leave shared memory for registers.
-        for last in range(whole, rows, TILES.tail):
+        for last in range(full, rows, TILES.tail):
             b_qt = load_queries(q, b_up, last + tl.arange(0, TILES.tail), rows, HEAD, LOW)
             attend_chunks(b_qt, b_ks, b_vs, b_up[2], b_mask, out, last, rows, TILES.tail, TILES, HEAD, CAUSAL, POOL)
 
@@ -211,15 +212,15 @@ def attention_fwd_stream_kernel(
     state = softmax_of_none(TILES.block_m, b_up[2], HEAD)
     # Whole blocks of keys first: nothing of them is masked but by the mask given.
     last = rows
-    whole = rows // TILES.block_n * TILES.block_n
+    full = rows // TILES.block_n * TILES.block_n
     if CAUSAL:
         last = tl.minimum(rows, (i_m + 1) * TILES.block_m)
-        whole = i_m * TILES.block_m // TILES.block_n * TILES.block_n
-    for start in range(0, whole, TILES.block_n):
+        full = i_m * TILES.block_m // TILES.block_n * TILES.block_n
+    for start in range(0, full, TILES.block_n):
         o_n = start + tl.arange(0, TILES.block_n)
         b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
         state = softmax_step(state, b_q, b_k, b_v, o_m, o_n, rows, b_mask, False, False, HEAD)
-    for start_edge in range(whole, last, TILES.block_n):
+    for start_edge in range(full, last, TILES.block_n):
         o_e = start_edge + tl.arange(0, TILES.block_n)
         b_ke, b_ve = load_keys(k, v, b_up, o_e, rows, HEAD, LOW)
         state = softmax_step(state, b_q, b_ke, b_ve, o_m, o_e, rows, b_mask, True, CAUSAL, HEAD)
@@ -278,7 +279,7 @@ def attention_fwd(
     Returns o `[B, N, D]`, gated, in qkv's dtype; lse `[B, H, N]` float32, natural log; cls `[B, H, dh]` float32,
     un-gated, or None. A row that sees no key is 0, its lse -inf.
     """
-    rows_of(qkv=qkv, low=None if delta is None else delta.low)
+    check_contiguous(qkv=qkv, low=None if delta is None else delta.low)
     N, dh = qkv.shape[1], qkv.shape[2] // 3 // num_heads
     low, deltas = (heads.Low(), 0) if delta is None else (delta.form(), len(delta.parts))
     row = _row or row_for(FORWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, rank=low.rank)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels.heads import as_rows
-from fastheads.kernels.launch import launch, on_grid, rows_of
+from fastheads.kernels.launch import check_contiguous, launch, on_grid
 from fastheads.kernels.tiles import cdiv
 
 BLOCK_ROWS, BLOCK_GROUPS = 4, 64
@@ -32,7 +32,7 @@ def dropout(x: Tensor, p: float, seed: Tensor, out: Tensor | None = None) -> Ten
 
     x: `[..., D]`, its last dimension contiguous; seed: int64 `[1]` on x's device; out: contiguous, of x's shape.
     """
-    rows_of(x=x)
+    check_contiguous(x=x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     D = x.shape[-1]
     x3 = x.reshape(1, 1, D) if x.dim() == 1 else x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)

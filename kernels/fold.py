@@ -130,7 +130,7 @@ def fold(
     bias = None if b_in is None and b_out is None else torch.empty(own + below, dtype=dtype, device=w_in.device)
     weights = (_matrix(w_in), packed(b_in), None if w_out is None else _matrix(w_out), packed(b_out))
     args = (*weights, packed(lora_A), packed(lora_B), out, bias, float(scale), D, rank, rows, R)
-    targets = low_of(parts, rank, shared).targets
+    targets = low_of(parts, rank, shared).target_of
     meta = {"HEADS": H, "DIM": dh, "TARGETS": targets, "SHARED": shared, "MERGE": merge and rank > 0}
     row_blocks = 3 * H * cdiv(dh, BLOCK_ROWS) + cdiv(R, BLOCK_ROWS) + cdiv(below, BLOCK_ROWS)
     grid = (on_grid(row_blocks * cdiv(D, BLOCK_COLUMNS), "fold"),)

@@ -1,7 +1,18 @@
 """One head inside an attention kernel: its rows as tiles, its deltas, its mask, its scores, its gate.
 
-Names say what a thing is: p_ a pointer, o_ offsets, m_ a mask, b_ a tile or what else is on chip. A head's rows are
-tuples of tiles `[R, P]`, in pieces along head_dim: 80 columns are 64 and 16, not 128. () stands for what is not there.
+Names say what a thing is: p_ a pointer, o_ offsets, m_ a mask, b_ a tile or what else is on chip; o_m are queries, o_n
+keys, o_r either. A head's rows are tuples of tiles `[R, P]`, in pieces along head_dim: 80 columns are 64 and 16, not
+128. What is not there is None in a launch and () on chip, whose type is known when a kernel is compiled.
+
+q, k and v are parts 0, 1 and 2. Side by side in a row, part p of head h is the head p·H + h of 3·H.
+
+A delta, `y += s·T Bᵀ` with `T = x Aᵀ`, goes by these names:
+
+    LowRank      (low_rank.py) what a launcher is given: low, which is T, up, which is B, and what they are of
+    Low          what of it a kernel is compiled for: rank, and which parts have a delta
+    Delta        what of it a kernel is given: pointers to T and B, strides, s
+    DeltaOfHead  one head's and part's: its columns of T and its B
+    b_t, b_up    T `[R, r]` and s·B `[P, r]` on chip
 """
 
 import functools
@@ -24,7 +35,8 @@ LN2 = tl.constexpr(math.log(2))
 class Head(NamedTuple):
     """At compile time. heads: H; dim: dh; pieces: (first column, columns); scale: 1 / sqrt(dh).
 
-    gates: H, padded to a power of two; gate_form: "" where they are given as they are, else what makes them of theta.
+    precision: of products; gates: numbers in a tile of all gates, which is H padded to a power of two; gate_form: ""
+    where they are given as they are, else what makes them of theta.
     """
 
     heads: int
@@ -37,10 +49,10 @@ class Head(NamedTuple):
 
 
 class Low(NamedTuple):
-    """The deltas at compile time. targets: the place of q, k, v among them, or -1; tile: rank, padded for tl.dot;
-    shared: all heads have one A."""
+    """The deltas at compile time. target_of: of each part, which target it is, -1 where it has no delta; tile: rank,
+    padded for tl.dot; shared: all heads have one A."""
 
-    targets: tuple[int, int, int] = (-1, -1, -1)
+    target_of: tuple[int, int, int] = (-1, -1, -1)
     rank: int = 0
     tile: int = 0
     shared: bool = False
@@ -70,7 +82,7 @@ def as_mask(mask: Tensor | None, batch: int, heads: int, length: int) -> Mask | 
 
 @functools.lru_cache(maxsize=1024)
 def low_of(parts: tuple[int, ...], rank: int, shared: bool) -> Low:
-    """parts: which of q (0), k (1), v (2) each delta is of."""
+    """parts: which part each target is."""
     q, k, v = (parts.index(part) if part in parts else -1 for part in range(3))
     return Low((q, k, v), rank, rank_tile(rank), shared)
 
@@ -100,22 +112,25 @@ def program(blocks, HEAD: tl.constexpr):
 
 @triton.jit
 def rows_of_head(x, b, h, HEAD: tl.constexpr):
+    """Head h of x's own, which may be 3·H."""
     return RowsOfHead(x.p + b * x.stride_b + h * HEAD.dim, x.stride_n, ())
 
 
 @triton.jit
 def part_of_head(qkv, delta, b, h, PART: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr):
-    """q (0), k (1) or v (2) of one head, with its delta; they lie D columns apart."""
-    low = ()
-    if LOW.targets[PART] >= 0:
-        i_th = LOW.targets[PART] * HEAD.heads + h
-        p_low = delta.p + b * delta.stride_b + (LOW.targets[PART] if LOW.shared else i_th) * LOW.rank
-        low = DeltaOfHead(p_low, delta.stride_n, delta.p_up + i_th * (HEAD.dim * LOW.rank), delta.scale)
-    return RowsOfHead(qkv.p + b * qkv.stride_b + (PART * HEAD.heads + h) * HEAD.dim, qkv.stride_n, low)
+    """Part PART of one head, with its delta."""
+    own = ()
+    if LOW.target_of[PART] >= 0:
+        i_th = LOW.target_of[PART] * HEAD.heads + h
+        p_t = delta.p + b * delta.stride_b + (LOW.target_of[PART] if LOW.shared else i_th) * LOW.rank
+        own = DeltaOfHead(p_t, delta.stride_n, delta.p_up + i_th * (HEAD.dim * LOW.rank), delta.scale)
+    y = rows_of_head(qkv, b, PART * HEAD.heads + h, HEAD)
+    return RowsOfHead(y.p, y.stride, own)
 
 
 @triton.jit
 def parts_of_head(qkv, delta, b, h, HEAD: tl.constexpr, LOW: tl.constexpr):
+    """q, k and v."""
     q = part_of_head(qkv, delta, b, h, 0, HEAD, LOW)
     k = part_of_head(qkv, delta, b, h, 1, HEAD, LOW)
     return q, k, part_of_head(qkv, delta, b, h, 2, HEAD, LOW)
@@ -186,7 +201,7 @@ def load_head(x, o_r, rows, HEAD: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_low(x, o_r, rows, LOW: tl.constexpr):
+def load_t(x, o_r, rows, LOW: tl.constexpr):
     """T of one head, `[R, r]`."""
     return load_tile(x.delta.p, o_r, x.delta.stride, rows, 0, LOW.tile, LOW.rank)
 
@@ -207,8 +222,8 @@ def load_ups(delta, h, dtype: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexp
     b_ups = ()
     for part in tl.static_range(3):
         b_up = ()
-        if LOW.targets[part] >= 0:
-            p_up = delta.p_up + (LOW.targets[part] * HEAD.heads + h) * (HEAD.dim * LOW.rank)
+        if LOW.target_of[part] >= 0:
+            p_up = delta.p_up + (LOW.target_of[part] * HEAD.heads + h) * (HEAD.dim * LOW.rank)
             b_up = load_up(p_up, delta.scale, dtype, HEAD, LOW)
         b_ups = b_ups + (b_up,)
     return b_ups
@@ -216,10 +231,15 @@ def load_ups(delta, h, dtype: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexp
 
 @triton.jit
 def load_part(x, o_r, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
-    """Rows o_r of q, k or v with their delta, y0 + T (s·B)ᵀ: added in float32, then rounded."""
+    """Rows o_r of q, k or v with their delta, y0 + T (s·B)ᵀ: added in float32, then rounded.
+
+    For gradients that will do. The sum loses what is under half a unit of y0, which in the forward pass is the whole
+    effect of a small delta; a gradient is only as far off as 16 bits put any. (What that does to P's sum:
+    `attention_bwd.query_rows`.)
+    """
     b_y = load_head(x, o_r, rows, HEAD, x.p.dtype.element_ty)
     if len(x.delta) > 0:
-        b_t = load_low(x, o_r, rows, LOW)
+        b_t = load_t(x, o_r, rows, LOW)
         b_up = load_up(x.delta.p_up, x.delta.scale, b_t.dtype, HEAD, LOW)
         b_sum = ()
         for i in tl.static_range(len(HEAD.pieces)):
@@ -280,9 +300,11 @@ def add_product(b_acc, b_w, b_x, HEAD: tl.constexpr):
 
 @triton.jit
 def scores(b_x, b_y, o_m, o_n, rows, mask, HEAD: tl.constexpr):
-    """q kᵀ / sqrt(dh) + mask in base 2, as a tile and the factor that is still to come; -inf where masked.
+    """S and f: the scores q kᵀ / sqrt(dh) + mask, in base 2, are S · f; -inf where masked.
 
-    b_x: q and b_y: k, queries o_m `[M, 1]`, keys o_n `[1, N]`; or k and q, `[1, M]` and `[N, 1]`, for the transpose.
+    f is 1 / sqrt(dh) in base 2, left to the caller as a multiply-add is free where it subtracts the maximum; 1 where a
+    mask was added. b_x: q and b_y: k, queries o_m `[M, 1]`, keys o_n `[1, N]`; or k and q, `[1, M]` and `[N, 1]`, for
+    the transpose.
     """
     b_s = dot_over(b_x, transposed(b_y), HEAD)
     factor = HEAD.scale * LOG2E
@@ -303,7 +325,11 @@ def scores(b_x, b_y, o_m, o_n, rows, mask, HEAD: tl.constexpr):
 
 @triton.jit
 def hide(b_x, o_m, o_n, rows, value: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr):
-    """b_x with `value` where a key is past the last (EDGE: some may be) or after the query (CAUSAL)."""
+    """b_x with `value` where a key is past the last (EDGE: some may be) or after the query (CAUSAL).
+
+    The forward pass hides scores by -inf, for it takes their maximum; the backward, which doesn't, probabilities by 0:
+    -inf before the exponential takes sm_90 20 registers more.
+    """
     if EDGE:
         b_x = tl.where(o_n < rows, b_x, value)
     if CAUSAL:

@@ -76,8 +76,9 @@ def packed(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
 
 
-def rows_of(**tensors: Tensor | None) -> None:
-    """Raises ValueError for one, by name, whose rows are not contiguous, as kernels read what is large."""
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raises ValueError for a tensor, by name, whose last dimension is not contiguous: what is large is read by rows,
+    of any stride, and not copied."""
     for name, x in tensors.items():
         if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{name}: its last dimension has stride {x.stride(-1)}; the kernel takes contiguous rows")

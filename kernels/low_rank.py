@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels.heads import Delta, Low, as_rows, head_of, low_of
-from fastheads.kernels.launch import launch, on_grid, packed, rows_of
+from fastheads.kernels.launch import check_contiguous, launch, on_grid, packed
 from fastheads.kernels.tiles import cdiv, next_power_of_2
 
 # Rows per block of 16 bits, and the number of programs to aim for: two to four per SM of an A100 (108) or H100 (132).
@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
 
 
 @triton.jit
-def add_head(p_dy, o_y, m_n, p_up, b_low, b_u, b_db, HEAD: tl.constexpr, LOW: tl.constexpr, DIM: tl.constexpr):
+def add_head(p_dy, o_y, m_n, p_up, b_t, b_u, b_db, HEAD: tl.constexpr, LOW: tl.constexpr, DIM: tl.constexpr):
     """u + dY B and dB + dYᵀ T for one block of rows of one head: the one read of dY."""
     o_d, o_c = tl.arange(0, DIM), tl.arange(0, LOW.tile)
     m_d = o_d < HEAD.dim
@@ -53,7 +53,7 @@ def add_head(p_dy, o_y, m_n, p_up, b_low, b_u, b_db, HEAD: tl.constexpr, LOW: tl
     p_b = p_up + o_d[:, None] * LOW.rank + o_c[None, :]
     b_up = tl.load(p_b, mask=m_d[:, None] & (o_c < LOW.rank)[None, :], other=0.0).to(b_dy.dtype)
     b_u = tl.dot(b_dy, b_up, b_u, input_precision=HEAD.precision)
-    b_db = tl.dot(tl.trans(b_dy), b_low, b_db, input_precision=HEAD.precision)
+    b_db = tl.dot(tl.trans(b_dy), b_t, b_db, input_precision=HEAD.precision)
     return b_u, b_db
 
 
@@ -72,9 +72,9 @@ def low_rank_bwd_kernel(
     OF_HEAD: tl.constexpr = HEAD.dim * LOW.rank
     i_g, i_s = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS
     i_t, i_h = i_g // (GROUPS // T), i_g % (GROUPS // T)
-    part = 0
+    part = 0  # of target i_t: the inverse of LOW.target_of
     for p in tl.static_range(3):
-        part = tl.where(i_t == LOW.targets[p], p, part)
+        part = tl.where(i_t == LOW.target_of[p], p, part)
     o_d, o_c = tl.arange(0, DIM), tl.arange(0, LOW.tile)
     m_c = o_c < LOW.rank
     m_db = (o_d < HEAD.dim)[:, None] & m_c[None, :]
@@ -87,22 +87,22 @@ def low_rank_bwd_kernel(
         o_y = i_b * dqkv.stride_b + i_n * dqkv.stride_n + part * (H * HEAD.dim)
         # [R, r]
         p_t = delta.p + (i_b * delta.stride_b + i_n * delta.stride_n + i_g * LOW.rank)[:, None] + o_c[None, :]
-        b_low = tl.load(p_t, mask=m_n[:, None] & m_c[None, :], other=0.0)
+        b_t = tl.load(p_t, mask=m_n[:, None] & m_c[None, :], other=0.0)
         b_u = tl.full([BLOCK, LOW.tile], 0.0, tl.float32)
         if LOW.shared:
             for h in range(H):
                 p_up = delta.p_up + (i_t * H + h) * OF_HEAD
                 b_db = tl.full([DIM, LOW.tile], 0.0, tl.float32)
-                b_u, b_db = add_head(dqkv.p, o_y + h * HEAD.dim, m_n, p_up, b_low, b_u, b_db, HEAD, LOW, DIM)
+                b_u, b_db = add_head(dqkv.p, o_y + h * HEAD.dim, m_n, p_up, b_t, b_u, b_db, HEAD, LOW, DIM)
                 tl.store(p_db + (i_t * H + h) * OF_HEAD, b_db * delta.scale, mask=m_db)
         else:
             p_up = delta.p_up + i_g * OF_HEAD
-            b_u, b_db = add_head(dqkv.p, o_y + i_h * HEAD.dim, m_n, p_up, b_low, b_u, b_db, HEAD, LOW, DIM)
+            b_u, b_db = add_head(dqkv.p, o_y + i_h * HEAD.dim, m_n, p_up, b_t, b_u, b_db, HEAD, LOW, DIM)
         o_u = i_b * u.stride_b + i_n * u.stride_n
         b_u = (b_u * delta.scale).to(u.p.dtype.element_ty)
         tl.store(u.p + (o_u + i_g * LOW.rank)[:, None] + o_c[None, :], b_u, mask=m_n[:, None] & m_c[None, :])
         if i_g == GROUPS - 1:
-            # the columns that only pad T's width, which a product over all of u would read
+            # The last group also zeroes the columns that only pad T's width: a product over all of u would read them.
             for c in range(GROUPS * LOW.rank, C, LOW.tile):
                 p_z = u.p + o_u[:, None] + (c + o_c)[None, :]
                 tl.store(p_z, tl.zeros_like(b_u), mask=m_n[:, None] & (c + o_c < C)[None, :])
@@ -117,7 +117,7 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
     dqkv: `[B, N, 3D]`; u: `[B, N, C]` in its dtype, laid out as `delta.low`, padding columns set to zero. Views;
     their last dimension is contiguous.
     """
-    rows_of(dqkv=dqkv, u=u, low=delta.low)
+    check_contiguous(dqkv=dqkv, u=u, low=delta.low)
     B, N, C = u.shape
     T, H, dh, r = delta.up.shape
     low, dim, rows = delta.form(), max(16, next_power_of_2(dh)), on_grid(B * N, "low_rank_bwd")

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.launch import architecture, dot_precision, launch, on_grid, packed, rows_of, strides
+from fastheads.kernels.launch import architecture, check_contiguous, dot_precision, launch, on_grid, packed, strides
 from fastheads.kernels.tiles import MMD_DOMAINS, cdiv, mmd_tiles
 
 MAX_DOMAINS = 64
@@ -195,7 +195,7 @@ def mmd_tile(
     if S > MAX_DOMAINS:
         raise ValueError(f"num_domains: got {S}; the kernel takes up to {MAX_DOMAINS}")
     check_powers(powers)
-    rows_of(x=x, out=out)
+    check_contiguous(x=x, out=out)
     itself = start is None
     if start is None:
         start, own, once = first, 0, rows

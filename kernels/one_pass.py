@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastheads.kernels import heads
 from fastheads.kernels.attention_fwd import attend, attend_chunks, out_of_head
-from fastheads.kernels.launch import architecture, packed, rows_of, strides
+from fastheads.kernels.launch import architecture, check_contiguous, packed, strides
 from fastheads.kernels.tiles import LONGEST_ON_CHIP, ONE_PASS, Row, chunks_of, columns_of, row_for
 
 # W `[3D, D]`, bias `[3D]` or None; A `[T, H | 1, r, D]`, stride_h 0 where heads share it, B `[T, H, dh, r]`, scale s.
@@ -47,8 +47,8 @@ def add_columns(
         # [P, block_n]
         b_w = load_columns(p_w, o_d, weight.stride, HEAD.dim, start, TILES, HEAD)
         b_sums = b_sums + (tl.dot(b_x, tl.trans(b_w), b_y[i], input_precision=HEAD.precision),)
-    if LOW.targets[PART] >= 0:
-        p_a = lora.p + LOW.targets[PART] * lora.stride_t + h * lora.stride_h
+    if LOW.target_of[PART] >= 0:
+        p_a = lora.p + LOW.target_of[PART] * lora.stride_t + h * lora.stride_h
         # [r, block_n]
         b_a = load_columns(p_a, tl.arange(0, LOW.tile), lora.stride_r, LOW.rank, start, TILES, HEAD)
         b_sums = b_sums + (tl.dot(b_x, tl.trans(b_a), b_y[len(HEAD.pieces)], input_precision=HEAD.precision),)
@@ -118,12 +118,12 @@ def one_pass_fwd_kernel(
         )
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
-    whole = rows - rows % TILES.block_m if TILES.tail > 0 else rows
-    for start in range(0, whole, TILES.block_m):
+    full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
+    for start in range(0, full, TILES.block_m):
         b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), TILES.block_m, TILES, HEAD, LOW)
         attend_chunks(b_q[0], b_ks, b_vs, (), b_mask, out, start, rows, TILES.block_m, TILES, HEAD, CAUSAL, POOL)
     if TILES.tail > 0:
-        for last in range(whole, rows, TILES.tail):
+        for last in range(full, rows, TILES.tail):
             b_qt = project_rows(x_b, weight, lora, b_up, last, rows, width, h, (0,), TILES.tail, TILES, HEAD, LOW)
             attend_chunks(b_qt[0], b_ks, b_vs, (), b_mask, out, last, rows, TILES.tail, TILES, HEAD, CAUSAL, POOL)
 
@@ -165,7 +165,7 @@ def one_pass_fwd(
 
     Returns o `[B, N, D]`, lse `[B, H, N]`, cls `[B, H, dh]` as `attention_fwd` does.
     """
-    rows_of(x=x, w_in=w_in, lora_A=lora_A)
+    check_contiguous(x=x, w_in=w_in, lora_A=lora_A)
     N, dh = x.shape[1], x.shape[2] // num_heads
     tiles = (_row or row_for(ONE_PASS, architecture(x), dh, N, x.dtype)).tiles(N)
     lora, low, head = None, heads.Low(), heads.head_of(num_heads, dh, x.dtype, gate_form)

@@ -68,7 +68,7 @@ def sums(
     if gates is None and parts is None:
         return None, None
     programs = (gates is not None) + cdiv(columns, BLOCK_COLUMNS)
-    head = heads.head_of(H, 1, torch.float32, gate_form)
+    head = heads.head_of(H, 1, torch.float32, gate_form)  # of it the heads and gates; no column is read
     meta = {
         "HEAD": head,
         "GATE_ROWS": max(1, GATES // head.gates) if rows else 1,

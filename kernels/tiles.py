@@ -87,8 +87,10 @@ class Row(NamedTuple):
             raise ValueError(f"{self}: a backward in two launches streams its keys, so chunk takes whole=True")
         m = min(self.m, max(16, next_power_of_2(length))) if self.chunk else self.m
         chunks = chunks_of(length, self.chunk) if self.chunk else ()
-        rest = [TAIL if size > TAIL and 0 < length % size <= TAIL else 0 for size in (m, self.key[1] or 1)]
-        tail, key_tail = rest if self.whole else (rest[0] * self.tail, 0)
+        # Of queries and of keys: TAIL where so few are left over in the last block, else 0.
+        tail, key_tail = (TAIL if size > TAIL and 0 < length % size <= TAIL else 0 for size in (m, self.key[1] or 1))
+        if not self.whole:
+            tail, key_tail = tail if self.tail else 0, 0
         return Tiles(chunks, m, self.n, *self.key, tail, key_tail, self.whole, self.warps, self.stages)
 
 
@@ -223,11 +225,12 @@ def row_for(
 ) -> Row:  # fmt: skip
     """The first row of the chip's family that takes the problem; arch as `launch.architecture` says it."""
     family, columns = FAMILY.get(arch, 0), columns_of(head_dim)
-    on_chip = -(-length // 16) * 16 * 2 * (2 * columns + deltas * rank_tile(rank))  # bytes of keys, values and T
+    # Bytes of all keys, values and T, 16 bits each; asked of the forward pass alone, for the others' rows say a length.
+    on_chip = 2 * (-(-length // 16) * 16) * (2 * columns + deltas * rank_tile(rank))
 
     def takes(row: Row) -> bool:
         fits = not row.chunk or table is not FORWARD or on_chip <= SHARED.get(family, 0) - BESIDE
-        other = row.masked >= masked and row.spread >= spread
+        other = (row.masked or not masked) and (row.spread or not spread)
         return fits and other and columns <= row.columns and length <= row.length and deltas <= row.deltas
 
     rows = table["float32"] if dtype == torch.float32 else table.get(family, table[0])
@@ -235,8 +238,8 @@ def row_for(
 
 
 def is_spread(length: int, heads: int) -> bool:
-    """Whether a backward spreads each head over the chip: `heads` of the whole batch are fewer than two for each SM of
-    an A100, or each is long."""
+    """Whether a backward takes a program per block of each head, not one per head: where that would be a long one, or
+    leave an A100's 108 SMs with fewer than two each. heads: of the whole batch."""
     return length > LONGEST_ON_CHIP or (length > 80 and heads < 2 * 108)
 
 
