@@ -113,19 +113,7 @@ def covered(value: Any, tensors: bool = True) -> bool:
 # --------------------------------------------------------------------------------------------------------- starts
 
 
-class Start(NamedTuple):
-    """A compiled kernel, what starts it, and the arguments that follow the ones given by place.
-
-    compiled: held, since where nobody holds it newer Tritons unload the function.
-    """
-
-    compiled: Any
-    run: Callable[..., None]
-    function: Any
-    packed: Any
-    tail: tuple[Any, ...]
-
-
+Start = Callable[..., None]  # of x, y, z, stream, args
 # By the id of Triton's cache for a kernel and a device, which is kept beside so that no other gets its id.
 _starts: dict[int, tuple[Any, dict[Any, Start]]] = {}
 
@@ -152,12 +140,17 @@ def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[
                 starts.clear()
             starts[key] = _start_of(compiled, kernel, len(args), meta)
         return
-    x, y, z = (*grid, 1, 1)[:3]
-    stream = active.get_current_stream(device)
-    known.run(x, y, z, stream, known.function, known.packed, None, None, None, *args, *known.tail)
+    known(*(*grid, 1, 1)[:3], active.get_current_stream(device), args)
 
 
 def _start_of(compiled: Any, kernel: Any, given: int, meta: dict[str, Any]) -> Start:
+    """Starts a compiled kernel with `given` arguments by place; those that follow are the same each time."""
     rest = list(kernel.signature.parameters.values())[given:]
     tail = tuple(meta.get(parameter.name, parameter.default) for parameter in rest)
-    return Start(compiled, compiled.run, compiled.function, compiled.packed_metadata, tail)
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+
+    # held: where nobody holds what was compiled, newer Tritons unload the function
+    def started(x: int, y: int, z: int, stream: Any, args: tuple[Any, ...], held: Any = compiled) -> None:
+        run(x, y, z, stream, function, packed, None, None, None, *args, *tail)
+
+    return started
