@@ -9,7 +9,6 @@ whole row of keys, so dg is right at g = 0 too. q, k and v are with their deltas
 """
 
 from collections import namedtuple
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastheads.kernels import heads
 from fastheads.kernels.launch import architecture, check_contiguous, launch, on_grid, packed
-from fastheads.kernels.low_rank import LowRank
+from fastheads.kernels.low_rank import LowRank, given
 from fastheads.kernels.tiles import BACKWARD, Row, cdiv, is_spread, row_for
 
 # One head of one image. gate: () without gates; (g,), made at the start, where both sweeps are one launch; else
@@ -63,7 +62,8 @@ def gate_of(x, HEAD: tl.constexpr):
 @triton.jit
 def load_lse(p_lse, o_m, rows):
     """lse in base 2. Rows that see nothing, and rows that aren't there, get +inf: their P is 0, never NaN. So do rows
-    that see only keys masked by a huge number: float32 cannot tell such a lse from its neighbours 100 away."""
+    that see only keys masked by a huge number, where float32's numbers are 1 or more apart: at −1e9 exp(S − lse) is
+    anything from 0 to infinity."""
     b_lse = tl.load(p_lse + o_m, mask=o_m < rows, other=float("inf")) * heads.LOG2E
     return tl.where(b_lse < -1.2e7, float("inf"), b_lse)  # -1 / float32's epsilon
 
@@ -136,6 +136,9 @@ def query_rows(
             b_p = probabilities(b_q, b_k, b_lse[:, None], o_m[:, None], o_n[None, :], rows, x.mask, CAUSAL, HEAD)
             b_dp = heads.dot_over(b_do, heads.transposed(b_v), HEAD)
             b_dq = heads.add_product(b_dq, b_p * (b_dp - b_mean[:, None]), b_k, HEAD)
+    # Read again, by other threads than stored it, rather than kept: four registers that cost sm_90 a block per SM.
+    tl.debug_barrier()
+    b_inverse = tl.load(x.p_inverse + o_m, mask=o_m < rows, other=0.0)
     heads.store_head(x.dq, o_m, rows, b_dq, (b_inverse * (gate_of(x, HEAD) * HEAD.scale))[:, None], HEAD)
     return tl.sum(b_mean, 0)
 
@@ -257,19 +260,20 @@ def attention_bwd(
         delta: what the heads' q, k, v have beside qkv. The gradient is that of their sum.
         out: `[B, N, 3D]` view to write dqkv to, its last dimension contiguous; None: allocated.
     """
-    check_contiguous(qkv=qkv, out=out, low=None if delta is None else delta.low)
+    check_contiguous(qkv=qkv, out=out)
     B, N, D = do.shape
     H, dh = num_heads, D // num_heads
     do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty((B, N, 3 * D), dtype=qkv.dtype, device=qkv.device) if out is None else out
-    low, deltas = (heads.Low(), 0) if delta is None else (delta.form(), len(delta.parts))
-    given: dict[str, Any] = {"deltas": deltas, "masked": mask is not None, "spread": is_spread(N, B * H)}
-    tiles = (_row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, **given)).tiles(N)
+    on_chip, low, deltas = given(delta)
+    masked, spread = mask is not None, is_spread(N, B * H)
+    row = _row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, masked=masked, spread=spread)
+    tiles = row.tiles(N)
     meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype, gate_form), low, causal)
     blocks = 1 if tiles.whole else cdiv(N, tiles.block_m)
     scratch = torch.empty((B, H, 2, N), dtype=torch.float32, device=qkv.device)
     dgate = torch.empty((B * blocks, H), dtype=torch.float32, device=qkv.device)
-    inputs = (heads.as_rows(do), heads.as_rows(qkv), None if delta is None else delta.on_chip())
+    inputs = (heads.as_rows(do), heads.as_rows(qkv), on_chip)
     args = (*inputs, heads.as_mask(mask, B, H, N), packed(gate), packed(lse), scratch, heads.as_rows(dqkv), dgate, N)
     sweeps = ((attention_bwd_queries_kernel, blocks), (attention_bwd_keys_kernel, cdiv(N, tiles.key_n)))
     for kernel, blocks in ((attention_bwd_kernel, 1),) if tiles.whole else sweeps:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastheads.kernels import heads
 from fastheads.kernels.launch import architecture, check_contiguous, launch, on_grid, packed
-from fastheads.kernels.low_rank import LowRank
+from fastheads.kernels.low_rank import LowRank, given
 from fastheads.kernels.tiles import FORWARD, Row, Tiles, cdiv, row_for
 
 # p_cls: `[B, H, 1 | blocks of queries, dh]`; which token: that of every image, or of each (p_tokens `[B]`).
@@ -153,78 +153,62 @@ def attend_chunks(
     for c in tl.static_range(len(TILES.chunks)):
         o_n = TILES.chunks[c][0] + tl.arange(0, TILES.chunks[c][1])
         # Only the last chunk has rows to spare; of the others a causal program skips those above the diagonal.
-        if CAUSAL and c > 0:
-            if start + ROWS > TILES.chunks[c][0]:
-                state = softmax_step(state, b_q, b_ks[c], b_vs[c], o_m, o_n, rows, mask, c == LAST, CAUSAL, HEAD)
-        else:
+        if not CAUSAL or c == 0 or start + ROWS > TILES.chunks[c][0]:
             state = softmax_step(state, b_q, b_ks[c], b_vs[c], o_m, o_n, rows, mask, c == LAST, CAUSAL, HEAD)
     softmax_store(state, b_up, out, start, rows, ROWS, TILES, HEAD, POOL)
 
 
 @triton.jit
-def attention_fwd_chunks_kernel(
+def attention_fwd_kernel(
     qkv, delta, mask, p_gate, o, p_lse, pool, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h and lse_h; q, k, v with their deltas.
 
-    A program per (image, head): keys and values `[N, dh]` stay on chip while the queries go by, block_m at a time.
+    With chunks a program per (image, head): keys and values `[N, dh]` stay on chip while the queries go by, block_m at
+    a time. Else one per (image, head, block_m queries): keys and values stream by, block_n at a time.
     """
-    b, h, _ = heads.program(1, HEAD)
-    q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
-    b_up = heads.load_ups(delta, h, o.p.dtype.element_ty, HEAD, LOW)
-    b_mask = heads.mask_of_head(mask, b, h)
-    out = out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES, HEAD, POOL)
-    b_ks = ()
-    b_vs = ()
-    for c in tl.static_range(len(TILES.chunks)):
-        o_n = TILES.chunks[c][0] + tl.arange(0, TILES.chunks[c][1])
-        b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
-        b_ks = b_ks + (b_k,)
-        b_vs = b_vs + (b_v,)
-    full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
-    for start in range(0, full, TILES.block_m):
-        b_q = load_queries(q, b_up, start + tl.arange(0, TILES.block_m), rows, HEAD, LOW)
-        attend_chunks(b_q, b_ks, b_vs, b_up[2], b_mask, out, start, rows, TILES.block_m, TILES, HEAD, CAUSAL, POOL)
-    if TILES.tail > 0:
-        # A loop of one round: outside of one, keys and values would leave shared memory for registers.
-        for last in range(full, rows, TILES.tail):
-            b_qt = load_queries(q, b_up, last + tl.arange(0, TILES.tail), rows, HEAD, LOW)
-            attend_chunks(b_qt, b_ks, b_vs, b_up[2], b_mask, out, last, rows, TILES.tail, TILES, HEAD, CAUSAL, POOL)
-
-
-@triton.jit
-def attention_fwd_stream_kernel(
-    qkv, delta, mask, p_gate, o, p_lse, pool, rows,
-    TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
-):  # fmt: skip
-    """The same, a program per (image, head, block_m queries): keys and values stream by, block_n at a time."""
-    blocks = tl.cdiv(rows, TILES.block_m)
+    blocks = 1 if len(TILES.chunks) > 0 else tl.cdiv(rows, TILES.block_m)
     b, h, i_block = heads.program(blocks, HEAD)
-    # Causal: the blocks with most keys first, so that none is left over at the end.
-    i_m = blocks - 1 - i_block
     q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
     b_up = heads.load_ups(delta, h, o.p.dtype.element_ty, HEAD, LOW)
     b_mask = heads.mask_of_head(mask, b, h)
     out = out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES, HEAD, POOL)
-    o_m = i_m * TILES.block_m + tl.arange(0, TILES.block_m)
-    b_q = load_queries(q, b_up, o_m, rows, HEAD, LOW)
-    state = softmax_of_none(TILES.block_m, b_up[2], HEAD)
-    # Whole blocks of keys first: nothing of them is masked but by the mask given.
-    last = rows
-    full = rows // TILES.block_n * TILES.block_n
-    if CAUSAL:
-        last = tl.minimum(rows, (i_m + 1) * TILES.block_m)
-        full = i_m * TILES.block_m // TILES.block_n * TILES.block_n
-    for start in range(0, full, TILES.block_n):
-        o_n = start + tl.arange(0, TILES.block_n)
-        b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
-        state = softmax_step(state, b_q, b_k, b_v, o_m, o_n, rows, b_mask, False, False, HEAD)
-    for start_edge in range(full, last, TILES.block_n):
-        o_e = start_edge + tl.arange(0, TILES.block_n)
-        b_ke, b_ve = load_keys(k, v, b_up, o_e, rows, HEAD, LOW)
-        state = softmax_step(state, b_q, b_ke, b_ve, o_m, o_e, rows, b_mask, True, CAUSAL, HEAD)
-    softmax_store(state, b_up[2], out, i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, POOL)
+    if len(TILES.chunks) > 0:
+        b_ks = ()
+        b_vs = ()
+        for c in tl.static_range(len(TILES.chunks)):
+            o_n = TILES.chunks[c][0] + tl.arange(0, TILES.chunks[c][1])
+            b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
+            b_ks = b_ks + (b_k,)
+            b_vs = b_vs + (b_v,)
+        full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
+        # Full blocks, then the tail: a loop too, of one round, for outside of one keys and values would leave shared
+        # memory for registers.
+        bounds = (0, full, rows)
+        ROWS: tl.constexpr = (TILES.block_m, TILES.tail)
+        for t in tl.static_range(2 if TILES.tail > 0 else 1):
+            for start in range(bounds[t], bounds[t + 1], ROWS[t]):
+                b_q = load_queries(q, b_up, start + tl.arange(0, ROWS[t]), rows, HEAD, LOW)
+                attend_chunks(b_q, b_ks, b_vs, b_up[2], b_mask, out, start, rows, ROWS[t], TILES, HEAD, CAUSAL, POOL)
+    else:
+        # Where causal, the blocks with most keys start first, so that none is left over at the end.
+        i_m = blocks - 1 - i_block
+        o_m = i_m * TILES.block_m + tl.arange(0, TILES.block_m)
+        b_q = load_queries(q, b_up, o_m, rows, HEAD, LOW)
+        state = softmax_of_none(TILES.block_m, b_up[2], HEAD)
+        last, full = rows, rows // TILES.block_n * TILES.block_n
+        if CAUSAL:
+            last = tl.minimum(rows, (i_m + 1) * TILES.block_m)
+            full = i_m * TILES.block_m // TILES.block_n * TILES.block_n
+        # Full blocks of keys, of which nothing is masked but by the mask given; then those at the edge.
+        bounds = (0, full, last)
+        for EDGE in tl.static_range(2):
+            for start in range(bounds[EDGE], bounds[EDGE + 1], TILES.block_n):
+                o_n = start + tl.arange(0, TILES.block_n)
+                b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
+                state = softmax_step(state, b_q, b_k, b_v, o_m, o_n, rows, b_mask, EDGE, CAUSAL and EDGE, HEAD)
+        softmax_store(state, b_up[2], out, i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, POOL)
 
 
 def attend(
@@ -279,13 +263,11 @@ def attention_fwd(
     Returns o `[B, N, D]`, gated, in qkv's dtype; lse `[B, H, N]` float32, natural log; cls `[B, H, dh]` float32,
     un-gated, or None. A row that sees no key is 0, its lse -inf.
     """
-    check_contiguous(qkv=qkv, low=None if delta is None else delta.low)
+    check_contiguous(qkv=qkv)
     N, dh = qkv.shape[1], qkv.shape[2] // 3 // num_heads
-    low, deltas = (heads.Low(), 0) if delta is None else (delta.form(), len(delta.parts))
+    on_chip, low, deltas = given(delta)
     row = _row or row_for(FORWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, rank=low.rank)
     tiles, head = row.tiles(N), heads.head_of(num_heads, dh, qkv.dtype, gate_form)
-    kernel, blocks = attention_fwd_stream_kernel, cdiv(N, tiles.block_m)
-    if tiles.chunks:
-        kernel, blocks = attention_fwd_chunks_kernel, 1
-    inputs = (heads.as_rows(qkv), None if delta is None else delta.on_chip())
+    kernel, blocks = attention_fwd_kernel, 1 if tiles.chunks else cdiv(N, tiles.block_m)
+    inputs = (heads.as_rows(qkv), on_chip)
     return attend(kernel, blocks, inputs, qkv, tiles, head, low, gate=gate, mask=mask, causal=causal, pool=pool)

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastheads.kernels.launch import dot_precision, strides
-from fastheads.kernels.tiles import Tiles, next_power_of_2, pieces_of, rank_tile
+from fastheads.kernels.tiles import Tiles, dot_width, next_power_of_2, pieces_of
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -84,7 +84,7 @@ def as_mask(mask: Tensor | None, batch: int, heads: int, length: int) -> Mask | 
 def low_of(parts: tuple[int, ...], rank: int, shared: bool) -> Low:
     """parts: which part each target is."""
     q, k, v = (parts.index(part) if part in parts else -1 for part in range(3))
-    return Low((q, k, v), rank, rank_tile(rank), shared)
+    return Low((q, k, v), rank, dot_width(rank), shared)
 
 
 def head_of(heads: int, head_dim: int, dtype: torch.dtype, gate_form: str = "") -> Head:
@@ -181,11 +181,11 @@ def theta_gradient(b_dg, p_gate, h, HEAD: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_x, o_r, stride, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns FIRST … FIRST + WIDTH - 1 of the rows o_r, `[R, WIDTH]`; zero past COLUMNS and past `rows`."""
-    o_c = FIRST + tl.arange(0, WIDTH)
+def load_tile(p_x, o_r, stride, rows, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, EDGE: tl.constexpr):
+    """Columns first … first + WIDTH - 1 of rows o_r, `[R, WIDTH]`; zero past `rows` and (EDGE: some are) COLUMNS."""
+    o_c = first + tl.arange(0, WIDTH)
     m_x = (o_r < rows)[:, None]
-    if FIRST + WIDTH > COLUMNS:
+    if EDGE:
         m_x = m_x & (o_c < COLUMNS)[None, :]
     return tl.load(p_x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m_x, other=0.0)
 
@@ -195,15 +195,18 @@ def load_head(x, o_r, rows, HEAD: tl.constexpr, dtype: tl.constexpr):
     """Rows o_r of a head as they lie in memory, tiles `[R, P]` in dtype."""
     b_x = ()
     for i in tl.static_range(len(HEAD.pieces)):
-        b_t = load_tile(x.p, o_r, x.stride, rows, HEAD.pieces[i][0], HEAD.pieces[i][1], HEAD.dim)
-        b_x = b_x + (b_t.to(dtype),)
+        b_p = load_tile(
+            x.p, o_r, x.stride, rows, HEAD.pieces[i][0], HEAD.pieces[i][1], HEAD.dim,
+            HEAD.pieces[i][0] + HEAD.pieces[i][1] > HEAD.dim,
+        )  # fmt: skip
+        b_x = b_x + (b_p.to(dtype),)
     return b_x
 
 
 @triton.jit
 def load_t(x, o_r, rows, LOW: tl.constexpr):
     """T of one head, `[R, r]`."""
-    return load_tile(x.delta.p, o_r, x.delta.stride, rows, 0, LOW.tile, LOW.rank)
+    return load_tile(x.delta.p, o_r, x.delta.stride, rows, 0, LOW.tile, LOW.rank, LOW.rank < LOW.tile)
 
 
 @triton.jit
@@ -212,7 +215,8 @@ def load_up(p_up, scale, dtype: tl.constexpr, HEAD: tl.constexpr, LOW: tl.conste
     b_up = ()
     for i in tl.static_range(len(HEAD.pieces)):
         o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
-        b_up = b_up + ((load_tile(p_up, o_d, LOW.rank, HEAD.dim, 0, LOW.tile, LOW.rank) * scale).to(dtype),)
+        b_p = load_tile(p_up, o_d, LOW.rank, HEAD.dim, 0, LOW.tile, LOW.rank, LOW.rank < LOW.tile)
+        b_up = b_up + ((b_p * scale).to(dtype),)
     return b_up
 
 

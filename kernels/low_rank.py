@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastheads.kernels.heads import Delta, Low, as_rows, head_of, low_of
+from fastheads.kernels.heads import Delta, Low, as_rows, head_of, load_tile, low_of
 from fastheads.kernels.launch import check_contiguous, launch, on_grid, packed
-from fastheads.kernels.tiles import cdiv, next_power_of_2
+from fastheads.kernels.tiles import cdiv, dot_width
 
 # Rows per block of 16 bits, and the number of programs to aim for: two to four per SM of an A100 (108) or H100 (132).
 # Counted from the shape alone, so that the sums, and the last bits of dB, are the same on every chip.
@@ -39,22 +39,13 @@ class LowRank(NamedTuple):
 
     def on_chip(self) -> Delta:
         """What a kernel is given."""
+        check_contiguous(low=self.low)
         return Delta(*as_rows(self.low), packed(self.up), float(self.scale))
 
 
-@triton.jit
-def add_head(p_dy, o_y, m_n, p_up, b_t, b_u, b_db, HEAD: tl.constexpr, LOW: tl.constexpr, DIM: tl.constexpr):
-    """u + dY B and dB + dYᵀ T for one block of rows of one head: the one read of dY."""
-    o_d, o_c = tl.arange(0, DIM), tl.arange(0, LOW.tile)
-    m_d = o_d < HEAD.dim
-    # [R, DIM]
-    b_dy = tl.load(p_dy + o_y[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-    # [DIM, r]
-    p_b = p_up + o_d[:, None] * LOW.rank + o_c[None, :]
-    b_up = tl.load(p_b, mask=m_d[:, None] & (o_c < LOW.rank)[None, :], other=0.0).to(b_dy.dtype)
-    b_u = tl.dot(b_dy, b_up, b_u, input_precision=HEAD.precision)
-    b_db = tl.dot(tl.trans(b_dy), b_t, b_db, input_precision=HEAD.precision)
-    return b_u, b_db
+def given(delta: LowRank | None) -> tuple[Delta | None, Low, int]:
+    """What a kernel is given of a delta, or of none; what it is compiled for; and how many of q, k and v have one."""
+    return (None, Low(), 0) if delta is None else (delta.on_chip(), delta.form(), len(delta.parts))
 
 
 @triton.jit
@@ -85,19 +76,22 @@ def low_rank_bwd_kernel(
         m_n = o_n < rows
         i_b, i_n = (o_n // N).to(tl.int64), (o_n % N).to(tl.int64)
         o_y = i_b * dqkv.stride_b + i_n * dqkv.stride_n + part * (H * HEAD.dim)
+        m_y = m_n[:, None] & (o_d < HEAD.dim)[None, :]
         # [R, r]
         p_t = delta.p + (i_b * delta.stride_b + i_n * delta.stride_n + i_g * LOW.rank)[:, None] + o_c[None, :]
         b_t = tl.load(p_t, mask=m_n[:, None] & m_c[None, :], other=0.0)
         b_u = tl.full([BLOCK, LOW.tile], 0.0, tl.float32)
-        if LOW.shared:
-            for h in range(H):
-                p_up = delta.p_up + (i_t * H + h) * OF_HEAD
+        for h in range(i_h, i_h + (H if LOW.shared else 1)):
+            # [R, DIM], the one read of dY; [DIM, r]
+            b_dy = tl.load(dqkv.p + (o_y + h * HEAD.dim)[:, None] + o_d[None, :], mask=m_y, other=0.0)
+            p_up = delta.p_up + (i_t * H + h) * OF_HEAD
+            b_up = load_tile(p_up, o_d, LOW.rank, HEAD.dim, 0, LOW.tile, LOW.rank, LOW.rank < LOW.tile)
+            b_u = tl.dot(b_dy, b_up.to(b_dy.dtype), b_u, input_precision=HEAD.precision)
+            if LOW.shared:
                 b_db = tl.full([DIM, LOW.tile], 0.0, tl.float32)
-                b_u, b_db = add_head(dqkv.p, o_y + h * HEAD.dim, m_n, p_up, b_t, b_u, b_db, HEAD, LOW, DIM)
+            b_db = tl.dot(tl.trans(b_dy), b_t, b_db, input_precision=HEAD.precision)
+            if LOW.shared:
                 tl.store(p_db + (i_t * H + h) * OF_HEAD, b_db * delta.scale, mask=m_db)
-        else:
-            p_up = delta.p_up + i_g * OF_HEAD
-            b_u, b_db = add_head(dqkv.p, o_y + i_h * HEAD.dim, m_n, p_up, b_t, b_u, b_db, HEAD, LOW, DIM)
         o_u = i_b * u.stride_b + i_n * u.stride_n
         b_u = (b_u * delta.scale).to(u.p.dtype.element_ty)
         tl.store(u.p + (o_u + i_g * LOW.rank)[:, None] + o_c[None, :], b_u, mask=m_n[:, None] & m_c[None, :])
@@ -117,10 +111,10 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
     dqkv: `[B, N, 3D]`; u: `[B, N, C]` in its dtype, laid out as `delta.low`, padding columns set to zero. Views;
     their last dimension is contiguous.
     """
-    check_contiguous(dqkv=dqkv, u=u, low=delta.low)
+    check_contiguous(dqkv=dqkv, u=u)
     B, N, C = u.shape
     T, H, dh, r = delta.up.shape
-    low, dim, rows = delta.form(), max(16, next_power_of_2(dh)), on_grid(B * N, "low_rank_bwd")
+    low, dim, rows = delta.form(), dot_width(dh), on_grid(B * N, "low_rank_bwd")
     groups = T if delta.shared else T * H
     # more rows of float32 would spill
     block = BLOCK_ROWS if dqkv.dtype.itemsize == 2 else 32 if low.tile == 16 else 64

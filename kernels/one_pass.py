@@ -8,7 +8,6 @@ Every head reads all of x, so this is for short sequences and small batches, and
 
 from collections import namedtuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastheads.kernels import heads
 from fastheads.kernels.attention_fwd import attend, attend_chunks, out_of_head
 from fastheads.kernels.launch import architecture, check_contiguous, packed, strides
-from fastheads.kernels.tiles import LONGEST_ON_CHIP, ONE_PASS, Row, chunks_of, columns_of, row_for
+from fastheads.kernels.tiles import ONE_PASS, row_for
 
 # W `[3D, D]`, bias `[3D]` or None; A `[T, H | 1, r, D]`, stride_h 0 where heads share it, B `[T, H, dh, r]`, scale s.
 Weight = namedtuple("Weight", "p stride p_bias")
@@ -24,33 +23,24 @@ Lora = namedtuple("Lora", "p stride_t stride_h stride_r p_up scale")
 
 
 @triton.jit
-def load_columns(p_x, o_r, stride, rows, start, TILES: tl.constexpr, HEAD: tl.constexpr):
-    """block_n columns from `start` of the rows o_r; zero past the last row and column."""
-    D: tl.constexpr = HEAD.heads * HEAD.dim
-    o_c = start + tl.arange(0, TILES.block_n)
-    m_x = (o_r < rows)[:, None]
-    if D % TILES.block_n != 0:
-        m_x = m_x & (o_c < D)[None, :]
-    # [R, block_n]
-    return tl.load(p_x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m_x, other=0.0)
-
-
-@triton.jit
 def add_columns(
     b_y, b_x, weight, lora, start, h, PART: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr
 ):
     """y + x Wᵀ, tiles `[R, P]`, and T + x Aᵀ beside them, for some columns of x."""
+    D: tl.constexpr = HEAD.heads * HEAD.dim
+    EDGE: tl.constexpr = D % TILES.block_n != 0
     b_sums = ()
     p_w = weight.p + ((PART * HEAD.heads + h) * HEAD.dim).to(tl.int64) * weight.stride
     for i in tl.static_range(len(HEAD.pieces)):
         o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
         # [P, block_n]
-        b_w = load_columns(p_w, o_d, weight.stride, HEAD.dim, start, TILES, HEAD)
+        b_w = heads.load_tile(p_w, o_d, weight.stride, HEAD.dim, start, TILES.block_n, D, EDGE)
         b_sums = b_sums + (tl.dot(b_x, tl.trans(b_w), b_y[i], input_precision=HEAD.precision),)
     if LOW.target_of[PART] >= 0:
         p_a = lora.p + LOW.target_of[PART] * lora.stride_t + h * lora.stride_h
         # [r, block_n]
-        b_a = load_columns(p_a, tl.arange(0, LOW.tile), lora.stride_r, LOW.rank, start, TILES, HEAD)
+        o_a = tl.arange(0, LOW.tile)
+        b_a = heads.load_tile(p_a, o_a, lora.stride_r, LOW.rank, start, TILES.block_n, D, EDGE)
         b_sums = b_sums + (tl.dot(b_x, tl.trans(b_a), b_y[len(HEAD.pieces)], input_precision=HEAD.precision),)
     return b_sums
 
@@ -78,6 +68,7 @@ def project_rows(
     PARTS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """The parts (of q 0, k 1, v 2) of one head for ROWS rows of x: for each a tuple of tiles `[R, P]`."""
+    D: tl.constexpr = HEAD.heads * HEAD.dim
     o_r = first + tl.arange(0, ROWS)
     b_ys = ()
     for j in tl.static_range(len(PARTS)):
@@ -85,7 +76,7 @@ def project_rows(
     # width is D, known at run time only: a loop of known length would be unrolled.
     for start in range(0, width, TILES.block_n):
         # [R, block_n]
-        b_x = load_columns(x.p, o_r, x.stride, rows, start, TILES, HEAD)
+        b_x = heads.load_tile(x.p, o_r, x.stride, rows, start, TILES.block_n, D, D % TILES.block_n != 0)
         b_new = ()
         for j in tl.static_range(len(PARTS)):
             b_new = b_new + (add_columns(b_ys[j], b_x, weight, lora, start, h, PARTS[j], TILES, HEAD, LOW),)
@@ -119,20 +110,12 @@ def one_pass_fwd_kernel(
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
     full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
-    for start in range(0, full, TILES.block_m):
-        b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), TILES.block_m, TILES, HEAD, LOW)
-        attend_chunks(b_q[0], b_ks, b_vs, (), b_mask, out, start, rows, TILES.block_m, TILES, HEAD, CAUSAL, POOL)
-    if TILES.tail > 0:
-        for last in range(full, rows, TILES.tail):
-            b_qt = project_rows(x_b, weight, lora, b_up, last, rows, width, h, (0,), TILES.tail, TILES, HEAD, LOW)
-            attend_chunks(b_qt[0], b_ks, b_vs, (), b_mask, out, last, rows, TILES.tail, TILES, HEAD, CAUSAL, POOL)
-
-
-def one_pass_fits(length: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether a head's keys and values fit on chip, beside what projects them."""
-    rows = sum(rows for _, rows in chunks_of(length, 64)) if length else 0
-    small = 2 * rows * columns_of(head_dim) * dtype.itemsize <= 96 * 1024
-    return 0 < length <= LONGEST_ON_CHIP and head_dim <= 128 and small
+    bounds = (0, full, rows)  # as in attention_fwd_kernel
+    ROWS: tl.constexpr = (TILES.block_m, TILES.tail)
+    for t in tl.static_range(2 if TILES.tail > 0 else 1):
+        for start in range(bounds[t], bounds[t + 1], ROWS[t]):
+            b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), ROWS[t], TILES, HEAD, LOW)
+            attend_chunks(b_q[0], b_ks, b_vs, (), b_mask, out, start, rows, ROWS[t], TILES, HEAD, CAUSAL, POOL)
 
 
 def one_pass_fwd(
@@ -150,9 +133,8 @@ def one_pass_fwd(
     mask: Tensor | None = None,
     causal: bool = False,
     pool: int | Tensor | str | None = None,
-    _row: Row | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Projection, attention and gates; where `one_pass_fits`.
+    """Projection, attention and gates; where `tiles.one_pass_fits`.
 
     Args:
         x: `[B, N, D]`, fp16, bf16 or fp32; any strides, the last dimension contiguous.
@@ -167,7 +149,7 @@ def one_pass_fwd(
     """
     check_contiguous(x=x, w_in=w_in, lora_A=lora_A)
     N, dh = x.shape[1], x.shape[2] // num_heads
-    tiles = (_row or row_for(ONE_PASS, architecture(x), dh, N, x.dtype)).tiles(N)
+    tiles = row_for(ONE_PASS, architecture(x), dh, N, x.dtype).tiles(N)
     lora, low, head = None, heads.Low(), heads.head_of(num_heads, dh, x.dtype, gate_form)
     if lora_A is not None and lora_B is not None:
         low = heads.low_of(parts, lora_A.shape[2], lora_A.shape[1] < num_heads)

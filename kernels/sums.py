@@ -69,12 +69,7 @@ def sums(
         return None, None
     programs = (gates is not None) + cdiv(columns, BLOCK_COLUMNS)
     head = heads.head_of(H, 1, torch.float32, gate_form)  # of it the heads and gates; no column is read
-    meta = {
-        "HEAD": head,
-        "GATE_ROWS": max(1, GATES // head.gates) if rows else 1,
-        "BM": BLOCK_ROWS,
-        "BN": BLOCK_COLUMNS,
-    }
+    meta = {"HEAD": head, "GATE_ROWS": max(1, GATES // head.gates), "BM": BLOCK_ROWS, "BN": BLOCK_COLUMNS}
     args = (gates, packed(gate) if gate_form else None, dgate, rows, parts, db, splits, columns)
     launch(sums_kernel, (on_grid(programs, "sums"),), *args, **meta, num_warps=4, num_stages=1)
     return dgate, db

@@ -31,6 +31,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def up_to_16(n: int) -> int:
+    """n, up to a multiple of 16: the columns of a head and the rows of its keys as tiles have them."""
+    return -(-n // 16) * 16
+
+
+def dot_width(n: int) -> int:
+    """The side of the smallest tile that holds n and that tl.dot takes."""
+    return max(16, next_power_of_2(n))
+
+
 class Tiles(NamedTuple):
     """How a launch is cut up.
 
@@ -85,7 +95,7 @@ class Row(NamedTuple):
         """For so many tokens: no more queries on chip than there are, and chunks that add up to little more."""
         if self.chunk and self.key[1] and not self.whole:
             raise ValueError(f"{self}: a backward in two launches streams its keys, so chunk takes whole=True")
-        m = min(self.m, max(16, next_power_of_2(length))) if self.chunk else self.m
+        m = min(self.m, dot_width(length)) if self.chunk else self.m
         chunks = chunks_of(length, self.chunk) if self.chunk else ()
         # Of queries and of keys: TAIL where so few are left over in the last block, else 0.
         tail, key_tail = (TAIL if size > TAIL and 0 < length % size <= TAIL else 0 for size in (m, self.key[1] or 1))
@@ -176,8 +186,9 @@ OPEN_BACKWARD: Table = {
     90: (Row(64, 32, (32, 64), whole=True), Row(64, 32, (32, 64), whole=True, stages=2)),
 }
 
-# Up to 80 tokens nothing spills; at 197 8 bytes on sm_80, at 257 8 on sm_80 and 48 on sm_90. n: where one block of keys
-# leaves registers for it, more of x is under way at a time.
+# At head size 64 nothing spills up to 80 tokens; of 197 and 257, with deltas of rank 8 and without, 197 without them on
+# sm_80 (8 bytes) and 257 with them on sm_90 (40). At 80 with deltas 77 tokens spill 16 bytes on sm_80 and 128 on sm_90,
+# 197 spill 80 and 72. block_n: where one block of keys leaves registers for it, more of x is under way at a time.
 ONE_PASS: Table = {
     "float32": (Row(64, 32, chunk=64, warps=8, stages=2),),
     0: (Row(64, 32, chunk=64, stages=2),),
@@ -214,7 +225,7 @@ def mmd_tiles(arch: int, precision: str, bandwidths: int, blocks: int) -> dict[s
 
 def mmd_small_tiles(arch: int, samples: int) -> dict[str, int]:
     """Options of `mmd_small_kernel`'s launch."""
-    rows = max(16, next_power_of_2(samples))
+    rows = dot_width(samples)
     row = (rows, *MMD_SMALL.get(FAMILY.get(arch, 0), _MMD_SMALL)[rows])
     return dict(zip(("BN", "BD", "BR", "num_warps", "num_stages"), row, strict=True))
 
@@ -224,9 +235,9 @@ def row_for(
     deltas: int = 0, rank: int = 0, masked: bool = False, spread: bool = False,
 ) -> Row:  # fmt: skip
     """The first row of the chip's family that takes the problem; arch as `launch.architecture` says it."""
-    family, columns = FAMILY.get(arch, 0), columns_of(head_dim)
+    family, columns = FAMILY.get(arch, 0), up_to_16(head_dim)
     # Bytes of all keys, values and T, 16 bits each; asked of the forward pass alone, for the others' rows say a length.
-    on_chip = 2 * (-(-length // 16) * 16) * (2 * columns + deltas * rank_tile(rank))
+    on_chip = 2 * up_to_16(length) * (2 * columns + deltas * dot_width(rank))
 
     def takes(row: Row) -> bool:
         fits = not row.chunk or table is not FORWARD or on_chip <= SHARED.get(family, 0) - BESIDE
@@ -243,10 +254,15 @@ def is_spread(length: int, heads: int) -> bool:
     return length > LONGEST_ON_CHIP or (length > 80 and heads < 2 * 108)
 
 
+def one_pass_fits(length: int, head_dim: int, dtype: torch.dtype, room: int = 96 * 1024) -> bool:
+    """Whether one_pass takes so many tokens: a head's keys and values into `room` bytes, beside what projects them."""
+    return length <= LONGEST_ON_CHIP and 2 * up_to_16(length) * up_to_16(head_dim) * dtype.itemsize <= room
+
+
 def pieces_of(head_dim: int) -> tuple[tuple[int, int], ...]:
     """(first column, columns) of the tiles of a head: powers of two that add up to head_dim, or little more."""
     pieces, first = [], 0
-    rest = -(-head_dim // 16) * 16
+    rest = up_to_16(head_dim)
     while rest:
         width = 1 << (rest.bit_length() - 1)
         pieces.append((first, width))
@@ -254,20 +270,10 @@ def pieces_of(head_dim: int) -> tuple[tuple[int, int], ...]:
     return tuple(pieces)
 
 
-def columns_of(head_dim: int) -> int:
-    """A head's columns, as its tiles have them."""
-    return -(-head_dim // 16) * 16
-
-
-def rank_tile(rank: int) -> int:
-    """Columns of a tile of T: the rank, padded for tl.dot."""
-    return max(16, next_power_of_2(rank))
-
-
 def chunks_of(length: int, largest: int = 128) -> tuple[tuple[int, int], ...]:
     """(first row, rows) of the chunks of keys: largest ones, then one or two smaller powers of two."""
     chunks, first = [], 0
-    rest = -(-length // 16) * 16
+    rest = up_to_16(length)
     while rest:
         rows = min(largest, 1 << (rest.bit_length() - 1))
         if rows < largest and (rest - rows).bit_count() > 1:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastheads.kernels.low_rank import BLOCK_ROWS, PROGRAMS
-from fastheads.kernels.tiles import BACKWARD, FORWARD, ONE_PASS, columns_of, is_spread, rank_tile, row_for
+from fastheads.kernels.tiles import BACKWARD, FORWARD, ONE_PASS, dot_width, is_spread, row_for, up_to_16
 from fastheads.ops.mmd_panels import panel_rows
 
 DTYPE = torch.bfloat16
@@ -41,7 +41,7 @@ def blocks(rows: int, block: int) -> list[int]:
 
 def _low(parts: Sequence[int], rank: int) -> list[int]:
     """The columns that the deltas of q, k and v stand in, 0 where there is none."""
-    return [rank_tile(rank) if part in parts else 0 for part in range(3)]
+    return [dot_width(rank) if part in parts else 0 for part in range(3)]
 
 
 def _swept(length: int, block: int, tail: int) -> list[int]:
@@ -58,7 +58,7 @@ def _attend(queries: Sequence[int], keys: Sequence[int], s_columns: int, v_colum
 def attention_fwd(arch: int, head_dim: int, length: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
     """parts: which of q, k, v (0, 1, 2) have a delta that the kernel adds."""
     row = row_for(FORWARD, arch, head_dim, length, DTYPE, deltas=len(parts), rank=rank)
-    tiles, columns = row.tiles(length), columns_of(head_dim)
+    tiles, columns = row.tiles(length), up_to_16(head_dim)
     queries = _swept(length, tiles.block_m, tiles.tail)
     keys = [rows for _, rows in tiles.chunks] or blocks(length, tiles.block_n)
     q, k, v = _low(parts, rank)
@@ -72,7 +72,7 @@ def attention_fwd(arch: int, head_dim: int, length: int, parts: Sequence[int] = 
 
 def one_pass_fwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
     """Projection and attention; every head projects the whole width."""
-    tiles, columns = row_for(ONE_PASS, arch, head_dim, length, DTYPE).tiles(length), columns_of(head_dim)
+    tiles, columns = row_for(ONE_PASS, arch, head_dim, length, DTYPE).tiles(length), up_to_16(head_dim)
     queries, keys = _swept(length, tiles.block_m, tiles.tail), [rows for _, rows in tiles.chunks]
     width = sum(blocks(heads * head_dim, tiles.block_n))
     work = _attend(queries, keys, columns, columns)
@@ -84,7 +84,7 @@ def one_pass_fwd(arch: int, head_dim: int, length: int, heads: int, parts: Seque
 def attention_bwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
     """heads: of the whole batch. The query sweep makes delta and dQ, the key sweep dK and dV."""
     given: dict[str, Any] = {"deltas": len(parts), "spread": is_spread(length, heads)}
-    tiles, columns = row_for(BACKWARD, arch, head_dim, length, DTYPE, **given).tiles(length), columns_of(head_dim)
+    tiles, columns = row_for(BACKWARD, arch, head_dim, length, DTYPE, **given).tiles(length), up_to_16(head_dim)
     q, k, v = _low(parts, rank)
     queries, keys2 = _swept(length, tiles.block_m, tiles.tail), _swept(length, tiles.key_n, tiles.key_tail)
     keys, queries2 = [rows for _, rows in tiles.chunks] or blocks(length, tiles.block_n), blocks(length, tiles.key_m)
@@ -104,7 +104,7 @@ def low_rank_bwd(head_dim: int, rows: int, targets: int, heads: int, rank: int) 
     cut = len(blocks(rows, BLOCK_ROWS))
     steps = -(-cut // max(1, PROGRAMS // (targets * heads)))
     computed = sum(blocks(cut, steps)) * BLOCK_ROWS  # the last program goes on where there are no rows
-    head, low = (max(16, 1 << (n - 1).bit_length()) for n in (head_dim, rank))
+    head, low = (dot_width(n) for n in (head_dim, rank))
     return product(2 * computed, head, low) * (targets * heads)
 
 

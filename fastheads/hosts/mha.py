@@ -71,7 +71,9 @@ class MultiheadAttentionHost(HeadAttention):
         B, N, _ = x.shape
         for name, given in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             if given is not None and not (given.dtype == torch.bool or given.is_floating_point()):
-                raise ValueError(f"{name}: got {given.dtype}; takes booleans, True = masked, or floats, which are added")
+                raise ValueError(
+                    f"{name}: got {given.dtype}; takes booleans, True = masked, or floats, which are added"
+                )
         mask = attn_mask
         if mask is not None:
             shapes = ((N, N), (B * self.num_heads, N, N))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastheads.kernels.tiles import LONGEST_ON_CHIP, one_pass_fits
 from fastheads.reference import transformed
 
 IMPL_VARIABLE = "FASTHEADS_IMPL"
@@ -82,9 +83,8 @@ class Implementation:
         if self.max_length is not None and problem.length is not None and problem.length > self.max_length:
             reasons.append(f"takes up to {self.max_length} tokens, not {problem.length}")
         if self.on_chip is not None and problem.length is not None:
-            # In 16ths, as the kernel pads both (kernels.one_pass.one_pass_fits, to which a test holds this).
-            rows, columns = -(-problem.length // 16) * 16, -(-problem.head_dim // 16) * 16
-            if 2 * rows * columns * problem.dtype.itemsize > min(self.on_chip, _room(problem.device, problem.index)):
+            room = min(self.on_chip, _room(problem.device, problem.index))
+            if not one_pass_fits(problem.length, problem.head_dim, problem.dtype, room):
                 reasons.append(f"keeps keys and values on chip, where {problem.length} tokens do not fit")
         if problem.dropout and not self.dropout:
             reasons.append("has no LoRA dropout")
@@ -106,7 +106,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             _GPU,
             (16, 128),
             max_rank=32,
-            max_length=272,
+            max_length=LONGEST_ON_CHIP,
             on_chip=96 * 1024,
             dropout=False,
             kernels=True,

@@ -51,8 +51,8 @@ FOLD, SUMS = "fold_kernel(17)", "sums_kernel(8)"
 BACKWARD = "attention_bwd_kernel(16)", "low_rank_bwd_kernel(16)", SUMS
 ON_CHIP = "attention_bwd_kernel(20)", *BACKWARD[1:]
 ARGUMENTS = {
-    "stacked": ([FOLD, "attention_fwd_chunks_kernel(14)"], [FOLD, *BACKWARD]),
-    "delta": ([FOLD, "attention_fwd_chunks_kernel(18)"], [FOLD, *ON_CHIP]),
+    "stacked": ([FOLD, "attention_fwd_kernel(14)"], [FOLD, *BACKWARD]),
+    "delta": ([FOLD, "attention_fwd_kernel(18)"], [FOLD, *ON_CHIP]),
     "one_pass": ([FOLD, "one_pass_fwd_kernel(23)"], [FOLD, *ON_CHIP]),
 }
 

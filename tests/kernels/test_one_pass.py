@@ -7,8 +7,8 @@ import torch
 from numerics import FORWARD, assert_right, far, plain_head_attention
 
 from fastheads.kernels import one_pass as module
-from fastheads.kernels.one_pass import one_pass_fits, one_pass_fwd
-from fastheads.kernels.tiles import ONE_PASS
+from fastheads.kernels.one_pass import one_pass_fwd
+from fastheads.kernels.tiles import ONE_PASS, chunks_of, one_pass_fits, up_to_16
 from fastheads.reference import TARGETS, head_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,3 +142,6 @@ def test_what_fits():
     assert one_pass_fits(197, 64, torch.bfloat16)
     assert not one_pass_fits(273, 64, torch.bfloat16)
     assert not one_pass_fits(257, 64, torch.float32)
+    # it counts rows by the 16, which is what the rows' chunks of up to 64 come to
+    assert {row.chunk for rows in ONE_PASS.values() for row in rows} == {64}
+    assert all(sum(rows for _, rows in chunks_of(N, 64)) == up_to_16(N) for N in range(1, 273))

@@ -14,9 +14,9 @@ from fastheads.kernels.tiles import (
     SHARED,
     Row,
     chunks_of,
-    columns_of,
     pieces_of,
     row_for,
+    up_to_16,
 )
 
 CHIPS = [0, 80, 86, 89, 90, 100, 120]
@@ -78,7 +78,7 @@ def test_what_stays_on_chip_is_what_fits_there():
         for length in (50, 197, 257, 272):
             for deltas, rank in ((0, 0), (2, 8), (2, 64), (3, 16), (3, 32), (3, 64)):
                 tiles = tiles_of(80, head_dim, length, torch.bfloat16, deltas, rank)
-                columns = 2 * columns_of(head_dim) + deltas * max(16, rank)
+                columns = 2 * up_to_16(head_dim) + deltas * max(16, rank)
                 assert sum(rows for _, rows in tiles.chunks) * columns * 2 <= 131 * 1024
     assert (
         not tiles_of(80, 64, 257, torch.bfloat16, 3, 64).chunks and tiles_of(80, 64, 257, torch.bfloat16, 3, 32).chunks
@@ -103,7 +103,7 @@ def test_pieces_cover_the_head_and_no_padding_of_sixteen(head_dim):
     pieces = pieces_of(head_dim)
     assert [first for first, _ in pieces] == [sum(w for _, w in pieces[:i]) for i in range(len(pieces))]
     assert all(width >= 16 and width & (width - 1) == 0 for _, width in pieces)
-    assert head_dim <= sum(width for _, width in pieces) == columns_of(head_dim) < head_dim + 16
+    assert head_dim <= sum(width for _, width in pieces) == up_to_16(head_dim) < head_dim + 16
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 50, 65, 77, 145, 197, 226, 257, 272])
