@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastheads.kernels.heads import LOG2E
 from fastheads.kernels.launch import architecture, check_contiguous, dot_precision, launch, on_grid, packed, strides
 from fastheads.kernels.tiles import MMD_DOMAINS, cdiv, mmd_tiles
 
 MAX_DOMAINS = 64
-LOG2E = tl.constexpr(1.4426950408889634)
 # The products of sums by domain: three TF32 products add up to float32, and a one-hot side is exact.
 EXACT = tl.constexpr("tf32x3")
 
@@ -99,7 +99,7 @@ def store_sums(p_sums, b_k, b_times, b_a, b_b, S, last, BS: tl.constexpr):
 @triton.jit
 def mmd_tile_kernel(
     x, x2, dom, p_gammas, p_coeff, out, p_sums, panel, N, D, S, tiles_m, tiles_n,
-    POWERS: tl.constexpr, WEIGHTS: tl.constexpr, PREC: tl.constexpr, BLOCKS: tl.constexpr,
+    POWERS: tl.constexpr, PREC: tl.constexpr, BLOCKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """A program: one tile [BM, BN] of one layer's panel.
@@ -134,7 +134,7 @@ def mmd_tile_kernel(
     b_a, b_b = load_domains(dom, o_i, m_m, S), load_domains(dom, o_j, m_n, S)
     # Of a loop with one turn at compile time no loop is made: it would keep its operands in registers.
     last = BS if BLOCKS == 1 else S
-    if WEIGHTS:
+    if p_coeff is not None:
         b_w = tl.where(same, 0.0, b_w * coeff_of_pairs(p_coeff + i_l * S * S, b_a, b_b, S, last, BS))
         if PREC == "tf32":
             # What a product in TF32 would make of them: their row sums, which it is taken from, are then the same.
@@ -209,7 +209,7 @@ def mmd_tile(
     samples = ((x, *strides(x, 0, 1)), (x2, *strides(x2, 0, 1)), (dom, dom.stride(0)), packed(gammas), packed(coeff))
     results = (None if out is None else (out, *strides(out, 0, 1)), partial)
     sizes = ((first, rows, start, own, once), N, D, S, tiles_m, tiles_n)
-    form: dict[str, Any] = {"POWERS": powers, "WEIGHTS": coeff is not None, "PREC": precision, "BLOCKS": blocks}
+    form: dict[str, Any] = {"POWERS": powers, "PREC": precision, "BLOCKS": blocks}
     # sm_80's ptxas would sometimes settle on 128 registers and spill
     form |= {"BS": MMD_DOMAINS, "maxnreg": 255, **tile}
     launch(mmd_tile_kernel, (on_grid(L * tiles_m * tiles_n, "mmd_tile"),), *samples, *results, *sizes, **form)

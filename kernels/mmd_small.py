@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastheads.kernels.launch import architecture, launch, on_grid, packed, strides
 from fastheads.kernels.mmd import EXACT, MAX_DOMAINS, check_powers, gaussians, load_domains, to_tf32
-from fastheads.kernels.tiles import cdiv, mmd_small_tiles, next_power_of_2
+from fastheads.kernels.tiles import cdiv, dot_width, mmd_small_tiles
 
 MAX_ROWS = 128
 # Bandwidths of a preset are each half the next: γ_u = γ_0 2^u. Two exponentials and their squares: four squares of one
@@ -133,8 +133,8 @@ def store_dx(dx, x, dom, p_m, first, f_first, f_last, N, DH, S, BN: tl.constexpr
 @triton.jit
 def mmd_small_kernel(
     x, dom, p_gammas, p_gate, p_loss, p_sums, dx, p_work, N, heads, slices,
-    S: tl.constexpr, POWERS: tl.constexpr, PRESET: tl.constexpr, UNBIASED: tl.constexpr, GATE: tl.constexpr,
-    BACKWARD: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
+    S: tl.constexpr, POWERS: tl.constexpr, PRESET: tl.constexpr, UNBIASED: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A program: one layer's kernel matrix, and of its gradient the part of some heads. For p domains, x gated:
@@ -152,7 +152,9 @@ def mmd_small_kernel(
     i_l, i_s = (pid // slices).to(tl.int64), pid % slices
     H, DH, chunks, share = heads
     x_l = (x[0] + i_l * x[1], x[2], x[3])
-    p_gates = p_gate + i_l * H if GATE else p_gate
+    p_gates = p_gate
+    if p_gate is not None:
+        p_gates = p_gate + i_l * H
     o_n, o_s = tl.arange(0, BN), tl.arange(0, BS)
     m_n = load_domains(dom, o_n, o_n < N, S) >= 0
     first = tl.minimum(tl.min(tl.where(m_n, o_n, BN), 0), N - 1)
@@ -169,15 +171,15 @@ def mmd_small_kernel(
     if PRESET == "dan":
         mean4 *= n / tl.maximum(n - 1, 1.0)
     p_u = p_gammas + i_l * len(POWERS) if PRESET == "" else p_gammas
-    b_loss, b_sums = sweep(p_g, dom, b_y2, p_u, 1 / mean4, N, S, POWERS, UNBIASED, BACKWARD, BN, BS, BR)
+    b_loss, b_sums = sweep(p_g, dom, b_y2, p_u, 1 / mean4, N, S, POWERS, UNBIASED, dx is not None, BN, BS, BR)
     if i_s == 0:
         tl.store(p_loss + i_l, tl.sum(b_loss))
         p_s = p_sums + i_l * (S * S) + o_s[:, None] * S + o_s[None, :]
         tl.store(p_s, b_sums, mask=(o_s < S)[:, None] & (o_s < S)[None, :])
-    if BACKWARD:
+    if dx is not None:
         tl.debug_barrier()
         dx_l = (dx[0] + i_l * dx[1], dx[2])
-        if GATE:
+        if p_gate is not None:
             for h in range(i_s * share, tl.minimum(i_s * share + share, H)):
                 c = h * chunks
                 b_gh, _ = minus_gram(x_l, dom, None, first, n, c, c + chunks, N, DH, chunks, S, BN, BD)
@@ -239,8 +241,7 @@ def mmd_small(
     results = (loss, sums, None if grad is None else (grad, *strides(grad, 0, 1)), work)
     heads = (H, D // H, cdiv(D // H, tile["BD"]), share)
     form: dict[str, Any] = {"S": S, "POWERS": powers, "PRESET": preset or "", "UNBIASED": estimator == "unbiased"}
-    form |= {"GATE": gate is not None, "BACKWARD": backward, "BS": max(16, next_power_of_2(S))}
     # ptxas would sometimes settle on fewer registers and spill
-    form |= {"BC": COLUMNS, "BK": INNER, "maxnreg": 255, **tile}
+    form |= {"BS": dot_width(S), "BC": COLUMNS, "BK": INNER, "maxnreg": 255, **tile}
     launch(mmd_small_kernel, (on_grid(L * slices, "mmd_small"),), *samples, *results, N, heads, slices, **form)
     return loss, sums, grad
