@@ -66,10 +66,10 @@ def candidates(p: Problem) -> list[Any]:
 
     if p.direction == "backward":
         if p.device == "cpu":
-            return [Row(16, 16, (16, 16), whole=True), Row(16, 16, (16, 32))]
+            return [Row(16, 16, (16, 16), one_launch=True), Row(16, 16, (16, 32))]
         blocks = ((64, 32, 32, 64), (64, 64, 64, 64), (64, 16, 16, 64), (128, 32, 32, 128), (128, 64, 64, 128))
         each = itertools.product((True, False), blocks, (4, 8), (1, 2))
-        return [Row(m, n, tuple(key), whole=w, warps=warps, stages=s) for w, (m, n, *key), warps, s in each]
+        return [Row(m, n, tuple(key), one_launch=w, warps=warps, stages=s) for w, (m, n, *key), warps, s in each]
     if p.device == "cpu":
         return [Row(32, 16), Row(64, chunk=64)]
     chunks = itertools.product((64, 128), (False, True), (4, 8)) if p.length <= LONGEST_ON_CHIP else ()

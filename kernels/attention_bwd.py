@@ -39,7 +39,7 @@ def problem_of(
     do_h, b_mask = heads.rows_of_head(do, b, h, HEAD), heads.mask_of_head(mask, b, h)
     b_gate = ()
     if p_gate is not None:
-        if TILES.whole:
+        if TILES.one_launch:
             b_gate = (heads.load_gate(p_gate, h, HEAD),)
         else:
             b_gate = (p_gate, h)
@@ -270,12 +270,12 @@ def attention_bwd(
     row = _row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, masked=masked, spread=spread)
     tiles = row.tiles(N)
     meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype, gate_form), low, causal)
-    blocks = 1 if tiles.whole else cdiv(N, tiles.block_m)
+    blocks = 1 if tiles.one_launch else cdiv(N, tiles.block_m)
     scratch = torch.empty((B, H, 2, N), dtype=torch.float32, device=qkv.device)
     dgate = torch.empty((B * blocks, H), dtype=torch.float32, device=qkv.device)
     inputs = (heads.as_rows(do), heads.as_rows(qkv), on_chip)
     args = (*inputs, heads.as_mask(mask, B, H, N), packed(gate), packed(lse), scratch, heads.as_rows(dqkv), dgate, N)
     sweeps = ((attention_bwd_queries_kernel, blocks), (attention_bwd_keys_kernel, cdiv(N, tiles.key_n)))
-    for kernel, blocks in ((attention_bwd_kernel, 1),) if tiles.whole else sweeps:
+    for kernel, blocks in ((attention_bwd_kernel, 1),) if tiles.one_launch else sweeps:
         launch(kernel, (on_grid(B * H * blocks, "attention_bwd"),), *args, **meta)
     return dqkv, None if gate is None else dgate

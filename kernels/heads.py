@@ -99,7 +99,7 @@ def _head_of(heads: int, head_dim: int, precision: str, gate_form: str) -> Head:
 
 def compiled_for(tiles: Tiles, head: Head, low: Low, causal: bool) -> dict[str, Any]:
     """What every attention kernel is compiled for."""
-    warps = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    warps = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return {"TILES": tiles, "HEAD": head, "LOW": low, "CAUSAL": causal, **warps}
 
 

@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
     block_m: queries at a time; block_n: keys that stream, or in one_pass columns of x.
     key_m, key_n: of the backward's second sweep: queries that stream by, keys at a time.
     tail, key_tail: queries of the last block, keys of the second sweep's last, where so few are left; 0: as the others.
-    whole: both sweeps of the backward in one program per (image, head); else two launches, a program per block.
+    one_launch: both sweeps of the backward in one program per (image, head); else two launches, a program per block.
     """
 
     chunks: tuple[tuple[int, int], ...]
@@ -58,24 +58,25 @@ class Tiles(NamedTuple):
     key_n: int
     tail: int
     key_tail: int
-    whole: bool
-    num_warps: int
-    num_stages: int
+    one_launch: bool
+    warps: int
+    stages: int
 
 
 class Row(NamedTuple):
-    """A row of a table. m, n, key (m, n), whole, warps, stages: as in Tiles. chunk: keys on chip in chunks of up to so
-    many; 0: they stream. tail: up to 16 queries that are left over get a block of their own (always where whole).
+    """A row of a table. block_m, block_n, key (key_m, key_n), one_launch, warps, stages: as in Tiles. chunk: keys on
+    chip in chunks of up to so many; 0: they stream. tail: up to 16 queries that are left over get a block of their own
+    (always where one_launch).
 
     The most it takes: columns of a head, length, deltas (how many of q, k, v have one). Whether it takes a mask
     (masked), and a backward whose heads are spread over the chip.
     """
 
-    m: int
-    n: int = 0
+    block_m: int
+    block_n: int = 0
     key: tuple[int, int] = (0, 0)
     chunk: int = 0
-    whole: bool = False
+    one_launch: bool = False
     tail: bool = False
     warps: int = 4
     stages: int = 1
@@ -93,15 +94,15 @@ class Row(NamedTuple):
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (a row is a tuple)
     def tiles(self, length: int) -> Tiles:
         """For so many tokens: no more queries on chip than there are, and chunks that add up to little more."""
-        if self.chunk and self.key[1] and not self.whole:
-            raise ValueError(f"{self}: a backward in two launches streams its keys, so chunk takes whole=True")
-        m = min(self.m, dot_width(length)) if self.chunk else self.m
+        if self.chunk and self.key[1] and not self.one_launch:
+            raise ValueError(f"{self}: a backward in two launches streams its keys, so chunk takes one_launch=True")
+        m = min(self.block_m, dot_width(length)) if self.chunk else self.block_m
         chunks = chunks_of(length, self.chunk) if self.chunk else ()
         # Of queries and of keys: TAIL where so few are left over in the last block, else 0.
         tail, key_tail = (TAIL if size > TAIL and 0 < length % size <= TAIL else 0 for size in (m, self.key[1] or 1))
-        if not self.whole:
+        if not self.one_launch:
             tail, key_tail = tail if self.tail else 0, 0
-        return Tiles(chunks, m, self.n, *self.key, tail, key_tail, self.whole, self.warps, self.stages)
+        return Tiles(chunks, m, self.block_n, *self.key, tail, key_tail, self.one_launch, self.warps, self.stages)
 
 
 Table = dict[int | str, tuple[Row, ...]]
@@ -142,14 +143,14 @@ FORWARD: Table = {
 }
 
 _BACKWARD_80 = (
-    Row(64, 32, (32, 64), chunk=64, whole=True, columns=64, length=80, deltas=0),
-    Row(64, 32, (32, 64), whole=True, stages=2, columns=64, deltas=0, masked=False, spread=False),
-    Row(64, 32, (32, 64), whole=True, columns=80, deltas=0, masked=False, spread=False),
-    Row(64, 16, (16, 32), whole=True, columns=112, deltas=0, masked=False, spread=False),
-    Row(64, 32, (32, 64), whole=True, deltas=0, masked=False, spread=False),
-    Row(64, 32, (32, 64), whole=True, columns=64, deltas=0, spread=False),
-    Row(64, 32, (32, 64), whole=True, columns=64, masked=False, spread=False),
-    Row(64, 16, (16, 64), whole=True, columns=64, spread=False),  # a text tower with adapters: more keys spill
+    Row(64, 32, (32, 64), chunk=64, one_launch=True, columns=64, length=80, deltas=0),
+    Row(64, 32, (32, 64), one_launch=True, stages=2, columns=64, deltas=0, masked=False, spread=False),
+    Row(64, 32, (32, 64), one_launch=True, columns=80, deltas=0, masked=False, spread=False),
+    Row(64, 16, (16, 32), one_launch=True, columns=112, deltas=0, masked=False, spread=False),
+    Row(64, 32, (32, 64), one_launch=True, deltas=0, masked=False, spread=False),
+    Row(64, 32, (32, 64), one_launch=True, columns=64, deltas=0, spread=False),
+    Row(64, 32, (32, 64), one_launch=True, columns=64, masked=False, spread=False),
+    Row(64, 16, (16, 64), one_launch=True, columns=64, spread=False),  # a text tower with adapters: more keys spill
     Row(64, 32, (32, 64), stages=2, columns=64, deltas=0, masked=False),
     Row(64, 32, (32, 64), columns=64),
     Row(64, 32, (32, 64), columns=80, deltas=0, masked=False),
@@ -157,18 +158,18 @@ _BACKWARD_80 = (
     Row(64, 16, (16, 64)),
 )
 BACKWARD: Table = {
-    "float32": (Row(32, 32, (32, 32), whole=True, spread=False), Row(32, 32, (32, 32))),
+    "float32": (Row(32, 32, (32, 32), one_launch=True, spread=False), Row(32, 32, (32, 32))),
     0: _BACKWARD_80,
     80: _BACKWARD_80,
     86: _BACKWARD_80,  # they need 60 KB at most
     90: (
-        Row(64, 32, (32, 64), chunk=64, whole=True, columns=64, length=80, deltas=0, masked=False),
-        Row(64, 64, (64, 64), whole=True, columns=64, deltas=0, masked=False, spread=False),
-        Row(64, 32, (32, 64), whole=True, columns=80, deltas=0, masked=False, spread=False),
-        Row(64, 16, (16, 64), whole=True, columns=112, deltas=0, masked=False, spread=False),
-        Row(64, 32, (32, 64), whole=True, deltas=0, masked=False, spread=False),
-        Row(64, 64, (32, 64), whole=True, columns=64, spread=False),
-        Row(64, 16, (16, 64), whole=True, columns=80, spread=False),
+        Row(64, 32, (32, 64), chunk=64, one_launch=True, columns=64, length=80, deltas=0, masked=False),
+        Row(64, 64, (64, 64), one_launch=True, columns=64, deltas=0, masked=False, spread=False),
+        Row(64, 32, (32, 64), one_launch=True, columns=80, deltas=0, masked=False, spread=False),
+        Row(64, 16, (16, 64), one_launch=True, columns=112, deltas=0, masked=False, spread=False),
+        Row(64, 32, (32, 64), one_launch=True, deltas=0, masked=False, spread=False),
+        Row(64, 64, (32, 64), one_launch=True, columns=64, spread=False),
+        Row(64, 16, (16, 64), one_launch=True, columns=80, spread=False),
         Row(64, 64, (64, 64), stages=2, columns=64),
         Row(64, 64, (32, 64), stages=2, columns=80, deltas=0, masked=False),
         Row(64, 16, (16, 64)),
@@ -182,8 +183,8 @@ BACKWARD: Table = {
 # faster (`python -m bench.tune --open`). On an A100 three blocks fit an SM, not two; on Hopper four, or two that load
 # ahead.
 OPEN_BACKWARD: Table = {
-    80: (Row(64, 16, (16, 64), whole=True, stages=2),),
-    90: (Row(64, 32, (32, 64), whole=True), Row(64, 32, (32, 64), whole=True, stages=2)),
+    80: (Row(64, 16, (16, 64), one_launch=True, stages=2),),
+    90: (Row(64, 32, (32, 64), one_launch=True), Row(64, 32, (32, 64), one_launch=True, stages=2)),
 }
 
 # At head size 64 nothing spills up to 80 tokens; of 197 and 257, with deltas of rank 8 and without, 197 without them on

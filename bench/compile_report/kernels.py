@@ -20,7 +20,7 @@ NAME = SHARED_NAME | OTHER_NAME
 # Constexprs that say which problem it is, not which tile.
 PROBLEM = {"HEAD", "LOW", "CAUSAL", "POOL", "T", "HEADS", "DIM", "TARGETS", "SHARED", "MERGE"}
 PROBLEM |= {"S", "POWERS", "PRESET", "UNBIASED", "PREC", "BLOCKS"}
-PROBLEM |= {"num_warps", "num_stages"}  # have columns of their own
+PROBLEM |= {"warps", "stages"}  # have columns of their own
 # Of an SM: 32-bit registers in each of its four parts; bytes of shared memory, of which a block takes 1 KB more than it
 # asks for, warps and blocks (CUDA C++ Programming Guide, technical specifications per compute capability).
 SM_REGISTERS = 16 * 1024

@@ -69,7 +69,7 @@ def test_no_row_is_left_open_against_itself():
 
 
 def test_a_row_is_told_as_a_table_has_it():
-    assert repr(OPEN_BACKWARD[80][0]) == "Row(m=64, n=16, key=(16, 64), whole=True, stages=2)"
+    assert repr(OPEN_BACKWARD[80][0]) == "Row(block_m=64, block_n=16, key=(16, 64), one_launch=True, stages=2)"
 
 
 @pytest.mark.slow

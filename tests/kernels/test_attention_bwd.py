@@ -16,8 +16,8 @@ from fastheads.reference import attend, gate_heads
 
 # The three forms, with blocks so small that a short input needs several: all keys on chip at once; both sweeps in one
 # program; a program per block.
-ONCE = Row(16, 32, (16, 32), chunk=32, whole=True)
-WHOLE, LONG = Row(32, 16, (16, 32), whole=True), Row(32, 16, (16, 32))
+ONCE = Row(16, 32, (16, 32), chunk=32, one_launch=True)
+WHOLE, LONG = Row(32, 16, (16, 32), one_launch=True), Row(32, 16, (16, 32))
 FORMS = pytest.mark.parametrize("row", [ONCE, WHOLE, LONG], ids=["at once", "whole", "long"])
 
 

@@ -48,18 +48,18 @@ def test_every_backward_and_one_pass_has_a_row(arch):
                     tiles = row_for(BACKWARD, arch, head_dim, length, dtype, **given).tiles(length)
                     assert tiles.block_n >= 16 and min(tiles.key_m, tiles.key_n) >= 16
                     assert not tiles.chunks or tiles.chunks[-1][0] < length <= sum(tiles.chunks[-1])
-                    assert not (spread and length > 80 and tiles.whole)
+                    assert not (spread and length > 80 and tiles.one_launch)
                     for tail, block in ((tiles.tail, tiles.block_m), (tiles.key_tail, tiles.key_n)):
-                        assert not tail or (tiles.whole and 0 < length % block <= tail < block)
+                        assert not tail or (tiles.one_launch and 0 < length % block <= tail < block)
                 if length <= 272:
                     tiles = row_for(ONE_PASS, arch, head_dim, length, dtype).tiles(length)
                     assert tiles.chunks[-1][0] < length <= sum(tiles.chunks[-1]) and tiles.block_n >= 16
 
 
 def test_a_backward_in_two_launches_keeps_no_keys_on_chip():
-    with pytest.raises(ValueError, match=r"Row\(m=64, .*chunk=64\): .* chunk takes whole=True"):
+    with pytest.raises(ValueError, match=r"Row\(block_m=64, .*chunk=64\): .* chunk takes one_launch=True"):
         Row(64, 32, (32, 64), chunk=64).tiles(50)
-    assert Row(64, 32, (32, 64), chunk=64, whole=True).tiles(50).chunks
+    assert Row(64, 32, (32, 64), chunk=64, one_launch=True).tiles(50).chunks
     assert Row(64, chunk=64).tiles(50).chunks
 
 

@@ -63,7 +63,7 @@ def test_every_family_of_chips_has_cases():
 
 def test_what_is_left_out_of_a_tile_is_a_constant_of_some_kernel():
     text = "".join(file.read_text() for file in (ROOT / "kernels").glob("*.py"))
-    assert PROBLEM - {"num_warps", "num_stages"} <= set(re.findall(r"(\w+): tl\.constexpr", text))
+    assert PROBLEM - {"warps", "stages"} <= set(re.findall(r"(\w+): tl\.constexpr", text))
 
 
 def test_cases_that_compile_to_the_same_kernel_are_one_row():
