@@ -258,7 +258,8 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
     layer = Layer(*arguments[:TENSORS], *arguments[TENSORS + 6 :])
     x, *_ = inputs = arguments[: len(GRADIENTS)]
     if not x.numel():
-        return tuple(t.zero_() for t in backward_shapes(do, *arguments))
+        shapes = backward_shapes(do, *arguments)
+        return tuple(t.zero_() if need else None for t, need in zip(shapes, needed, strict=True))
     projected, low, heads = (t if t is not None and t.numel() else None for t in kept)
     need = dict(zip(GRADIENTS, needed, strict=True))
     grads: dict[str, Any]
