@@ -124,6 +124,8 @@ FORWARD: Table = {
         Row(64, chunk=128, tail=True, columns=64, length=LONGEST_ON_CHIP),
         Row(64, chunk=128, columns=80, length=80),
         Row(128, 64, warps=8, stages=3, columns=64, deltas=0),
+        Row(64, 64, stages=2, columns=80, deltas=0),
+        Row(64, 32, stages=2, columns=96, deltas=0),
         Row(64, 64, stages=2, deltas=0),
         Row(64, 32, stages=2, columns=80),
         Row(64, 16, stages=2),
@@ -146,7 +148,8 @@ _BACKWARD_80 = (
     Row(64, 32, (32, 64), chunk=64, one_launch=True, columns=64, length=80, deltas=0),
     Row(64, 32, (32, 64), one_launch=True, stages=2, columns=64, deltas=0, masked=False, spread=False),
     Row(64, 32, (32, 64), one_launch=True, columns=80, deltas=0, masked=False, spread=False),
-    Row(64, 16, (16, 32), one_launch=True, columns=112, deltas=0, masked=False, spread=False),
+    Row(64, 16, (16, 32), one_launch=True, columns=96, deltas=0, masked=False, spread=False),
+    Row(64, 16, (16, 16), one_launch=True, columns=112, deltas=0, masked=False, spread=False),
     Row(64, 32, (32, 64), one_launch=True, deltas=0, masked=False, spread=False),
     Row(64, 32, (32, 64), one_launch=True, columns=64, deltas=0, spread=False),
     Row(64, 32, (32, 64), one_launch=True, columns=64, masked=False, spread=False),
@@ -157,11 +160,17 @@ _BACKWARD_80 = (
     Row(64, 16, (16, 64), stages=2, columns=80),
     Row(64, 16, (16, 64)),
 )
+# The rows of an 80 need 60 KB at most. Here the second one would spill: this has 168 registers, and three blocks an SM.
+_BACKWARD_86 = (
+    _BACKWARD_80[0],
+    Row(64, 16, (16, 64), one_launch=True, stages=2, columns=64, deltas=0, masked=False, spread=False),
+    *_BACKWARD_80[1:],
+)
 BACKWARD: Table = {
     "float32": (Row(32, 32, (32, 32), one_launch=True, spread=False), Row(32, 32, (32, 32))),
     0: _BACKWARD_80,
     80: _BACKWARD_80,
-    86: _BACKWARD_80,  # they need 60 KB at most
+    86: _BACKWARD_86,
     90: (
         Row(64, 32, (32, 64), chunk=64, one_launch=True, columns=64, length=80, deltas=0, masked=False),
         Row(64, 64, (64, 64), one_launch=True, columns=64, deltas=0, masked=False, spread=False),
