@@ -136,9 +136,6 @@ def query_rows(
             b_p = probabilities(b_q, b_k, b_lse[:, None], o_m[:, None], o_n[None, :], rows, x.mask, CAUSAL, HEAD)
             b_dp = heads.dot_over(b_do, heads.transposed(b_v), HEAD)
             b_dq = heads.add_product(b_dq, b_p * (b_dp - b_mean[:, None]), b_k, HEAD)
-    # Read again, by other threads than stored it, rather than kept: four registers that cost sm_90 a block per SM.
-    tl.debug_barrier()
-    b_inverse = tl.load(x.p_inverse + o_m, mask=o_m < rows, other=0.0)
     heads.store_head(x.dq, o_m, rows, b_dq, (b_inverse * (gate_of(x, HEAD) * HEAD.scale))[:, None], HEAD)
     return tl.sum(b_mean, 0)
 
