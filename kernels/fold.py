@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastheads.kernels.heads import low_of
 from fastheads.kernels.launch import launch, on_grid, packed, strides
-from fastheads.kernels.tiles import cdiv
+from fastheads.kernels.tiles import cdiv, up_to_16
 
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 128
 
@@ -21,7 +21,7 @@ Matrix = namedtuple("Matrix", "p stride_m stride_n")
 def padded_rank(columns: int) -> int:
     """The rows that A takes below the weights: its own, up to a multiple of 16. Triton loads a row of `[B, N, 3D + R]`
     16 bytes at a time only where it knows its length for a multiple of 16 elements."""
-    return -(-columns // 16) * 16
+    return up_to_16(columns)
 
 
 @triton.jit

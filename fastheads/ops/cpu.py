@@ -213,17 +213,37 @@ def heads_of(qkv: Tensor, num_heads: int) -> Heads:
     return q, k, v
 
 
-def _additive(mask: Tensor | None, causal: bool, q: Tensor) -> tuple[Tensor | None, bool]:
-    """The mask as flash attention takes it: additive, expanded, and causality in it unless it stands alone."""
+# A row of a mask whose largest value is below −FAR is shifted to 0: beside −1e6 a score has a digit, and a log-sum-exp
+# so rounded would have its P sum to 0.8 or 1.3. Below −BLIND, 1/ε of lse's dtype, such a row passes nothing back.
+FAR = 1e3
+
+
+def _blind(t: Tensor) -> float:
+    return 1 / torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps
+
+
+def _additive(mask: Tensor | None, causal: bool, q: Tensor) -> tuple[Tensor | None, Tensor | None, bool]:
+    """The mask as flash attention takes it: additive, expanded, and causality in it unless it stands alone; and what
+    its rows were shifted by, `[…, N]`, where any were."""
     if mask is None:
-        return None, causal
+        return None, None, causal
     B, H, N, _ = q.shape
+    given = mask.dtype
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(mask, float("-inf"))
-    mask = mask.to(q.dtype).expand(B, H, N, N)
+    mask = mask.to(q.dtype)
     if causal:
-        mask = mask.masked_fill(torch.ones(N, N, dtype=torch.bool).triu(1), float("-inf"))
-    return mask, False
+        mask = mask.expand(*mask.shape[:-2], N, N).masked_fill(
+            torch.ones(N, N, dtype=torch.bool).triu(1), float("-inf")
+        )
+    shift = None
+    if given != torch.bool:
+        top = mask.amax(-1, keepdim=True)
+        far = (top < -FAR) & (top > -_blind(top))
+        if bool(far.any()):
+            top = top.where(far, 0)
+            mask, shift = mask - top, top.squeeze(-1)
+    return mask.expand(B, H, N, N), shift, False
 
 
 def attend(
@@ -242,9 +262,9 @@ def attend(
 
     q, k, v: `[B, H, N, dh]`, any strides.
     """
-    mask, causal = _additive(mask, causal, q)
+    mask, shift, causal = _additive(mask, causal, q)
     each, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
-    lse = lse.contiguous()
+    lse = lse.contiguous() if shift is None else lse + shift
     if mask is not None:
         once = mask[tuple(slice(0, 1) if s == 0 else slice(None) for s in mask.stride())]
         # Flash attention says 0 of a row that sees no key.
@@ -273,7 +293,7 @@ def attend_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of q, k and v as `[B·N, D]`, and of the gates `[H]` where there are any. heads: un-gated."""
     B, H, N, dh = q.shape
-    mask, causal = _additive(mask, causal, q)
+    mask, shift, causal = _additive(mask, causal, q)
     do, each = do.reshape(B, N, H, dh), heads.view(B, N, H, dh)
     dgate = None
     if gate is not None:
@@ -281,7 +301,10 @@ def attend_bwd(
         do = do * gate.to(do.dtype).view(H, 1)
     if mask is not None:
         # Rows that see nothing, or only keys masked by a number so huge that lse has no digits left: their P is 0.
-        lse = lse.masked_fill(lse < -1 / torch.finfo(lse.dtype).eps, float("inf"))
+        none = lse < -_blind(lse)
+        if shift is not None:  # which is rounded away in lse
+            lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[1]
+        lse = lse.masked_fill(none, float("inf"))
     do = do.contiguous() if 0 in do.stride() else do
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do.transpose(1, 2), q, k, v, each.transpose(1, 2), lse, 0.0, causal, attn_mask=mask

@@ -178,6 +178,24 @@ def test_rows_that_see_only_hugely_masked_keys_pass_nothing_back(impl, least):
         close(got[f"d{name}"], expected[f"d{name}"], SAME, f"d{name}")
 
 
+@EVERY
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("masked", [-1e4, -1e6, -2e6, -5e6, -8e6])
+def test_rows_whose_keys_are_all_masked_by_a_large_number(impl, masked, recompute):
+    # their log-sum-exp is rounded to 0.06 … 0.5, but P still sums to 1: dv of all keys together is do, gated
+    case = Case(B=2, N=18, H=2, pool=None)
+    tensors, do, options = made(case, impl)
+    for causal in (False, True):
+        mask = torch.zeros(18, 18, device=do.device)
+        mask[[2, 9]] = masked
+        only = torch.zeros_like(do)
+        only[:, [2, 9]] = do[:, [2, 9]]
+        own = options | {"mask": mask, "causal": causal}
+        got = results(head_attention, tensors, only, **own, impl=impl, recompute=recompute)
+        want = only.double().view(2, 18, 2, -1) * tensors["gate"].double()[:, None]
+        close(got["db_in"][2 * case.D :], want.sum((0, 1)).flatten(), 1e-5, f"dv of all keys, causal {causal}")
+
+
 # --------------------------------------------------------------------------------------------------- derivatives
 
 
