@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +66,10 @@ class Compiled:
 
 
 @contextmanager
-def compiling(arch: int) -> Iterator[list[Compiled]]:
-    """Inside, every launch is compiled for sm_`arch` and added to the list instead of being run.
+def compiling(arch: int, found: Callable[[Any, int, Any], Any] | None = None) -> Iterator[list[Any]]:
+    """Inside, every launch is compiled for sm_`arch` and added to the list instead of being run, as a `Compiled`.
+
+    found: of a kernel, `arch` and what Triton compiled, makes what is added in its place.
 
     Raises RuntimeError where Triton's interpreter is on, which replaces the compiler.
     """
@@ -75,7 +77,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
         raise RuntimeError("TRITON_INTERPRET is set, and the interpreter compiles nothing: start Python without it")
     if arch not in FAMILY:
         raise ValueError(f"arch: got {arch!r}; takes {', '.join(map(str, FAMILY))}")
-    out: list[Compiled] = []
+    out: list[Any] = []
     before = driver._active
     caches: dict[Any, Any] = {}
 
@@ -84,7 +86,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
             # What a kernel was compiled to is kept per device number; ours belongs to another GPU.
             caches[kernel] = kernel.device_caches
             kernel.device_caches = defaultdict(kernel.create_binder)
-        out.append(_describe(kernel, arch, kernel.run(*args, grid=grid, warmup=True, **meta)))
+        out.append((found or described)(kernel, arch, kernel.run(*args, grid=grid, warmup=True, **meta)))
 
     # A driver that knows what to compile for and has nothing to run it on.
     none = {
@@ -102,7 +104,7 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
             kernel.device_caches = cache
 
 
-def _describe(kernel: Any, arch: int, compiled: Any) -> Compiled:
+def described(kernel: Any, arch: int, compiled: Any) -> Compiled:
     """constexprs: the kernel's `tl.constexpr` arguments; not what Triton made constants of itself (None, 1)."""
     own = {kernel.params[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
     ptx, usage, made = compiled.asm["ptx"], resource_usage(compiled.asm["cubin"]), compiled.metadata
