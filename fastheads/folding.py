@@ -19,23 +19,24 @@ from fastheads.reference import up_matrix
 _ADAPTED = "_fastheads_adapted"  # on a merged model: the names of the tensors that adapting it changed
 
 
-def folded_weights(attention: HeadAttention) -> dict[str, Tensor]:
-    """`in_proj_weight` and `out_proj.weight` with deltas and gates folded in, at least float32, not rounded.
+def folded_weights(attention: HeadAttention) -> list[tuple[Tensor, Tensor]]:
+    """The host's weights that deltas and gates change, each with what it becomes, at least float32, not rounded.
 
-    W_h ← W_h + s·B_h A_h        out_proj.weight[:, head h] ← g_h · out_proj.weight[:, head h]
+    W_h ← W_h + s·B_h A_h        W_out[:, head h] ← g_h · W_out[:, head h]
     """
-    own, module = attention.heads, _module(attention)
-    new: dict[str, Tensor] = {}
-    with torch.no_grad(), torch.autocast(module.in_proj_weight.device.type, enabled=False):
+    own, stored, w_out = attention.heads, attention.weights(attention), attention.output(attention).weight
+    found: list[tuple[Tensor, Any]] = []
+    with torch.no_grad(), torch.autocast(stored[0].device.type, enabled=False):
         if own.lora_A is not None and own.lora_B is not None:
             per_head = own.lora_A.shape[1] == own.num_heads
             up = up_matrix(own.lora_B, own.targets, own.scale, per_head)
-            new["in_proj_weight"] = module.in_proj_weight.to(up.dtype) + up @ own.lora_A.flatten(0, 2)
+            parts = (up @ own.lora_A.flatten(0, 2)).split([len(w) for w in stored])
+            found += [(w, w.to(up.dtype) + part) for w, part in zip(stored, parts, strict=True)]
         gate = own.gate()
         if gate is not None:
-            weight = module.out_proj.weight
-            new["out_proj.weight"] = weight.to(gate.dtype) * gate.repeat_interleave(weight.shape[1] // own.num_heads)
-    return new
+            assert isinstance(w_out, Tensor)
+            found.append((w_out, w_out.to(gate.dtype) * gate.repeat_interleave(w_out.shape[1] // own.num_heads)))
+    return found
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -52,15 +53,14 @@ def merge(model: nn.Module) -> nn.Module:
     lost, change = 0.0, 0.0
     owners = patched_models(model)  # raises for a part of one, whose flags couldn't be put back
     for attention in patched_attentions(model):
-        module, own = _module(attention), attention.heads
+        own = attention.heads
         where = f"model: the adapter of layer {own.tower}.{own.layer}"
         if not all(bool(torch.isfinite(p).all()) for p in own.parameters()):
             raise ValueError(f"{where} is not finite; it can't be merged")
-        for name, new in folded_weights(attention).items():
-            old = module.in_proj_weight if name == "in_proj_weight" else module.out_proj.weight
+        for old, new in folded_weights(attention):
             rounded = new.to(old.dtype)
             if not bool(torch.isfinite(rounded).all()):
-                raise ValueError(f"{where} overflows {old.dtype} in {name}; merge into a float32 copy of the base")
+                raise ValueError(f"{where} overflows {old.dtype}; merge into a float32 copy of the base")
             if rounded.dtype != new.dtype:
                 lost += float((rounded.to(new.dtype) - new).square().sum())
                 change += float((new - old.to(new.dtype)).square().sum())
@@ -136,7 +136,3 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # FSDP2's
     reach = sum((size - 1) * stride for size, stride in zip(local.shape, local.stride(), strict=True))
     return local.data_ptr(), local.data_ptr() + (reach + 1) * local.element_size()
-
-
-def _module(attention: HeadAttention) -> Any:
-    return attention

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastheads import ops
 from fastheads.config import HeadConfig
-from fastheads.hosts import Host, find_tower, host_of
+from fastheads.hosts import Host, Tower, find_tower, host_of
 from fastheads.hosts.wrappers import plain_names, refuse_foreign, refuse_wrapped, unwrap
 from fastheads.model import (
     first_few,
@@ -109,20 +109,22 @@ def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: boo
             if host is None:
                 raise TypeError(
                     f"model: layer {name} is a {type(module).__name__}; "
-                    "takes nn.MultiheadAttention or OpenCLIP's Attention"
+                    "takes nn.MultiheadAttention, OpenCLIP's Attention or timm's"
                 )
             reasons = host.refusals(module, gated=config.gate is not None)
-            weight = getattr(module, "in_proj_weight", None)
-            out_weight = getattr(module.out_proj, "weight", None)
-            for part in (weight, out_weight):
+            weights: tuple[Any, ...] = ()
+            if not reasons:
+                weights = (*host.weights(module), getattr(host.output(module), "weight", None))
+            for part in weights:
                 if not isinstance(part, Tensor) or not part.is_floating_point() or part.dtype.itemsize < 2:
                     reasons.append("is quantised; patch takes float weights")
                     break
-            if reasons or not isinstance(weight, Tensor):
+            if reasons:
                 raise TypeError(f"model: layer {name} ({host.name}) {'; '.join(reasons)}")
+            weight: Tensor = weights[0]
             dim = weight.shape[1]
             num_heads: int = module.num_heads  # type: ignore[assignment]
-            choice = _choice(impl, module, host, num_heads, rank, config.dropout)
+            choice = _choice(impl, module, host, tower, num_heads, rank, config.dropout)
             report = LayerReport(name, host.name, num_heads, dim // num_heads, rank, choice)
             options = {
                 "rank": rank,
@@ -139,9 +141,9 @@ def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: boo
     return config, plans
 
 
-def _choice(impl: str, module: Any, host: Host, num_heads: int, rank: int, dropout: float) -> ops.Choice:
+def _choice(impl: str, module: Any, host: Host, tower: Tower, num_heads: int, rank: int, dropout: float) -> ops.Choice:
     """Who computes a layer as it stands: its weight's device and dtype, any length."""
-    weight: Tensor = module.in_proj_weight
+    weight = host.weights(module)[0]
     problem = ops.Problem(
         device=weight.device.type,
         index=weight.device.index,
@@ -151,7 +153,7 @@ def _choice(impl: str, module: Any, host: Host, num_heads: int, rank: int, dropo
         head_dim=weight.shape[1] // num_heads,
         rank=rank,
         dropout=bool(rank and dropout),
-        extras=host.extras(module) + ops.surroundings(),
+        extras=host.extras(module) + ("rotary positions",) * tower.rotary + ops.surroundings(),
     )
     return ops.choose(impl, problem)
 
@@ -269,8 +271,9 @@ def explain(model: nn.Module, config: HeadConfig | None = None, *, impl: str = "
     layers, adapters = [], head_modules(inner)
     for attention in patched_attentions(inner):
         own, module, host = attention.heads, _as_any(attention), _as_any(type(attention).__bases__[0])
-        head_dim = module.in_proj_weight.shape[1] // own.num_heads
-        choice = _choice(own.impl, module, host, own.num_heads, own.rank, own.dropout)
+        head_dim = host.weights(module)[0].shape[1] // own.num_heads
+        tower = find_tower(inner, own.tower)
+        choice = _choice(own.impl, module, host, tower, own.num_heads, own.rank, own.dropout)
         layers.append(LayerReport(f"{own.tower}.{own.layer}", host.name, own.num_heads, head_dim, own.rank, choice))
     return _report(inner, layers, adapters)
 

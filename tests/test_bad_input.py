@@ -162,7 +162,7 @@ both("ranks for 3 layers", clip, ValueError, "rank", "2 ranks", "3", config=Head
 both("ranks for text", clip, ValueError, "rank", "text", config=HeadConfig(rank=(2, 2, 2), towers=BOTH))
 both("no visual", lambda: nn.Linear(2, 2), TypeError, "model", "Linear", "visual", "OpenCLIP")
 both("no text", with_(image_tower_alone), TypeError, "model", "text", config=inner())
-both("timm tower", with_(replace_visual("TimmModel")), TypeError, "visual", "timm")
+both("timm tower", with_(replace_visual("TimmModel")), TypeError, "visual", "TimmModel", "blocks[i].attn")
 both("ResNet tower", with_(replace_visual("ModifiedResNet")), TypeError, "visual", "ResNet")
 both("Hugging Face tower", with_(replace_text), TypeError, "text", "Hugging Face", config=inner())
 both("unknown tower", with_(replace_visual("Swin")), TypeError, "visual", "Swin", "resblocks")
@@ -273,7 +273,7 @@ row("load_adapter base", lambda: clip(seed=1), load_into(), ValueError, "directo
 row("load_adapter config", adapted(rank=3), load_into(), ValueError, "directory", "config", "unpatch")
 row("load_adapter impl", clip, load_into(impl="cuda"), ValueError, "impl", "'cuda'")
 row("load_adapter no model", nothing, load_into(), TypeError, "model", "NoneType")
-row("load_adapter tower", with_(replace_visual("TimmModel")), load_into(), TypeError, "visual", "timm")
+row("load_adapter tower", with_(replace_visual("ModifiedResNet")), load_into(), TypeError, "visual", "ResNet")
 row(
     *("load_adapter wrapped", with_(nn.DataParallel), load_into(), TypeError, "patch first"),
 )

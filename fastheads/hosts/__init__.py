@@ -6,10 +6,11 @@ from torch import nn
 
 from fastheads.hosts.mha import MultiheadAttentionHost
 from fastheads.hosts.openclip import OpenClipAttentionHost
+from fastheads.hosts.timm import TimmAttentionHost
 from fastheads.hosts.towers import Tower, find_tower
 
-Host = type[MultiheadAttentionHost] | type[OpenClipAttentionHost]
-HOSTS: tuple[Host, ...] = (MultiheadAttentionHost, OpenClipAttentionHost)
+Host = type[MultiheadAttentionHost] | type[OpenClipAttentionHost] | type[TimmAttentionHost]
+HOSTS: tuple[Host, ...] = (MultiheadAttentionHost, OpenClipAttentionHost, TimmAttentionHost)
 
 __all__ = ["HOSTS", "Host", "Tower", "find_tower", "host_of"]
 

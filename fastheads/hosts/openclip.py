@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastheads.nn import HeadAttention
 
 
-def _present(module: Any, name: str) -> bool:
+def present(module: Any, name: str) -> bool:
+    """Whether a part of a module is there, and not an identity."""
     part = getattr(module, name, None)
     return part is not None and not isinstance(part, nn.Identity)
 
@@ -41,7 +42,7 @@ class OpenClipAttentionHost(HeadAttention):
         reasons = []
         if module.in_proj_weight is None:
             reasons.append("has separate q/k/v_proj_weight, so it is cross-attention")
-        if gated and _present(module, "ln_inner"):
+        if gated and present(module, "ln_inner"):
             reasons.append("has ln_inner between the heads and out_proj, so gates would not fold; use gate=None")
         return reasons
 
@@ -49,7 +50,7 @@ class OpenClipAttentionHost(HeadAttention):
     def extras(module: Any) -> tuple[str, ...]:
         """What only the reference path covers."""
         names = ("ln_q", "ln_k", "logit_scale", "head_scale")
-        found = [n for n in names if _present(module, n)]
+        found = [n for n in names if present(module, n)]
         return (*found, "attention dropout") if module.attn_drop.p else tuple(found)
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -72,9 +73,9 @@ class OpenClipAttentionHost(HeadAttention):
         norms = None
         if cosine:
             norms = lambda q, k: (F.normalize(q, dim=-1), F.normalize(k, dim=-1))  # noqa: E731
-        elif _present(self, "ln_q") or _present(self, "ln_k"):
+        elif present(self, "ln_q") or present(self, "ln_k"):
             norms = lambda q, k: (self.ln_q(q), self.ln_k(k))  # noqa: E731
-        inner = _present(self, "ln_inner")
+        inner = present(self, "ln_inner")
         o, _ = self.attend(
             x,
             mask,

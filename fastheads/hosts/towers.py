@@ -1,4 +1,4 @@
-"""Where an OpenCLIP model keeps its attention layers, and which token its features come from."""
+"""Where a model keeps its attention layers, and which token its features come from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastheads.hosts.wrappers import unwrap
 
 REFUSED = {
-    "TimmModel": "a timm tower",
     "ModifiedResNet": "a ResNet tower (it has one attention layer, a pooling one)",
     "HFTextEncoder": "a Hugging Face text tower",
 }
@@ -23,6 +22,7 @@ class Tower:
 
     `pool`: `"first"`, `"last"`, `"mean"`, `"argmax"`, `"eos"`, or `"none"` where no token stands for the whole.
     `embedding` is the module whose input are the token ids (text towers that pool by them), `eos` their end token.
+    rotary: whether queries and keys are turned by their positions.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Tower:
     pool: str
     embedding: nn.Module | None = None
     eos: int | None = None
+    rotary: bool = False
 
     def token_index(self, ids: Tensor) -> Tensor:
         """`[B]` index of the pooled token from the token ids `[B, N]`, as OpenCLIP's text_global_pool."""
@@ -40,13 +41,15 @@ class Tower:
 
 
 def find_tower(model: nn.Module, name: str) -> Tower:
-    """The tower `name` ("visual" or "text") of an OpenCLIP model.
+    """The tower `name` ("visual" or "text") of an OpenCLIP model; an image tower or a timm model alone is its own.
 
     Looks inside the tower's own wrappers, as `model.visual = torch.compile(model.visual)` makes one. Raises TypeError
-    for a model without such a tower, and for timm, Hugging Face and ResNet towers.
+    for a model without such a tower, and for Hugging Face and ResNet towers and others that are no transformers.
     """
     if name == "visual":
         tower: Any = getattr(model, "visual", None)
+        if tower is None and (hasattr(model, "conv1") or hasattr(model, "patch_embed")):
+            tower = model
     else:
         tower = getattr(model, "text", None)
         if tower is None and hasattr(model, "token_embedding"):
@@ -54,23 +57,28 @@ def find_tower(model: nn.Module, name: str) -> Tower:
     if not isinstance(tower, nn.Module):
         raise TypeError(
             f"model: {type(model).__name__} has no {name} tower; takes an OpenCLIP model "
-            "(open_clip.create_model …), with a `visual` and a text tower"
+            "(open_clip.create_model …), or an image tower or a vision transformer of timm's alone"
         )
     tower = unwrap(tower)
     kind = REFUSED.get(type(tower).__name__)
     if kind:
         raise TypeError(
             f"model: its {name} tower is {kind}, which fastheads does not patch yet; "
-            "takes OpenCLIP's own transformers (ViT-B-32, ViT-B-16, ViT-L-14 …)"
+            "takes transformers of OpenCLIP's own (ViT-B-32, ViT-B-16, ViT-L-14 …) and of timm's"
         )
-    transformer = getattr(tower, "transformer", None)
-    blocks: Any = getattr(unwrap(transformer), "resblocks", None) if isinstance(transformer, nn.Module) else None
+    transformer, trunk = getattr(tower, "transformer", None), unwrap(getattr(tower, "trunk", tower))
+    blocks: Any = getattr(trunk, "blocks", None)  # timm's, OpenCLIP's TimmModel around it or not
+    if isinstance(transformer, nn.Module):
+        blocks = getattr(unwrap(transformer), "resblocks", None)
     found = [getattr(unwrap(block), "attn", None) for block in blocks or ()]
     attentions = tuple(unwrap(attention) for attention in found if isinstance(attention, nn.Module))
     if not attentions or len(attentions) < len(found):
-        raise TypeError(f"model: its {name} tower ({type(tower).__name__}) has no transformer.resblocks[i].attn")
+        what = type(tower).__name__ if trunk is tower else f"{type(tower).__name__} around {type(trunk).__name__}"
+        raise TypeError(f"model: its {name} tower ({what}) has no transformer.resblocks[i].attn or blocks[i].attn")
     pool: str
     if name == "visual":
+        if transformer is None:
+            return Tower(name, tower, attentions, _pool_of_timm(trunk), rotary=getattr(trunk, "rope", None) is not None)
         pool = {"tok": "first", "avg": "mean"}.get(getattr(tower, "pool_type", "tok"), "none")
         return Tower(name, tower, attentions, "mean" if getattr(tower, "attn_pool", None) is not None else pool)
     pool = str(getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "argmax"))
@@ -79,3 +87,11 @@ def find_tower(model: nn.Module, name: str) -> Tower:
     eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
     embedding: Any = tower.token_embedding
     return Tower(name, tower, attentions, pool, embedding, eos)
+
+
+def _pool_of_timm(trunk: Any) -> str:
+    """ "first" of a class token; "mean" where one token stands before the patches, and all are averaged or attended."""
+    pool = getattr(trunk, "global_pool", "")
+    if pool == "token":
+        return "first"
+    return "mean" if pool in ("avg", "map") and getattr(trunk, "num_prefix_tokens", 0) == 1 else "none"

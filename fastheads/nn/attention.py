@@ -40,9 +40,22 @@ class HeadAttention:
     """
 
     heads: HeadLoRA
-    in_proj_weight: Tensor
-    in_proj_bias: Tensor | None
     training: bool
+
+    @staticmethod
+    def weights(module: Any) -> tuple[Tensor, ...]:
+        """The host's own weights of q, k and v: one `[3D, D]`, or three `[D, D]`."""
+        return (module.in_proj_weight,)
+
+    @staticmethod
+    def bias(module: Any) -> Tensor | None:
+        """`[3D]`, or None."""
+        return module.in_proj_bias
+
+    @staticmethod
+    def output(module: Any) -> nn.Module:
+        """The host's own output projection."""
+        return module.out_proj
 
     def attend(
         self,
@@ -93,8 +106,10 @@ class HeadAttention:
             "dropout_p": dropout_p,
         }
         probabilities = None
+        stored, b_in = self.weights(self), self.bias(self)
+        w_in = stored[0] if len(stored) == 1 else torch.cat(stored)
         if need_weights or norms or score_scale is not None or head_scale is not None or attention_dropout:
-            q, k, v = reference.project(x, self.in_proj_weight, self.in_proj_bias, own.lora_A, own.lora_B, **lora)
+            q, k, v = reference.project(x, w_in, b_in, own.lora_A, own.lora_B, **lora)
             if norms:
                 q, k = norms(q, k)
             each, _, probabilities = reference.attend(
@@ -110,8 +125,8 @@ class HeadAttention:
                 w_out, b_out, out_proj = out_proj.weight, out_proj.bias, None
             o, _, cls = ops.head_attention(
                 x,
-                self.in_proj_weight,
-                self.in_proj_bias,
+                w_in,
+                b_in,
                 own.lora_A,
                 own.lora_B,
                 gate=own.theta,

@@ -167,7 +167,7 @@ def test_a_corrupt_image_stops_training_without_a_result(world, tmp_path):
 
 TOWERS = {
     "ResNet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
-    "timm": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+    "ConvNeXt": {"image_size": 32, "timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear"},
 }
 
 
@@ -180,5 +180,5 @@ def test_a_tower_that_patch_refuses_is_told_before_images_are_listed(world, tmp_
     for methods in (["hap"], ["ha-lora"], ["dig"], ["lora"], ["zero-shot", "fine-tune", "lora"]):
         code, out, err = run("train", "--model", "odd", "--pretrained", "", *data(world.root), "--method", *methods)
         assert (code, out) == (2, "") and len(err.splitlines()) == 1
-        assert "its visual tower is a" in err and tower in err
+        assert "its visual tower" in err and tower in err
     assert listing(tmp_path) == {}

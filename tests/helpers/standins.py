@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from open_clip.timm_model import TimmModel
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastheads
@@ -152,6 +155,23 @@ def development(**options: bool) -> nn.Module:
     return model
 
 
+def vit(cls: Any = VisionTransformer, *, seed: int = 0, **options: Any) -> nn.Module:
+    """A tiny vision transformer of timm's: 3 layers of 4 heads × 16, 17 tokens with the class token."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0}
+    with seeded(seed):
+        return disturb(cls(**sizes, num_classes=EMBED, **options))
+
+
+def with_timm(cls: Any = VisionTransformer, **options: Any) -> nn.Module:
+    """An OpenCLIP model whose image tower is timm's."""
+    model: Any = clip(CustomTextCLIP)
+    with seeded(1):
+        model.visual = disturb(TimmModel("test_vit", EMBED, image_size=32, pool="token", proj="linear"))
+    model.visual.trunk = vit(cls, **options)
+    model.visual.trunk.reset_classifier(0)
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "clip": clip,
     "custom_text": lambda: clip(CustomTextCLIP, vision={"pool_type": "avg"}, text={"pool_type": "eos"}),
@@ -165,9 +185,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "development_cosine": lambda: development(scaled_cosine=True),
     "development_scale_heads": lambda: development(scale_heads=True),
     "development_inner_norm": lambda: development(inner_norm=True),
+    "timm": with_timm,
+    "timm_qk_norm": lambda: with_timm(qk_norm=True, qkv_bias=False, global_pool="avg", init_values=0.5),
+    "timm_rotary": lambda: with_timm(Eva, use_rot_pos_emb=True, global_pool="token"),
+    "timm_parts_inner_norm": lambda: with_timm(Eva, qkv_fused=False, scale_attn_inner=True, global_pool="token"),
 }
 UNGATED = tuple(name for name in MODELS if name.endswith("inner_norm"))  # gates would not fold
 BOTH = ("visual", "text")
+PARTS = ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
 
 CONFIGS = {
     "default": fastheads.HeadConfig(towers=BOTH),
@@ -202,12 +227,13 @@ def features(model: Any, tower: str = "visual", batch: int = 3, seed: int = 0) -
     """`[B, E]` of the tower, in the model's dtype."""
     if tower == "text":
         return model.encode_text(texts(batch, seed))
-    return model.encode_image(images(batch, seed=seed).to(model.visual.conv1.weight.dtype))
+    return model.encode_image(images(batch, seed=seed).to(next(model.visual.parameters()).dtype))
 
 
 def attentions(model: Any, tower: str = "visual") -> list[Any]:
     owner = model.visual if tower == "visual" else getattr(model, "text", model)
-    return [block.attn for block in owner.transformer.resblocks]
+    blocks = owner.trunk.blocks if hasattr(owner, "trunk") else owner.transformer.resblocks
+    return [block.attn for block in blocks]
 
 
 def fill_adapters(model: nn.Module, size: float = 0.1, seed: int = 5) -> nn.Module:
@@ -291,10 +317,13 @@ def dense_weights(
     state = model.state_dict()
     out = {}
     for layer, attention in enumerate(attentions(model, tower)):
-        path = f"{prefix}transformer.resblocks.{layer}.attn."
+        timm = hasattr(attention, "qkv")
+        path = f"{prefix}{'trunk.blocks' if timm else 'transformer.resblocks'}.{layer}.attn."
+        own = ["in_proj_weight"] if not timm else ["qkv.weight"] if attention.qkv is not None else PARTS
+        own, out_name = [path + name for name in own], path + ("proj.weight" if timm else "out_proj.weight")
         theta, A, B = (adapters.get(f"{path}heads.{n}") for n in ("theta", "lora_A", "lora_B"))
         H = attention.num_heads
-        w_in, w_out = state[path + "in_proj_weight"].double(), state[path + "out_proj.weight"].double()
+        w_in, w_out = torch.cat([state[name] for name in own]).double(), state[out_name].double()
         D = w_in.shape[1]
         dh = D // H
         if A is not None and B is not None:
@@ -316,7 +345,7 @@ def dense_weights(
             else:
                 gate = 2 / (1 + (-theta).exp())
             w_out = torch.cat([w_out[:, h * dh : (h + 1) * dh] * gate[h] for h in range(H)], 1)
-        out |= {path + "in_proj_weight": w_in, path + "out_proj.weight": w_out}
+        out |= dict(zip(own, w_in.chunk(len(own)), strict=True)) | {out_name: w_out}
     return out
 
 
@@ -340,7 +369,7 @@ class TowerOf(nn.Module):
 
     def inputs(self, batch: int = 3, seed: int = 0) -> Tensor:
         ids = texts(batch, seed)
-        return ids if self.tower == "text" else images(batch, seed=seed).to(self.model.visual.conv1.weight.dtype)
+        return ids if self.tower == "text" else images(batch, seed=seed).to(next(self.model.visual.parameters()).dtype)
 
 
 def oracle(patched: nn.Module, build: Callable[[], nn.Module], config: fastheads.HeadConfig, tower: str) -> Any:

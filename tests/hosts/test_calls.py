@@ -4,6 +4,7 @@ import copy
 
 import open_clip
 import pytest
+import timm
 import torch
 from standins import Attention, disturb, relative, seeded
 from torch import nn
@@ -168,6 +169,54 @@ def test_both_attentions_with_their_own_masks(options, mask):
     assert relative(twin(x, attn_mask=keep), expected) < 1e-5
     assert relative(twin(x, x, x, keep), expected) < 1e-5
     assert relative(twin(x, k_x=x, attn_mask=keep), expected) < 1e-5
+
+
+@pytest.mark.parametrize("mask", [name for name in MASKS if "3d" not in name])
+@pytest.mark.parametrize("options", ["", "qk_norm", "scale_norm", "gated"])
+def test_timms_attention_with_its_own_masks(options, mask):
+    config = HeadConfig(gate=None) if options == "scale_norm" else None
+    norms = {"norm_layer": nn.LayerNorm} if "norm" in options else {}
+    value, x = MASKS[mask], attention_inputs()
+    value = ~value if value is not None and value.dtype == torch.bool else value
+    make = {options: True} if options else {}
+    stock, twin = pair(lambda: timm.layers.Attention(D, H, qkv_bias=True, **make, **norms), config)
+    assert relative(twin(x, value), stock(x, value)) < 1e-5
+    assert relative(twin(x, attn_mask=value), stock(x, attn_mask=value)) < 1e-5
+    if mask == "none":
+        assert relative(twin(x, is_causal=True), stock(x, is_causal=True)) < 1e-5
+        with fastheads.disabled(twin):
+            assert torch.equal(twin(x, is_causal=True), stock(x, is_causal=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["eva", "rope"])
+def test_timms_rotary_attentions(kind, fused):
+    options = {"qkv_fused": fused, "num_prefix_tokens": 2, "scale_norm": False}
+    cls = timm.models.eva.EvaAttention if kind == "eva" else timm.layers.AttentionRope
+    stock, twin = pair(lambda: cls(D, H, **options))
+    x, rope = attention_inputs(), attention_inputs(N - 2, 2 * D // H)
+    for call in ({}, {"rope": rope}, {"rope": rope, "attn_mask": ~CAUSAL}, {"rope": rope, "is_causal": True}):
+        assert relative(twin(x, **call), stock(x, **call)) < 1e-5
+    assert relative(twin(x, rope, MASKS["additive_2d"]), stock(x, rope, MASKS["additive_2d"])) < 1e-5
+
+
+def test_timms_attention_refuses_what_does_not_fit():
+    _, twin = pair(lambda: timm.layers.Attention(D, H))
+    for wrong in (CAUSAL[:-1], CAUSAL[0], CAUSAL.expand(3, H, N, N)):
+        with pytest.raises(ValueError, match="attn_mask"):
+            twin(attention_inputs(), wrong)
+    for make, why in (
+        (lambda: timm.layers.Attention(D, H, attn_head_dim=8), "wider or narrower"),
+        (lambda: timm.layers.AttentionRope(D, H, num_kv_heads=2, qkv_fused=False), "fewer heads of keys"),
+        (lambda: timm.layers.Attention(D, H, scale_norm=True, norm_layer=nn.LayerNorm), "gate=None"),
+    ):
+        with pytest.raises(TypeError, match=why):
+            pair(make)
+    scaled, other = timm.layers.Attention(D, H), timm.layers.Attention(D, H)
+    scaled.scale, other.qkv = 1.0, nn.Conv1d(D, 3 * D, 1)
+    for module, why in ((scaled, "scales its scores"), (other, "Conv1d for its qkv")):
+        with pytest.raises(TypeError, match=why):
+            fastheads.patch(OneBlock(module))
 
 
 def test_the_two_mask_conventions_are_told_apart():

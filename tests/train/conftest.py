@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
 
 VISION = {
     "ResNet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
-    "timm": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+    "ConvNeXt": {"image_size": 32, "timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear"},
 }
 
 
@@ -57,6 +57,12 @@ def other_base(request):
 
 
 @pytest.fixture
+def timm_base():
+    """A model whose image tower is a vision transformer of timm's: 6 layers of 2 heads."""
+    return demo_model({"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"})
+
+
+@pytest.fixture
 def problem(base, folders):
     return squares(base, folders)
 
@@ -64,6 +70,11 @@ def problem(base, folders):
 @pytest.fixture
 def other_problem(other_base, folders):
     return squares(other_base, folders)
+
+
+@pytest.fixture
+def timm_problem(timm_base, folders):
+    return squares(timm_base, folders)
 
 
 @pytest.fixture

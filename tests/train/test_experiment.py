@@ -338,6 +338,16 @@ def test_other_towers_are_scored_trained_whole_and_described_without_layers(othe
     assert changed and all(name.startswith("visual.") for name in changed)
 
 
+def test_a_timm_tower_is_adapted(timm_base, timm_problem, tmp_path):
+    again = copy.deepcopy(timm_base)
+    recipe = lambda method: dataclasses.replace(recipe_of(method), steps=1, lr=1e-4)  # noqa: E731
+    result = run_all(timm_base, timm_problem, tmp_path, methods=["hap"], seeds=[0], recipes=recipe)
+    assert (result["model"]["layers"], result["model"]["heads"]) == (6, 2)
+    assert write_report(result, tmp_path).is_file()
+    fastheads.load_adapter(again, tmp_path / "red/seed0/hap/adapter")
+    assert any(p.count_nonzero() for p in fastheads.gate_parameters(again))
+
+
 def test_a_tower_without_attention_is_described_without_layers():
     model = standins.clip()
     del model.visual.transformer.resblocks[0].attn

@@ -1,0 +1,126 @@
+"""Host: timm's attention: `Attention` of its plain vision transformers (ViT, DeiT, DINOv2, SigLIP's image tower), and
+those with rotary positions, `EvaAttention` and `AttentionRope` (EVA, DINOv3, Perception Encoder)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastheads.hosts.openclip import present
+from fastheads.nn import HeadAttention
+
+# Where older and newer timm keep them. Classes of the same names elsewhere compute something else.
+_HOMES = {
+    "Attention": ("timm.layers.attention", "timm.models.vision_transformer"),
+    "AttentionRope": ("timm.layers.attention",),
+    "EvaAttention": ("timm.models.eva",),
+}
+_PARTS = ("q_proj", "k_proj", "v_proj")
+
+
+class TimmAttentionHost(HeadAttention):
+    """A patched attention of timm's: the same call, the same answer, plus heads' deltas and gates."""
+
+    name = "timm Attention"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return type(module).__module__ in _HOMES.get(type(module).__name__, ())
+
+    @staticmethod
+    def weights(module: Any) -> tuple[Tensor, ...]:
+        if module.qkv is not None:
+            return (module.qkv.weight,)
+        return tuple(getattr(module, name).weight for name in _PARTS)
+
+    @staticmethod
+    def bias(module: Any) -> Tensor | None:
+        if getattr(module, "q_bias", None) is not None:
+            return torch.cat((module.q_bias, module.k_bias, module.v_bias))
+        if module.qkv is not None:
+            return module.qkv.bias
+        parts = [getattr(module, name) for name in _PARTS]
+        if all(part.bias is None for part in parts):
+            return None
+        return torch.cat(
+            [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+        )
+
+    @staticmethod
+    def output(module: Any) -> nn.Module:
+        return module.proj
+
+    @staticmethod
+    def refusals(module: Any, gated: bool) -> list[str]:
+        """Why this module cannot be patched; empty where it can."""
+        names = ("qkv",) if module.qkv is not None else _PARTS
+        strange = [name for name in names if type(getattr(module, name)) is not nn.Linear]
+        if strange:
+            return [f"has a {type(getattr(module, strange[0])).__name__} for its {strange[0]}; takes nn.Linear"]
+        reasons, D = [], module.proj.weight.shape[0]
+        if getattr(module, "num_kv_groups", 1) != 1:
+            reasons.append("has fewer heads of keys than of queries")
+        elif module.num_heads * module.head_dim != D or module.proj.weight.shape[1] != D:
+            reasons.append("has heads that together are wider or narrower than the model")
+        if module.scale != module.head_dim**-0.5:
+            reasons.append(f"scales its scores by {module.scale}, not by 1 / sqrt({module.head_dim})")
+        if gated and present(module, "norm"):
+            reasons.append("has a norm between the heads and proj, so gates would not fold; use gate=None")
+        return reasons
+
+    @staticmethod
+    def extras(module: Any) -> tuple[str, ...]:
+        """What only the reference path covers."""
+        found = [name for name in ("q_norm", "k_norm") if present(module, name)]
+        return (*found, "attention dropout") if module.attn_drop.p else tuple(found)
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As timm's own forward; boolean masks True = keep, as in `scaled_dot_product_attention`."""
+        if not self.heads.enabled:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        names = ("attn_mask", "is_causal") if type(self).__bases__[1].__name__ == "Attention" else _WITH_ROPE
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = _mask(given.get("attn_mask"), bool(given.get("is_causal")), x, self.num_heads)
+        rope, norms = given.get("rope"), None
+        if rope is not None or present(self, "q_norm") or present(self, "k_norm"):
+            norms = lambda q, k: _placed(self, self.q_norm(q), self.k_norm(k), rope)  # noqa: E731
+        gate = getattr(self, "gate", None)
+        inner = gate is not None or present(self, "norm")
+        dropout = self.attn_drop.p if self.training else 0.0
+        o, _ = self.attend(x, mask, None if inner else self.proj, norms=norms, attention_dropout=dropout)
+        if inner:
+            o = self.norm(o) if present(self, "norm") else o
+            o = self.proj(o if gate is None else o * gate(x).sigmoid())
+        return self.proj_drop(o)
+
+
+_WITH_ROPE = ("rope", "attn_mask", "is_causal")
+
+
+def _mask(mask: Tensor | None, causal: bool, x: Tensor, num_heads: int) -> Tensor | None:
+    """The host's mask as `attend` takes it, True = masked where boolean."""
+    B, N, _ = x.shape
+    if mask is None:
+        return torch.ones(N, N, dtype=torch.bool, device=x.device).triu(1) if causal else None
+    shape = tuple(mask.shape)
+    fits = zip(reversed(shape), (N, N, num_heads, B), strict=False)
+    if not 2 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in fits):
+        raise ValueError(f"attn_mask: got shape {shape}; takes one that broadcasts to {(B, num_heads, N, N)}")
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _placed(module: Any, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and k `[B, H, N, dh]`, all but the first tokens' turned by their positions."""
+    if rope is None:
+        return q, k
+    from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
+    first, half = module.num_prefix_tokens, {"half": True} if getattr(module, "rotate_half", False) else {}
+
+    def turned(t: Tensor) -> Tensor:
+        rest = apply_rot_embed_cat(t[:, :, first:], rope, **half)
+        return torch.cat((t[:, :, :first], rest), 2).to(t.dtype)
+
+    return turned(q), turned(k)
