@@ -20,7 +20,7 @@ from fastheads.model import (
     is_patched,
     lora_parameters,
 )
-from fastheads.patching import PatchReport, disabled, explain, patch, unpatch
+from fastheads.patching import PatchReport, disabled, explain, masked, patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "is_patched",
     "load_adapter",
     "lora_parameters",
+    "masked",
     "merge",
     "mmd",
     "patch",

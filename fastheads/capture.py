@@ -53,7 +53,12 @@ class CapturedHeads:
     def gates(self) -> Tensor:
         """`[L, H]`, differentiable in `thetas`."""
         thetas: list[Tensor] = [*self.thetas]
-        return GATES[str(self._layers[0].gate_kind)](torch.stack(thetas))
+        gates = GATES[str(self._layers[0].gate_kind)](torch.stack(thetas))
+        if all(own.closed is None for own in self._layers):
+            return gates
+        return gates * torch.stack(
+            [gates.new_ones(gates.shape[1]) if own.closed is None else own.closed for own in self._layers]
+        )
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""patch, unpatch, explain: putting adapters into a model's attention layers, and taking them out again."""
+"""patch, unpatch, explain: putting adapters into a model's attention layers, and taking them out again; disabled and
+masked: without all of them, and without some heads."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -299,3 +300,50 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for own, enabled in zip(layers, before, strict=True):
             own.enabled = enabled
+
+
+@contextmanager
+def masked(model: nn.Module, heads: Iterable[tuple[int, int]], tower: str | None = None) -> Iterator[nn.Module]:
+    """Inside, these heads of the patched `model` are closed: they add exactly nothing, all others what they did.
+
+    Whatever the gates' form: nothing is renormalised, and a model without gates takes it too. What is captured of a
+    closed head is still its own, un-gated output; `merge` inside folds the zeros in, `gates` shows them.
+
+    Args:
+        heads: (layer, head) pairs, layers as `explain` numbers them; none: nothing changes.
+        tower: "visual" or "text"; None: the patched one, "visual" where both are.
+
+    Nests: heads closed outside stay closed. Raises ValueError for an unpatched model, a tower that is not patched, and
+    a layer or head that is not there, changing nothing.
+    """
+    layers = head_modules(model)
+    patched = sorted({own.tower for own in layers}, reverse=True)
+    name = tower or patched[0]
+    of_layer = {own.layer: own for own in layers if own.tower == name}
+    if not of_layer:
+        raise ValueError(f"tower: got {tower!r}; this model's patched towers: {', '.join(patched)}")
+    closed: dict[int, list[int]] = {}
+    for layer, head in heads:
+        if layer not in of_layer:
+            raise ValueError(
+                f"heads: got layer {layer}; the {name} tower's patched layers: {', '.join(map(str, of_layer))}"
+            )
+        if not 0 <= head < of_layer[layer].num_heads:
+            raise ValueError(f"heads: got head {head}; layer {layer} has heads 0 … {of_layer[layer].num_heads - 1}")
+        closed.setdefault(layer, []).append(head)
+    before = {layer: of_layer[layer].closed for layer in closed}
+    for layer, own_heads in closed.items():
+        own = of_layer[layer]
+        like = next(own.parameters())
+        mask = (
+            torch.ones(own.num_heads, dtype=like.dtype, device=like.device)
+            if own.closed is None
+            else own.closed.clone()
+        )
+        mask[own_heads] = 0
+        own.closed = mask
+    try:
+        yield model
+    finally:
+        for layer, earlier in before.items():
+            of_layer[layer].closed = earlier

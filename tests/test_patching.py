@@ -3,7 +3,9 @@
 "Relative" is max |a − b| / max |b|. 1e-5 for float32: the stock attention itself is 1e-6 off its float64 value here.
 """
 
+import copy
 import gc
+import re
 
 import open_clip
 import pytest
@@ -221,6 +223,74 @@ def test_disabled_nests_and_ends_with_an_exception():
         with pytest.raises(KeyError), fastheads.disabled(model):
             raise KeyError
         assert torch.equal(features(model), on)
+
+
+def without_heads(model, heads, tower):
+    """A stock model whose out_proj has zeros where these heads come in."""
+    for layer, head in heads:
+        attention = attentions(model, tower)[layer]
+        out = getattr(attention, "proj", None) or attention.out_proj
+        with torch.no_grad():
+            out.weight[:, 16 * head : 16 * (head + 1)] = 0
+    return model
+
+
+@pytest.mark.parametrize("tower", BOTH)
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid", None])
+@pytest.mark.parametrize("name", ["clip", "attention_qk_norm", "timm"])
+def test_masked_heads_add_nothing_and_others_what_they_did(name, gate, tower):
+    closed = [(0, 1), (1, 0), (0, 1)]
+    with torch.no_grad():
+        expected = features(without_heads(MODELS[name](), closed, tower), tower)
+        model = MODELS[name]()
+        fastheads.patch(model, HeadConfig(gate=gate, towers=BOTH))
+        with fastheads.masked(model, closed, tower) as inside:
+            assert inside is model
+            assert relative(features(model, tower), expected) < 1e-5
+        fill_adapters(model)
+        on = features(model, tower)
+        with fastheads.masked(model, [], tower):
+            assert torch.equal(features(model, tower), on)
+        with fastheads.masked(model, closed[:1], tower), fastheads.masked(model, closed[1:2], tower):
+            nested = features(model, tower)
+            merged = fastheads.merge(copy.deepcopy(model))
+        assert (
+            relative(features(without_heads(fastheads.merge(copy.deepcopy(model)), closed, tower), tower), nested)
+            < 1e-5
+        )
+        assert relative(features(merged, tower), nested) < 1e-5
+        assert torch.equal(features(model, tower), on)
+
+
+def test_masked_heads_are_captured_as_they_are_and_their_gates_are_zero():
+    model = patched(config=HeadConfig())
+    with fastheads.capture_heads(model) as on:
+        features(model)
+    with fastheads.masked(model, [(0, 2)]), fastheads.capture_heads(model) as heads:
+        features(model).square().mean().backward()
+        assert heads.gates[0].tolist() == [*on.gates[0, :2].tolist(), 0.0, on.gates[0, 3].item()]
+        assert torch.equal(heads.gates, fastheads.gates(model))
+    assert torch.equal(heads.features[0], on.features[0])
+    lora_A = attentions(model)[0].heads.lora_A.grad
+    assert lora_A[:, 2].count_nonzero() == 0 and lora_A[:, 1].count_nonzero() > 0
+
+
+def test_masked_refuses_what_is_not_there_and_ends_with_an_exception():
+    model = patched(config=HeadConfig(layers=(0, 2)))
+    on = features(model)
+    for heads, tower, why in (
+        ([(0, 0), (1, 0)], None, "heads: got layer 1; the visual tower's patched layers: 0, 2"),
+        ([(0, 0), (2, 4)], None, "heads: got head 4; layer 2 has heads 0 … 3"),
+        ([(0, -1)], None, "heads: got head -1"),
+        ([(0, 0)], "text", "tower: got 'text'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(why)), fastheads.masked(model, heads, tower):
+            pass
+    with pytest.raises(ValueError, match="not patched"), fastheads.masked(clip(), []):
+        pass
+    with pytest.raises(KeyError), fastheads.masked(model, [(0, 0)]):
+        raise KeyError
+    assert torch.equal(features(model), on)
 
 
 def test_development_cross_attention_layers_are_refused():

@@ -120,6 +120,8 @@ class HeadAttention:
             o = reference.gate_heads(each, own.gate(), q.dtype)
             cls = None if pool is None else reference.pool_heads(each.detach(), pool)
         else:
+            gate: Tensor | None = own.theta if own.closed is None else own.gate()
+            gate_form = own.gate_kind or "" if own.closed is None else ""
             w_out = b_out = None
             if out_proj is not None and is_plain_linear(out_proj):
                 w_out, b_out, out_proj = out_proj.weight, out_proj.bias, None
@@ -129,8 +131,8 @@ class HeadAttention:
                 b_in,
                 own.lora_A,
                 own.lora_B,
-                gate=own.theta,
-                gate_form=own.gate_kind or "",
+                gate=gate,
+                gate_form=gate_form,
                 w_out=w_out,
                 b_out=b_out,
                 mask=mask,

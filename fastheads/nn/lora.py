@@ -49,6 +49,7 @@ class HeadLoRA(nn.Module):
         self.targets, self.scale, self.dropout = config.targets, config.scale(rank), config.dropout
         self.gate_kind, self.impl, self.recompute = config.gate, impl, recompute
         self.enabled = True
+        self.closed: Tensor | None = None  # [H] ones, zeros for heads that `masked` has closed
         self.recorder: Recorder | None = None
         self.watch: FrozenWatch | None = None
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -65,10 +66,11 @@ class HeadLoRA(nn.Module):
             self.theta = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
 
     def gate(self) -> Tensor | None:
-        """`[H]` gates, differentiable in theta; None without gating."""
-        if self.theta is None or self.gate_kind is None:
-            return None
-        return GATES[self.gate_kind](self.theta)
+        """`[H]` gates, differentiable in theta, closed heads' 0; None where nothing gates."""
+        gate = None
+        if self.theta is not None and self.gate_kind is not None:
+            gate = GATES[self.gate_kind](self.theta)
+        return self.closed if gate is None else gate if self.closed is None else gate * self.closed
 
     def frozen(self) -> bool:
         """Whether it has parameters, and none of them is trained."""
