@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
@@ -112,13 +113,16 @@ class HeadAttention:
             q, k, v = reference.project(x, w_in, b_in, own.lora_A, own.lora_B, **lora)
             if norms:
                 q, k = norms(q, k)
-            each, _, probabilities = reference.attend(
-                q, k, v, mask=mask, score_scale=score_scale, attention_dropout=attention_dropout
-            )
+            if mask is None and not (need_weights or attention_dropout):
+                each = _flash(q, k, v, score_scale)
+            else:
+                each, _, probabilities = reference.attend(
+                    q, k, v, mask=mask, score_scale=score_scale, attention_dropout=attention_dropout
+                )
             if head_scale is not None:
                 each = each * head_scale
-            o = reference.gate_heads(each, own.gate(), q.dtype)
-            cls = None if pool is None else reference.pool_heads(each.detach(), pool)
+            o = reference.gate_heads(each, own.gate(), v.dtype)
+            cls = None if pool is None else reference.pool_heads(reference.widened(each.detach()), pool)
         else:
             gate: Tensor | None = own.theta if own.closed is None else own.gate()
             gate_form = own.gate_kind or "" if own.closed is None else ""
@@ -148,6 +152,15 @@ class HeadAttention:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
         return _rebuild, (cls.__bases__[0], cls.__bases__[1]), self.__dict__
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor | None) -> Tensor:
+    """Heads `[B, H, N, dh]` by PyTorch's own attention, which keeps no probabilities; in v's dtype, q's and k's norms
+    may have another."""
+    scale = None
+    if score_scale is not None:
+        q, scale = q * score_scale, 1.0
+    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
 
 
 @functools.cache

@@ -121,8 +121,18 @@ def test_lora_dropout_drops_in_training_only():
 # --------------------------------------------------------------------------------------------- checkpointing
 
 
+@pytest.mark.parametrize("name", ["attention_qk_norm", "timm_rotary", "development_cosine"])
+def test_the_reference_path_keeps_no_probabilities_where_none_are_asked_for(name):
+    model, kept = patched(name, HeadConfig()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        expected = features(model)
+    assert kept and not [shape for shape in kept if shape[-2:] == (17, 17)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(features(model), expected) < 5e-2
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["clip", "cls_embedding", "development"])
+@pytest.mark.parametrize("name", ["clip", "cls_embedding", "development", "timm"])
 def test_checkpointing_gives_the_same_gradients(name, dropout):
     config = HeadConfig(dropout=dropout, towers=BOTH)
     results = []
