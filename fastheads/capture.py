@@ -26,7 +26,9 @@ class CapturedHeads:
     def __init__(self, layers: list[HeadLoRA], tower: Tower) -> None:
         self._layers = layers
         self._outputs: dict[int, list[Tensor]] = {own.layer: [] for own in layers}
-        self.pool: int | str | Tensor = "mean" if tower.pool == "mean" else -1 if tower.pool == "last" else 0
+        self.pool: int | slice | Tensor = -1 if tower.pool == "last" else 0
+        if tower.pool == "mean":
+            self.pool = slice(tower.prefix, None)
 
     def add(self, layer: int, heads: Tensor) -> None:
         """Keeps the heads `[B, H, dh]` of one layer; a recomputation inside a backward pass is not a new forward."""
@@ -65,7 +67,7 @@ class CapturedHeads:
 def capture_heads(model: nn.Module, tower: str | None = None) -> Iterator[CapturedHeads]:
     """Records the un-gated head outputs of the pooled token while the patched `model` runs.
 
-    The pooled token is OpenCLIP's: the class token, the mean over patch tokens for average or attentional pooling, the
+    The pooled token is the model's: the class token, the mean over patch tokens for average or attentional pooling, the
     end token of a text. Layers inside `disabled(model)` record nothing; neither does recomputation under checkpointing.
 
     Args:

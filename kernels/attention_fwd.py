@@ -120,18 +120,19 @@ def softmax_store(
             tl.store(out.p_cls + o_cls, b_o, mask=(m_m & (o_m == out.token))[:, None] & m_d[None, :])
         if POOL == "mean":
             p_cls = out.p_cls + start // TILES.block_m * HEAD.dim + o_d
-            tl.store(p_cls, tl.sum(tl.where((m_m & (o_m > 0))[:, None], b_o, 0.0), 0), mask=m_d)
+            tl.store(p_cls, tl.sum(tl.where((m_m & (o_m >= out.token))[:, None], b_o, 0.0), 0), mask=m_d)
         b_out = b_out + (b_o,)
     heads.store_head(out.o, o_m, rows, b_out, out.gate, HEAD)
 
 
 @triton.jit
 def out_of_head(o, p_lse, p_gate, pool, b, h, rows, TILES: tl.constexpr, HEAD: tl.constexpr, POOL: tl.constexpr):
-    """Where one head's outputs go, its gate, and the pooled token."""
+    """Where one head's outputs go, its gate, and the pooled token, or the first that a mean is over."""
     i_bh = b * HEAD.heads + h
     p_cls, token = i_bh, 0  # of the type that a field needs; without a POOL nobody reads them
     if POOL == "mean":
         p_cls = pool.p_cls + i_bh * tl.cdiv(rows, TILES.block_m) * HEAD.dim
+        token = pool.token
     if POOL == "token":
         p_cls = pool.p_cls + i_bh * HEAD.dim
         token = pool.token
@@ -213,13 +214,14 @@ def attention_fwd_kernel(
 
 def attend(
     kernel: Any, blocks: int, inputs: tuple[Any, ...], x: Tensor, tiles: Tiles, head: heads.Head, low: heads.Low, *,
-    gate: Tensor | None, mask: Tensor | None, causal: bool, pool: int | Tensor | str | None,
+    gate: Tensor | None, mask: Tensor | None, causal: bool, pool: int | Tensor | str | slice | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Launches `kernel` on its inputs, `blocks` programs for each head of x `[B, N, …]`: o, lse, cls."""
     B, N = x.shape[:2]
     o = torch.empty(B, N, head.heads * head.dim, dtype=x.dtype, device=x.device)
     lse = torch.empty(B, head.heads, N, dtype=torch.float32, device=x.device)
-    form = None if pool is None else "mean" if isinstance(pool, str) else "token"
+    form = None if pool is None else "mean" if isinstance(pool, (str, slice)) else "token"
+    first = pool.start if isinstance(pool, slice) else 1 if form == "mean" else 0
     cls, pooled = None, None
     if form is not None:
         parts = max(1, cdiv(N, tiles.block_m)) if form == "mean" else 1  # every block of queries has its own
@@ -227,12 +229,12 @@ def attend(
         tokens = pool if isinstance(pool, Tensor) else None
         if tokens is not None or not N:
             cls.fill_(float("nan"))  # what a token that is not there leaves
-        pooled = Pool(cls, packed(tokens), pool % N if isinstance(pool, int) and N else 0)
+        pooled = Pool(cls, packed(tokens), pool % N if isinstance(pool, int) and N else first)
     grid = (on_grid(B * head.heads * blocks, "attention_fwd"),)
     outputs = (heads.as_mask(mask, B, head.heads, N), packed(gate), heads.as_rows(o), lse, pooled, N)
     launch(kernel, grid, *inputs, *outputs, **heads.compiled_for(tiles, head, low, causal), POOL=form)
     if cls is not None:
-        cls = cls.sum(2) / (N - 1) if form == "mean" else cls.view(B, head.heads, head.dim)
+        cls = cls.sum(2) / (N - first) if form == "mean" else cls.view(B, head.heads, head.dim)
     return o, lse, cls
 
 
@@ -245,7 +247,7 @@ def attention_fwd(
     mask: Tensor | None = None,
     causal: bool = False,
     delta: LowRank | None = None,
-    pool: int | Tensor | str | None = None,
+    pool: int | Tensor | str | slice | None = None,
     _row: Row | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Attention of every head, and its pooled token.
@@ -257,7 +259,8 @@ def attention_fwd(
         mask: broadcasts to `[B, H, N, N]`: boolean, True = masked, or additive, of any float dtype; any strides.
         causal: token i sees tokens 0 … i.
         delta: each head's low-rank delta to q, k or v.
-        pool: which token's heads to return: an index, int64 `[B]`, or `"mean"` over tokens 1 … N-1. Where an image's
+        pool: which token's heads to return: an index, int64 `[B]`, `"mean"` over tokens 1 … N-1, or a
+            slice(first, None) over these. Where an image's
             index is not in 0 … N-1, and of no tokens, they are NaN.
 
     Returns o `[B, N, D]`, gated, in qkv's dtype; lse `[B, H, N]` float32, natural log; cls `[B, H, dh]` float32,

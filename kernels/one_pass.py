@@ -132,7 +132,7 @@ def one_pass_fwd(
     gate_form: str = "",
     mask: Tensor | None = None,
     causal: bool = False,
-    pool: int | Tensor | str | None = None,
+    pool: int | Tensor | str | slice | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Projection, attention and gates; where `tiles.one_pass_fits`.
 

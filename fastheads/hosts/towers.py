@@ -20,7 +20,8 @@ REFUSED = {
 class Tower:
     """One tower of a model: its name, its attention modules in order, and how its tokens are pooled.
 
-    `pool`: `"first"`, `"last"`, `"mean"`, `"argmax"`, `"eos"`, or `"none"` where no token stands for the whole.
+    `pool`: `"first"`, `"last"`, `"mean"` (of the tokens after the first `prefix`), `"argmax"`, `"eos"`, or `"none"`
+    where no token stands for the whole.
     `embedding` is the module whose input are the token ids (text towers that pool by them), `eos` their end token.
     rotary: whether queries and keys are turned by their positions.
     """
@@ -32,6 +33,7 @@ class Tower:
     embedding: nn.Module | None = None
     eos: int | None = None
     rotary: bool = False
+    prefix: int = 1
 
     def token_index(self, ids: Tensor) -> Tensor:
         """`[B]` index of the pooled token from the token ids `[B, N]`, as OpenCLIP's text_global_pool."""
@@ -48,7 +50,7 @@ def find_tower(model: nn.Module, name: str) -> Tower:
     """
     if name == "visual":
         tower: Any = getattr(model, "visual", None)
-        if tower is None and (hasattr(model, "conv1") or hasattr(model, "patch_embed")):
+        if tower is None and any(hasattr(model, part) for part in ("conv1", "patch_embed", "trunk")):
             tower = model
     else:
         tower = getattr(model, "text", None)
@@ -78,7 +80,8 @@ def find_tower(model: nn.Module, name: str) -> Tower:
     pool: str
     if name == "visual":
         if transformer is None:
-            return Tower(name, tower, attentions, _pool_of_timm(trunk), rotary=getattr(trunk, "rope", None) is not None)
+            rotary, prefix = getattr(trunk, "rope", None) is not None, getattr(trunk, "num_prefix_tokens", 0)
+            return Tower(name, tower, attentions, _pool_of_timm(trunk), rotary=rotary, prefix=prefix)
         pool = {"tok": "first", "avg": "mean"}.get(getattr(tower, "pool_type", "tok"), "none")
         return Tower(name, tower, attentions, "mean" if getattr(tower, "attn_pool", None) is not None else pool)
     pool = str(getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "argmax"))
@@ -90,8 +93,5 @@ def find_tower(model: nn.Module, name: str) -> Tower:
 
 
 def _pool_of_timm(trunk: Any) -> str:
-    """ "first" of a class token; "mean" where one token stands before the patches, and all are averaged or attended."""
-    pool = getattr(trunk, "global_pool", "")
-    if pool == "token":
-        return "first"
-    return "mean" if pool in ("avg", "map") and getattr(trunk, "num_prefix_tokens", 0) == 1 else "none"
+    """A mean stands for attentional pooling too."""
+    return {"token": "first", "avg": "mean", "map": "mean"}.get(getattr(trunk, "global_pool", ""), "none")

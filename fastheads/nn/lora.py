@@ -16,7 +16,7 @@ from fastheads.reference import GATES
 class Recorder(Protocol):
     """Who is told of the pooled token's heads (`capture.CapturedHeads`). pool: which token, as in `head_attention`."""
 
-    pool: int | str | Tensor
+    pool: int | slice | Tensor
 
     def add(self, layer: int, heads: Tensor) -> None:
         """Keeps the heads `[B, H, dh]` of one layer."""

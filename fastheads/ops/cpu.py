@@ -25,7 +25,7 @@ Heads = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
 def forward(
-    layer: Layer, pool: int | Tensor | str | None
+    layer: Layer, pool: int | Tensor | str | slice | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """o, lse, cls, and what `backward` reads: q, k and v `[B, N, 3D]`, T `[B, N, C]`, the heads where o is gated."""
     projected, low = _project(layer)
@@ -94,7 +94,7 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return a @ b if scale == 1 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
-def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def infer(layer: Layer, pool: int | Tensor | str | slice | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`forward` where no backward pass will come and nothing is dropped: o, lse, cls."""
     gate, x, H = _gate(layer), layer.x, layer.num_heads
     if layer.lora_A is None or layer.w_in.dtype.itemsize < 4 or _few_tokens(x, layer.lora_A):
@@ -254,7 +254,7 @@ def attend(
     gate: Tensor | None,
     mask: Tensor | None,
     causal: bool,
-    pool: int | str | Tensor | None,
+    pool: int | str | slice | Tensor | None,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """o `[B, N, D]` gated, lse `[B, H, N]`, un-gated cls `[B, H, dh]` where asked for, un-gated heads `[B, N, D]` where

@@ -166,7 +166,7 @@ def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
     x = given.to(dtype)
     layer = Layer(x, *arguments[1:TENSORS], *arguments[TENSORS + BETWEEN :])
     impl = layer.impl
-    which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": "mean"}[pool]
+    which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": slice(pool_token, None)}[pool]
     kept: Sequence[Tensor | None] = (None, None, None)
     with _plainly(x):
         if impl == "cpu" and keep == "nothing" and layer.seed is None:
@@ -196,7 +196,7 @@ def forward_filled(*arguments: Any) -> tuple[Tensor, ...]:
     return o, lse, lse.new_empty(0) if cls is None else cls, *(o.new_empty(0) if t is None else t for t in kept)
 
 
-def infer(layer: Layer, pool: int | Tensor | str | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def infer(layer: Layer, pool: int | Tensor | str | slice | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """`forward` of `impl="cpu"` where nothing is kept and nothing dropped, without the operator around it."""
     with _plainly(layer.x):
         return cpu.infer(layer, pool)

@@ -19,9 +19,9 @@ from fastheads.reference import GATES, TARGETS, HeadAttentionOutput
 __all__ = ["HeadAttentionOutput", "head_attention"]
 
 # gate_form: "" where gate holds the gates' values, else it is theta, and the form what makes gates of it.
-# pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean". keep: "projections" for a backward
-# pass, "inputs" for one that computes them again, "nothing" where none will come. dtype: what is computed in; of the
-# backward pass, whose x has it, that of dx.
+# pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean" (over pool_token and those after it).
+# keep: "projections" for a backward pass, "inputs" for one that computes them again, "nothing" where none will come.
+# dtype: what is computed in; of the backward pass, whose x has it, that of dx.
 _PROBLEM = "int num_heads, int[] parts, float scale, bool causal, float dropout_p, str gate_form, str impl"
 _TENSORS = (
     "Tensor x, Tensor w_in, Tensor? b_in, Tensor? lora_A, Tensor? lora_B, Tensor? gate,"
@@ -165,7 +165,7 @@ def head_attention(
     causal: bool = False,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    pool: int | Tensor | str | None = None,
+    pool: int | Tensor | str | slice | None = None,
     recompute: bool = False,
     impl: str = "auto",
 ) -> HeadAttentionOutput:
@@ -238,7 +238,7 @@ def _by_operator(
     tensors: tuple[Any, ...],
     dtype: torch.dtype,
     dropout: bool,
-    pool: int | Tensor | str | None,
+    pool: int | Tensor | str | slice | None,
     recompute: bool,
     settings: tuple[Any, ...],
 ) -> HeadAttentionOutput:
@@ -252,9 +252,10 @@ def _by_operator(
         layer = fused.Layer._make((x.to(dtype), *tensors[1:], None, *settings))
         return HeadAttentionOutput(*fused.infer(layer, pool))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
-    kind = "" if pool is None else pool if isinstance(pool, str) else "token" if isinstance(pool, int) else "tokens"
+    mean = slice(1, None) if isinstance(pool, str) else pool if isinstance(pool, slice) else None
+    kind = "" if pool is None else "mean" if mean else "token" if isinstance(pool, int) else "tokens"
     given: Any = (*tensors, seed, pool if isinstance(pool, Tensor) else None)
-    token = pool if isinstance(pool, int) else 0
+    token = pool if isinstance(pool, int) else mean.start if mean else 0
     keep = ("inputs" if recompute else "projections") if backward else "nothing"
     others: Any = (kind, token, keep, dtype, *settings)
     if not _unwatched(*given):
@@ -280,7 +281,7 @@ def _check(
     b_out: Tensor | None,
     mask: Tensor | None,
     dropout_p: float,
-    pool: int | Tensor | str | None,
+    pool: int | Tensor | str | slice | None,
 ) -> None:
     """Raises ValueError, naming the argument, for what doesn't fit the others, and a mask of integers."""
 
@@ -325,7 +326,11 @@ def _check(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: got {dropout_p}; takes a probability in [0, 1)")
     if isinstance(pool, str) and pool != "mean":
-        raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
+        raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, a slice, or "mean"')
+    if isinstance(pool, slice):
+        first = pool.start
+        if not (isinstance(first, int) and 0 <= first < N and (pool.stop, pool.step) == (None, None)):
+            raise ValueError(f"pool: got {pool}; takes a slice(first, None) with a first token of 0 to {N - 1}")
     if isinstance(pool, int) and not -N <= pool < N:
         raise ValueError(f"pool: got token {pool}; takes {f'{-N} to {N - 1}' if N else 'none, for x has no tokens'}")
     tokens = pool if isinstance(pool, Tensor) else None

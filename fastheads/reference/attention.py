@@ -118,15 +118,18 @@ def gate_heads(heads: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor
     return heads.transpose(1, 2).flatten(2).to(dtype)
 
 
-def pool_heads(heads: Tensor, pool: int | Tensor | str) -> Tensor:
-    """`[B, H, dh]`: the heads of one token (an index, or one per sample `[B]`), or `"mean"` over tokens 1 … N-1.
+def pool_heads(heads: Tensor, pool: int | Tensor | str | slice) -> Tensor:
+    """`[B, H, dh]`: the heads of one token (an index, or one per sample `[B]`), or the mean over tokens 1 … N-1
+    (`"mean"`) or over first … N-1 (`slice(first, None)`).
 
     An index per sample that is not in 0 … N-1 gives NaN.
     """
     if isinstance(pool, str):
         if pool != "mean":
-            raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, or "mean"')
-        return heads[:, :, 1:].mean(2)
+            raise ValueError(f'pool: got {pool!r}; takes a token index, a tensor [B] of indices, a slice, or "mean"')
+        pool = slice(1, None)
+    if isinstance(pool, slice):
+        return heads[:, :, pool].mean(2)
     if isinstance(pool, int):
         return heads[:, :, pool]
     inside = pool.clamp(0, heads.shape[2] - 1).view(-1, 1, 1, 1)
@@ -148,7 +151,7 @@ def head_attention(
     causal: bool = False,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    pool: int | Tensor | str | None = None,
+    pool: int | Tensor | str | slice | None = None,
 ) -> HeadAttentionOutput:
     """Self-attention with per-head low-rank deltas and per-head gates, before the output projection.
 

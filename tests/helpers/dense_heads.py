@@ -72,8 +72,9 @@ def dense_attention(x, w, b_in, num_heads, gate=None, causal=False, mask=None, p
                 cls_n.append(o_h[int(pool[n])])
             elif isinstance(pool, int):
                 cls_n.append(o_h[pool])
-            elif pool == "mean":
-                cls_n.append(sum(o_h[i] for i in range(1, N)) / (N - 1))
+            elif pool is not None:
+                first = 1 if pool == "mean" else pool.start
+                cls_n.append(sum(o_h[i] for i in range(first, N)) / (N - first))
         o.append(torch.cat(o_n, dim=-1))
         lse.append(torch.stack(lse_n))
         if pool is not None:

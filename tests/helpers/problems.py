@@ -198,7 +198,9 @@ def random_case(
         causal=r.random() < 0.4,
         bias=r.random() < 0.7,
         scale=r.choice((0.5, 1.0, 2.0)),
-        pool=r.choice((None, 0, -1, "tokens", "mean") if N > 1 else (None, 0, -1, "tokens")),
+        pool=r.choice(
+            (None, 0, -1, "tokens", "mean", slice(0, None), slice(N - 1, None)) if N > 1 else (None, 0, -1, "tokens")
+        ),
         seed=seed,
     )
 

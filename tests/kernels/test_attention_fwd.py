@@ -294,7 +294,7 @@ def test_pool_forms(stream, N, monkeypatch):
     qkv, _ = inputs(2, N, 1, 16, torch.float16)
     gate = torch.tensor([0.5], device=DEVICE)
     index = torch.tensor([N - 1, N // 2], device=DEVICE)
-    for pool in (N - 2, -1, index, "mean"):
+    for pool in (N - 2, -1, index, "mean", slice(0, None), slice(N - 2, None)):
         check(qkv, 1, gate=gate, pool=pool)
 
 

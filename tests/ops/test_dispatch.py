@@ -309,6 +309,8 @@ BAD = {
     "pool": ({"pool": 5}, "pool: got token 5; takes -5 to 4"),
     "pool of none": ({"x": torch.zeros(2, 0, 32), "pool": 0}, "pool: got token 0; takes none, for x has no tokens"),
     "pool in words": ({"pool": "max"}, "pool: got 'max'"),
+    "pool from past the end": ({"pool": slice(5, None)}, "pool: got slice.5, None, None.; takes"),
+    "pool of a stretch": ({"pool": slice(1, 3)}, "pool: got slice.1, 3, None.; takes"),
     "pool per image": ({"pool": torch.zeros(3, dtype=torch.long)}, "pool: got shape"),
     "pool in 32 bits": ({"pool": torch.zeros(2, dtype=torch.int32)}, "pool: got torch.int32; takes int64"),
     "pool past the end": ({"pool": torch.tensor([0, 5])}, "pool: got tokens from 0 to 5; takes 0 to 4"),

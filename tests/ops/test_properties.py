@@ -29,7 +29,7 @@ def cases(draw, lengths=40, head_dims=(1, 2, 3, 5, 8, 16, 20, 31, 64, 72), most=
     mask = draw(st.sampled_from([None, "bool", "additive", "float"]))
     full = [draw(st.sampled_from([1, n])) for n in (B, H, N, N)]
     targets = draw(st.permutations(["q", "k", "v"]))[: draw(st.integers(1, 3))]
-    pools = [None, 0, -1, N - 1, -N, "tokens"] + (["mean"] if N > 1 else [])
+    pools = [None, 0, -1, N - 1, -N, "tokens"] + (["mean", slice(0, None), slice(N - 1, None)] if N > 1 else [])
     return Case(
         B=B,
         N=N,

@@ -122,10 +122,10 @@ def test_expanded_and_float32_masks_are_read_as_they_are():
 
 # ---- the pooled token ---------------------------------------------------------------------------
 
-POOLS = [None, 0, 3, torch.tensor([4, 1]), "mean"]
+POOLS = [None, 0, 3, torch.tensor([4, 1]), "mean", slice(2, None)]
 
 
-@pytest.mark.parametrize("pool", POOLS, ids=["none", "first", "third", "per_sample", "mean"])
+@pytest.mark.parametrize("pool", POOLS, ids=["none", "first", "third", "per_sample", "mean", "mean_from"])
 def test_pooled_heads_are_ungated(pool):
     p = make()
     w = adapted_weight(p["w_in"], p["lora_A"], p["lora_B"], ("q", "v"), 1.0)
