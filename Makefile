@@ -27,7 +27,7 @@ FOR_BENCH := -e '.[demo,bench,test]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid compile-check compile-report install-dev clean
+.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid compile-check compile-report install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,10 @@ demo-pretrain: $(VENV)/.for-test ## make the demo's base model anew, in runs/dem
 
 test: $(VENV)/.for-test ## the tests, on the versions in constraints.txt
 	$(call pytest,$(VENV))
+
+test-hf: $(VENV)/.for-test ## the tests of Hugging Face's models, with transformers beside the environment, not in it
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/transformers $(PINNED) transformers tokenizers
+	PYTHONPATH=build/transformers OMP_NUM_THREADS=1 $(BIN)/pytest tests/hosts/test_huggingface.py $(ARGS)
 
 test-latest: ## the tests, on the newest torch, torchvision and open_clip
 	$(call make_venv,$(VENV_LATEST))

@@ -110,7 +110,7 @@ def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: boo
             if host is None:
                 raise TypeError(
                     f"model: layer {name} is a {type(module).__name__}; "
-                    "takes nn.MultiheadAttention, OpenCLIP's Attention or timm's"
+                    "takes nn.MultiheadAttention, and the attention of OpenCLIP, timm, CLIP and SigLIP"
                 )
             reasons = host.refusals(module, gated=config.gate is not None)
             weights: tuple[Any, ...] = ()

@@ -207,6 +207,7 @@ NEED_A_PATCH = {
     "unpatch": fastheads.unpatch,
     "merge": fastheads.merge,
     "disabled": lambda m: enter(fastheads.disabled(m)),
+    "masked": lambda m: enter(fastheads.masked(m, [])),
     "gates": fastheads.gates,
     "lora_parameters": fastheads.lora_parameters,
     "gate_parameters": fastheads.gate_parameters,
@@ -290,6 +291,13 @@ def nested(model, folder):
         pass
 
 
+def masked(heads, **options):
+    return lambda m, t: enter(fastheads.masked(m, heads, **options))
+
+
+row("masked layer", adapted(), masked([(0, 0), (3, 0)]), ValueError, "heads", "layer 3", "0, 1, 2")
+row("masked head", adapted(), masked([(0, 0), (2, 4)]), ValueError, "heads", "head 4", "0 … 3")
+row("masked tower", adapted(), masked([(0, 0)], tower="text"), ValueError, "tower", "'text'", "visual")
 no_pool = with_(set_part(lambda m: m.visual, "pool_type", lambda: "none"), adapted())
 row("capture_heads tower", adapted(), capture(tower="vision"), ValueError, "tower", "'vision'", "visual")
 row("capture_heads unpatched tower", adapted(), capture(tower="text"), ValueError, "tower", "'text'", "visual")

@@ -5,7 +5,6 @@
 
 import copy
 import gc
-import re
 
 import open_clip
 import pytest
@@ -275,20 +274,11 @@ def test_masked_heads_are_captured_as_they_are_and_their_gates_are_zero():
     assert lora_A[:, 2].count_nonzero() == 0 and lora_A[:, 1].count_nonzero() > 0
 
 
-def test_masked_refuses_what_is_not_there_and_ends_with_an_exception():
-    model = patched(config=HeadConfig(layers=(0, 2)))
+def test_masked_ends_with_an_exception():
+    model = patched(config=HeadConfig())
     on = features(model)
-    for heads, tower, why in (
-        ([(0, 0), (1, 0)], None, "heads: got layer 1; the visual tower's patched layers: 0, 2"),
-        ([(0, 0), (2, 4)], None, "heads: got head 4; layer 2 has heads 0 … 3"),
-        ([(0, -1)], None, "heads: got head -1"),
-        ([(0, 0)], "text", "tower: got 'text'"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(why)), fastheads.masked(model, heads, tower):
-            pass
-    with pytest.raises(ValueError, match="not patched"), fastheads.masked(clip(), []):
-        pass
     with pytest.raises(KeyError), fastheads.masked(model, [(0, 0)]):
+        assert not torch.equal(features(model), on)
         raise KeyError
     assert torch.equal(features(model), on)
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastheads.hosts.huggingface import HuggingFaceAttentionHost
 from fastheads.hosts.mha import MultiheadAttentionHost
 from fastheads.hosts.openclip import OpenClipAttentionHost
 from fastheads.hosts.timm import TimmAttentionHost
 from fastheads.hosts.towers import Tower, find_tower
 
-Host = type[MultiheadAttentionHost] | type[OpenClipAttentionHost] | type[TimmAttentionHost]
-HOSTS: tuple[Host, ...] = (MultiheadAttentionHost, OpenClipAttentionHost, TimmAttentionHost)
+HOSTS = (MultiheadAttentionHost, OpenClipAttentionHost, TimmAttentionHost, HuggingFaceAttentionHost)
+Host = (
+    type[MultiheadAttentionHost]
+    | type[OpenClipAttentionHost]
+    | type[TimmAttentionHost]
+    | type[HuggingFaceAttentionHost]
+)
 
 __all__ = ["HOSTS", "Host", "Tower", "find_tower", "host_of"]
 

@@ -3,6 +3,7 @@ those with rotary positions, `EvaAttention` and `AttentionRope` (EVA, DINOv3, Pe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,12 +42,7 @@ class TimmAttentionHost(HeadAttention):
             return torch.cat((module.q_bias, module.k_bias, module.v_bias))
         if module.qkv is not None:
             return module.qkv.bias
-        parts = [getattr(module, name) for name in _PARTS]
-        if all(part.bias is None for part in parts):
-            return None
-        return torch.cat(
-            [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
-        )
+        return bias_of([getattr(module, name) for name in _PARTS])
 
     @staticmethod
     def output(module: Any) -> nn.Module:
@@ -82,7 +78,7 @@ class TimmAttentionHost(HeadAttention):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         names = ("attn_mask", "is_causal") if type(self).__bases__[1].__name__ == "Attention" else _WITH_ROPE
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask = _mask(given.get("attn_mask"), bool(given.get("is_causal")), x, self.num_heads)
+        mask = mask_of(given.get("attn_mask"), bool(given.get("is_causal")), x, self.num_heads)
         rope, norms = given.get("rope"), None
         if rope is not None or present(self, "q_norm") or present(self, "k_norm"):
             norms = lambda q, k: _placed(self, self.q_norm(q), self.k_norm(k), rope)  # noqa: E731
@@ -99,8 +95,8 @@ class TimmAttentionHost(HeadAttention):
 _WITH_ROPE = ("rope", "attn_mask", "is_causal")
 
 
-def _mask(mask: Tensor | None, causal: bool, x: Tensor, num_heads: int) -> Tensor | None:
-    """The host's mask as `attend` takes it, True = masked where boolean."""
+def mask_of(mask: Tensor | None, causal: bool, x: Tensor, num_heads: int) -> Tensor | None:
+    """A mask of `scaled_dot_product_attention`, True = keep where boolean, as `attend` takes it."""
     B, N, _ = x.shape
     if mask is None:
         return torch.ones(N, N, dtype=torch.bool, device=x.device).triu(1) if causal else None
@@ -124,3 +120,10 @@ def _placed(module: Any, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Ten
         return torch.cat((t[:, :, :first], rest), 2).to(t.dtype)
 
     return turned(q), turned(k)
+
+
+def bias_of(parts: Sequence[nn.Linear]) -> Tensor | None:
+    """`[3D]` of three projections, zeros for one without; None where none has a bias."""
+    if all(part.bias is None for part in parts):
+        return None
+    return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])

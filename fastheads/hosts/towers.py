@@ -14,12 +14,22 @@ REFUSED = {
     "ModifiedResNet": "a ResNet tower (it has one attention layer, a pooling one)",
     "HFTextEncoder": "a Hugging Face text tower",
 }
+# Under which names OpenCLIP's and Hugging Face's models keep a tower, and by what one is known that stands alone
+# (OpenCLIP's CLIP keeps the text tower's parts itself).
+_NAMES = {"visual": ("visual", "vision_model"), "text": ("text", "text_model")}
+_ALONE = {
+    "visual": ("conv1", "patch_embed", "trunk", "embeddings.patch_embedding"),
+    "text": ("token_embedding", "embeddings.token_embedding"),
+}
+# Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP, Hugging Face.
+_BLOCKS = {"transformer.resblocks": "attn", "blocks": "attn", "trunk.blocks": "attn", "encoder.layers": "self_attn"}
 
 
 @dataclass(frozen=True)
 class Tower:
     """One tower of a model: its name, its attention modules in order, and how its tokens are pooled.
 
+    `path`: under which name the model keeps it; "" for itself.
     `pool`: `"first"`, `"last"`, `"mean"` (of the tokens after the first `prefix`), `"argmax"`, `"eos"`, or `"none"`
     where no token stands for the whole.
     `embedding` is the module whose input are the token ids (text towers that pool by them), `eos` their end token.
@@ -27,6 +37,7 @@ class Tower:
     """
 
     name: str
+    path: str
     module: nn.Module
     attentions: tuple[nn.Module, ...]
     pool: str
@@ -43,55 +54,70 @@ class Tower:
 
 
 def find_tower(model: nn.Module, name: str) -> Tower:
-    """The tower `name` ("visual" or "text") of an OpenCLIP model; an image tower or a timm model alone is its own.
+    """The tower `name` ("visual" or "text") of a model of OpenCLIP's or Hugging Face's; a tower or a model of timm's
+    alone is its own.
 
     Looks inside the tower's own wrappers, as `model.visual = torch.compile(model.visual)` makes one. Raises TypeError
-    for a model without such a tower, and for Hugging Face and ResNet towers and others that are no transformers.
+    for a model without such a tower, and for towers that are no transformers.
     """
-    if name == "visual":
-        tower: Any = getattr(model, "visual", None)
-        if tower is None and any(hasattr(model, part) for part in ("conv1", "patch_embed", "trunk")):
-            tower = model
-    else:
-        tower = getattr(model, "text", None)
-        if tower is None and hasattr(model, "token_embedding"):
-            tower = model  # OpenCLIP's CLIP keeps the text tower's parts itself
-    if not isinstance(tower, nn.Module):
+    path = next((own for own in _NAMES[name] if getattr(model, own, None) is not None), "")
+    tower: Any = getattr(model, path) if path else model
+    if not isinstance(tower, nn.Module) or not (path or any(_inside(model, part) is not None for part in _ALONE[name])):
         raise TypeError(
             f"model: {type(model).__name__} has no {name} tower; takes an OpenCLIP model "
-            "(open_clip.create_model …), or an image tower or a vision transformer of timm's alone"
+            "(open_clip.create_model …), Hugging Face's CLIP or SigLIP, timm's vision transformers, or a tower alone"
         )
     tower = unwrap(tower)
     kind = REFUSED.get(type(tower).__name__)
     if kind:
         raise TypeError(
             f"model: its {name} tower is {kind}, which fastheads does not patch yet; "
-            "takes transformers of OpenCLIP's own (ViT-B-32, ViT-B-16, ViT-L-14 …) and of timm's"
+            "takes transformers of OpenCLIP's own (ViT-B-32, ViT-B-16, ViT-L-14 …), timm's, CLIP and SigLIP"
         )
-    transformer, trunk = getattr(tower, "transformer", None), unwrap(getattr(tower, "trunk", tower))
-    blocks: Any = getattr(trunk, "blocks", None)  # timm's, OpenCLIP's TimmModel around it or not
-    if isinstance(transformer, nn.Module):
-        blocks = getattr(unwrap(transformer), "resblocks", None)
-    found = [getattr(unwrap(block), "attn", None) for block in blocks or ()]
+    where = next((blocks for blocks in _BLOCKS if _inside(tower, blocks) is not None), "")
+    blocks: Any = list(_inside(tower, where)) if where else []
+    found = [getattr(unwrap(block), _BLOCKS[where], None) for block in blocks]
     attentions = tuple(unwrap(attention) for attention in found if isinstance(attention, nn.Module))
     if not attentions or len(attentions) < len(found):
-        what = type(tower).__name__ if trunk is tower else f"{type(tower).__name__} around {type(trunk).__name__}"
-        raise TypeError(f"model: its {name} tower ({what}) has no transformer.resblocks[i].attn or blocks[i].attn")
-    pool: str
+        trunk, known = _inside(tower, "trunk"), ", ".join(f"{at}[i].{attn}" for at, attn in _BLOCKS.items())
+        what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
+        raise TypeError(f"model: its {name} tower ({what}) keeps no attention where it is looked for: {known}")
+    about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, _of_timm)
+    return Tower(name, path, tower, attentions, **about(tower, name))
+
+
+def _inside(module: Any, path: str) -> Any:
+    """A part of a module, through wrappers; None where it is not there."""
+    for part in path.split("."):
+        module = getattr(unwrap(module), part, None) if isinstance(module, nn.Module) else None
+    return unwrap(module) if isinstance(module, nn.Module) else module
+
+
+def _of_openclip(tower: Any, name: str) -> dict[str, Any]:
     if name == "visual":
-        if transformer is None:
-            rotary, prefix = getattr(trunk, "rope", None) is not None, getattr(trunk, "num_prefix_tokens", 0)
-            return Tower(name, tower, attentions, _pool_of_timm(trunk), rotary=rotary, prefix=prefix)
-        pool = {"tok": "first", "avg": "mean"}.get(getattr(tower, "pool_type", "tok"), "none")
-        return Tower(name, tower, attentions, "mean" if getattr(tower, "attn_pool", None) is not None else pool)
+        if getattr(tower, "attn_pool", None) is not None:
+            return {"pool": "mean"}
+        return {"pool": {"tok": "first", "avg": "mean"}.get(getattr(tower, "pool_type", "tok"), "none")}
     pool = str(getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "argmax"))
     if getattr(tower, "cls_emb", None) is not None:
         pool = "last"
     eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-    embedding: Any = tower.token_embedding
-    return Tower(name, tower, attentions, pool, embedding, eos)
+    return {"pool": pool, "embedding": tower.token_embedding, "eos": eos}
 
 
-def _pool_of_timm(trunk: Any) -> str:
+def _of_timm(tower: Any, name: str) -> dict[str, Any]:
     """A mean stands for attentional pooling too."""
-    return {"token": "first", "avg": "mean", "map": "mean"}.get(getattr(trunk, "global_pool", ""), "none")
+    trunk = _inside(tower, "trunk") or tower
+    pool = {"token": "first", "avg": "mean", "map": "mean"}.get(getattr(trunk, "global_pool", ""), "none")
+    rotary = getattr(trunk, "rope", None) is not None
+    return {"pool": pool, "rotary": rotary, "prefix": getattr(trunk, "num_prefix_tokens", 0)}
+
+
+def _of_huggingface(tower: Any, name: str) -> dict[str, Any]:
+    if name == "visual":
+        first = hasattr(tower.embeddings, "class_embedding")
+        return {"pool": "first"} if first else {"pool": "mean", "prefix": 0}
+    eos = getattr(tower, "eos_token_id", None)  # SigLIP's text tower has none, and takes the last token
+    # 2 is what old configurations of CLIP say, whose end token is the largest
+    pool = "last" if eos is None else "argmax" if eos == 2 else "eos"
+    return {"pool": pool, "embedding": tower.embeddings.token_embedding, "eos": eos}

@@ -26,8 +26,8 @@ def _activations(module: nn.Module) -> list[str]:
 
 def _parameters(model: nn.Module, tower: str) -> Iterator[tuple[str, str, Tensor]]:
     """The original parameters of a tower, sorted: name in the tower, name in the model, tensor."""
-    module = find_tower(model, tower).module
-    prefix = "" if module is model else f"{tower}."
+    where = find_tower(model, tower)
+    module, prefix = where.module, f"{where.path}." if where.path else ""
     replaced = original_of(model).tensors if is_patched(model) else {}
     for name, p in sorted(plain_names(module, module.named_parameters()).items()):
         if ".heads." not in name and not (tower == "text" and name.startswith("visual.")):

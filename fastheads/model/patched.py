@@ -14,7 +14,7 @@ from fastheads.config import HeadConfig
 from fastheads.hosts.wrappers import is_peft, plain_names, plain_state, refuse_peft, unwrap
 from fastheads.nn import HeadAttention, HeadLoRA
 
-ADAPTER = ".attn.heads."  # in the name of every adapter's tensor
+ADAPTER = "attn.heads."  # in the name of every adapter's tensor
 _STATE = "_fastheads"
 
 Fingerprint = tuple[torch.dtype, torch.Size, int]
