@@ -278,6 +278,32 @@ row(
     *("load_adapter wrapped", with_(nn.DataParallel), load_into(), TypeError, "patch first"),
 )
 
+# ---------------------------------------------------------------------------------------------------- plan
+
+
+def plan(**options):
+    return lambda m, t: fastheads.plan(m, **{"batch": 4, **options})
+
+
+for name, options, error, words in [
+    ("batch zero", {"batch": 0}, ValueError, ["batch", "0", "≥ 1"]),
+    ("batch float", {"batch": 4.0}, ValueError, ["batch", "4.0"]),
+    ("classes", {"classes": 0}, ValueError, ["classes", "≥ 1"]),
+    ("gpu", {"gpu": "V100"}, ValueError, ["gpu", "'V100'", "A100-40, A100-80, H100"]),
+    ("method", {"method": "zero-shot"}, ValueError, ["method", "'zero-shot'", "ha-lora"]),
+    ("precision", {"precision": "fp16"}, ValueError, ["precision", "'fp16'", "amp-bf16"]),
+    ("impl", {"impl": "triton"}, ValueError, ["impl", "'triton'", "'stacked'"]),
+    ("rank of gates alone", {"method": "dig", "rank": 2}, ValueError, ["rank", "dig"]),
+    ("config of none", {"method": "car-ft", "config": HeadConfig()}, ValueError, ["config", "car-ft"]),
+    ("recompute", {"impl": "reference", "recompute": True}, ValueError, ["recompute", "GPU"]),
+]:
+    row(f"plan {name}", clip, plan(**options), error, *words)
+
+row("plan name", nothing, lambda m, t: fastheads.plan("ViT-B16", batch=4), ValueError, "model", "'ViT-B16'", "ViT-B-16")
+row("plan no model", nothing, plan(), TypeError, "model", "NoneType")
+row("plan patched", adapted(), plan(), ValueError, "model", "patched already")
+
+
 # ------------------------------------------------------------------------------------------- capture_heads
 
 
@@ -304,5 +330,5 @@ def test_bad_input_is_refused_in_words_and_changes_nothing(build, call, error, w
 
 
 def test_every_public_function_is_in_the_table():
-    without = {"PatchReport", *losses.__all__}
+    without = {"PatchReport", "Plan", *losses.__all__}
     assert [name for name in fastheads.__all__ if name not in without | TABLE.functions()] == []
