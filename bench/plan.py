@@ -25,7 +25,7 @@ from fastheads.train.planning import CONTEXT, GPUS, NOT_MEASURED, Step, build
 
 MODELS = ("ViT-B-16", "ViT-L-14", "ViT-H-14")
 PRECISIONS = ("amp-bf16", "bf16")
-LAYERS = ("plain", "factored", "merged", "stacked", "delta", "one_pass", "stacked, recompute", "reference")
+LAYERS = ("plain", "factored", "merged", "stacked", "delta", "one_pass", "stacked, recompute", "reference", "cpu")
 AT = 256  # images in a batch, where layers are counted
 RANK = 2
 
@@ -45,17 +45,23 @@ def kept(path: str, precision: str) -> dict[str, Any]:
     four, two = (_saved(path, precision, layers) for layers in (4, 2))
     each = {part: (four[part] - two.get(part, 0)) // 2 for part in four}
     setting = SETTINGS["B/16"].shape(AT)
-    # LayerNorm's input: under autocast kept as float32, else the residual stream, of which the MLP keeps as much.
-    given = 2 * setting.row if precision == "amp-bf16" else setting.row
+    # LayerNorm's input: by a GPU's autocast kept as float32, else the residual stream, of which the MLP keeps as much.
+    given = 2 * setting.row if precision == "amp-bf16" and path != "cpu" else setting.row
     layer = each["attention"] + each.get("residual stream", 0) // 2
     return {"path": path, "precision": precision, "layer": layer, "own": layer - given, "block": sum(each.values())}
 
 
 def _saved(path: str, precision: str, layers: int) -> Mapping[str, int]:
-    setting, mode, amp = SETTINGS["B/16"], FakeTensorMode(), precision == "amp-bf16"
+    setting, amp, mode = SETTINGS["B/16"], precision == "amp-bf16", FakeTensorMode(allow_non_fake_inputs=True)
     dtype, ranks = torch.float32 if amp else torch.bfloat16, (RANK,) * layers
+    device = "cpu" if path == "cpu" else "cuda"
+
+    def images() -> tuple[torch.Tensor]:
+        with mode:
+            return (torch.empty(AT, 3, setting.image, setting.image, device=device, dtype=dtype),)
+
     with mode:
-        model = clip(setting, layers, "cuda", dtype)
+        model = clip(setting, layers, device, dtype)
         peers = {"plain": attentions.Plain, "factored": attentions.Factored, "merged": attentions.Merged}
         impl, _, again = path.partition(", ")
         if path in peers:
@@ -64,10 +70,10 @@ def _saved(path: str, precision: str, layers: int) -> Mapping[str, int]:
             fastheads.patch(model, fastheads.HeadConfig(rank=ranks), impl=impl, recompute=bool(again))
     return count(
         model,
-        lambda: (torch.empty(AT, 3, setting.image, setting.image, device="cuda", dtype=dtype),),
+        images,
         lambda images: model.visual(images).float().sum(),
         mode=mode,
-        device="cuda",
+        device=device,
         autocast=torch.bfloat16 if amp else None,
     ).saved
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import GraphExecGroup
 
 from fastheads.ops import fused
 
@@ -189,19 +190,33 @@ def _sum(before: Tensor | None, own: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def _autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """torch.autocast, which would not come on for a GPU that is not there."""
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    torch.set_autocast_enabled(device, dtype is not None)
-    torch.set_autocast_dtype(device, dtype or before[1])
+def _autocast(
+    device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, cache_enabled: bool | None = None
+) -> Iterator[None]:
+    """torch.autocast, which would not come on for a GPU that is not there; caching is left as it is."""
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, enabled)
+    torch.set_autocast_dtype(device_type, dtype or before[1])
     torch.autocast_increment_nesting()
     try:
         yield
     finally:
         if torch.autocast_decrement_nesting() == 0:
             torch.clear_autocast_cache()
-        torch.set_autocast_enabled(device, before[0])
-        torch.set_autocast_dtype(device, before[1])
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])
+
+
+@contextmanager
+def _checkpoints() -> Iterator[None]:
+    """Inside, torch.utils.checkpoint computes again as in a backward pass of the engine: once, and under autocast."""
+    before = torch.amp.autocast
+    setattr(torch.amp, "autocast", _autocast)  # noqa: B010
+    try:
+        with GraphExecGroup():
+            yield
+    finally:
+        setattr(torch.amp, "autocast", before)  # noqa: B010
 
 
 # Of OpenCLIP's modules: what is made inside one belongs to
@@ -238,7 +253,8 @@ def _told_apart(model: nn.Module, alive: _Alive) -> Iterator[None]:
     for name, module in model.named_modules():
         part = _part(name)
         if part is not None:
-            handles += [module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)]
+            handles.append(module.register_forward_pre_hook(enter(part)))
+            handles.append(module.register_forward_hook(leave, always_call=True))  # a checkpoint stops where it may
     try:
         yield
     finally:
@@ -271,12 +287,13 @@ def count(
         alive.maker = "images"
         given = inputs()
         alive.maker = "losses"
-        with _autocast(device, autocast):
+        with _autocast(device, autocast, enabled=autocast is not None):
             value = loss(*given)
         waiting: dict[Any, list[Tensor | None]] = {value.grad_fn: [torch.ones_like(value)]}
         del value
         saved = dict(+alive.now)
         alive.maker = "backward"
-        _backward(waiting)
+        with _checkpoints():
+            _backward(waiting)
     model.zero_grad()
     return Ledger(saved, dict(alive.peak))

@@ -295,7 +295,6 @@ for name, options, error, words in [
     ("impl", {"impl": "triton"}, ValueError, ["impl", "'triton'", "'stacked'"]),
     ("rank of gates alone", {"method": "dig", "rank": 2}, ValueError, ["rank", "dig"]),
     ("config of none", {"method": "car-ft", "config": HeadConfig()}, ValueError, ["config", "car-ft"]),
-    ("recompute", {"impl": "reference", "recompute": True}, ValueError, ["recompute", "GPU"]),
 ]:
     row(f"plan {name}", clip, plan(**options), error, *words)
 

@@ -1,6 +1,7 @@
 """The ledger: bytes that follow from shapes, autograd's nodes in its engine's order, nothing of the model's in it."""
 
 import copy
+import functools
 
 import open_clip
 import pytest
@@ -15,23 +16,29 @@ from fastheads.nn.attention import is_plain_linear
 WIDTH, HEADS, TOKENS = 128, 4, 17
 
 
+@functools.cache
 def tower(layers=2):
     """Images of 32 × 32 in patches of 8."""
     vision = open_clip.CLIPVisionCfg(layers, WIDTH, WIDTH // HEADS, patch_size=8, image_size=32)
     return open_clip.CLIP(16, vision, open_clip.CLIPTextCfg(8, 64, 32, 2, 1))
 
 
-def saved(batch, impl, layers=2, recompute=False, device="cuda"):
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+@functools.cache
+def saved(impl, layers=2, recompute=False):
+    """What a tower keeps of a batch."""
+    device, mode = "cpu" if impl == "cpu" else "cuda", FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_copy(tower(layers), mode, device, torch.bfloat16)
     with mode:
         fastheads.patch(model, fastheads.HeadConfig(rank=2), impl=impl, recompute=recompute)
 
-    def images():
-        with mode:
-            return (torch.empty(batch, 3, 32, 32, device=device, dtype=torch.bfloat16),)
+    def of(batch):
+        def images():
+            with mode:
+                return (torch.empty(batch, 3, 32, 32, device=device, dtype=torch.bfloat16),)
 
-    return count(model, images, lambda x: model.encode_image(x).float().sum(), mode=mode, device=device).saved
+        return count(model, images, lambda x: model.encode_image(x).float().sum(), mode=mode, device=device).saved
+
+    return of
 
 
 @pytest.mark.parametrize(
@@ -39,8 +46,8 @@ def saved(batch, impl, layers=2, recompute=False, device="cuda"):
     [("stacked", False, 4), ("delta", False, 4), ("stacked", True, 1), ("one_pass", False, 1)],
 )
 def test_a_layer_keeps_what_its_shapes_say(impl, recompute, rows):
-    B = 3
-    four, two = (saved(B, impl, layers, recompute)["attention"] for layers in (4, 2))
+    B = 8
+    four, two = (saved(impl, layers, recompute)(B)["attention"] for layers in (4, 2))
     low = 0 if rows == 1 else 16  # T's columns: two targets, four heads, rank two
     expected = 2 * B * TOKENS * (rows * WIDTH + low)  # LayerNorm's output; q, k, v
     expected += 4 * B * TOKENS * (HEADS + 2)  # log-sum-exp, LayerNorm's mean and deviation
@@ -49,13 +56,12 @@ def test_a_layer_keeps_what_its_shapes_say(impl, recompute, rows):
 
 @pytest.mark.parametrize("impl", ["stacked", "delta", "one_pass", "reference", "cpu"])
 def test_what_is_saved_grows_with_the_batch_in_a_straight_line(impl):
-    device = "cpu" if impl == "cpu" else "cuda"
-    one, two, five = (sum(saved(B, impl, device=device).values()) for B in (8, 16, 40))
+    one, two, five = (sum(saved(impl)(B).values()) for B in (8, 16, 40))
     assert five - two == 3 * (two - one)
 
 
 def test_weights_are_no_activations():
-    big = saved(1, "delta")  # bfloat16 throughout: nothing is cast
+    big = saved("delta")(1)  # bfloat16 throughout: nothing is cast
     assert sum(big.values()) < 20 * TOKENS * WIDTH * 2 * 2  # the MLPs' weights alone are ten times as much
 
 

@@ -126,7 +126,7 @@ def plan(
     """What a training step of `fastheads train` holds in memory, and the largest batch that fits.
 
     Counted on tensors without values (`fastheads.ledger`): no GPU, no weights, seconds at any size. Peaks on a CPU are
-    within 10 % of the allocator's (`tests/train/test_planning.py`); a GPU's were not measured yet.
+    within 10 % of the allocator's (`tests/bench/test_plan.py`); a GPU's were not measured yet.
 
     Args:
         model: OpenCLIP's name of a model, or one, not patched; it is left alone.
@@ -157,7 +157,7 @@ def plan(
     if step.device != "cpu":
         room = GPUS[gpu] - CONTEXT
         largest = {"recompute" if recompute else "plain": step.largest(room, batch)}
-        if step.impl and (recompute or step.recomputes):
+        if step.impl:
             other = Step(model, recompute=not recompute, **options)
             largest["plain" if recompute else "recompute"] = other.largest(room, batch)
     ledger = step.ledger(batch)
@@ -236,11 +236,6 @@ class Step:
                     config = replace(config, rank=rank if isinstance(rank, int) else tuple(rank))
                 report = patch(self.model, config, impl=impl, recompute=recompute)
                 self.impl = " and ".join(dict.fromkeys(layer.choice.name for layer in report.layers))
-                if recompute and not self.recomputes:
-                    raise ValueError(
-                        "recompute: what the reference computes again under autocast is counted on a machine with a "
-                        'GPU only; takes precision="bf16" or "fp32", or another impl'
-                    )
                 adapters = lora_parameters(self.model) + gate_parameters(self.model)
             else:
                 if self.method.context:
@@ -264,11 +259,6 @@ class Step:
         sizes = {"weights": nbytes(own) - nbytes(adapters), "teacher": nbytes(copied), "class weights": nbytes(texts)}
         sizes |= {"adapters": nbytes(adapters), "AdamW's states": 2 * self.gradient_bytes}
         self.model_bytes = {name: size for name, size in sizes.items() if size}
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether a step with recompute can be counted: torch's checkpoint asks for the GPU before it autocasts."""
-        return not (self.impl == "reference" and self.autocast and not torch.cuda.is_available())
 
     @functools.lru_cache(maxsize=64)  # noqa: B019
     def ledger(self, batch: int) -> Ledger:

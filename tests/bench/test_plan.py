@@ -1,6 +1,7 @@
 """What the ledger counts is what an allocator holds: a CPU's to 10 %, our launchers' to 3 %; and its page."""
 
 import copy
+import functools
 from pathlib import Path
 
 import open_clip
@@ -20,9 +21,11 @@ from fastheads.train.methods import METHODS, ImageEncoder, Objective
 from fastheads.train.planning import CONTEXT, GPUS, Step, build
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = read_json(ROOT / "bench" / "results" / "plan.json")
 BATCH, CLASSES = 24, 20
 
 
+@functools.cache
 def small():
     """37 tokens; two layers of 128."""
     vision = open_clip.CLIPVisionCfg(2, 128, 32, patch_size=16, image_size=96)
@@ -59,8 +62,16 @@ def measured(model, method, recompute, precision):
     return peak_bytes(step, "cpu")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "amp-bf16"])
-@pytest.mark.parametrize(("method", "recompute"), [("hap", False), ("hap", True), ("lora", False), ("car-ft", False)])
+@pytest.mark.parametrize(
+    ("method", "recompute", "precision"),
+    [
+        ("hap", False, "fp32"),
+        ("hap", True, "fp32"),
+        ("car-ft", False, "fp32"),
+        ("hap", False, "amp-bf16"),
+        ("car-ft", False, "amp-bf16"),
+    ],
+)
 def test_a_cpus_peak_is_as_counted(method, recompute, precision):
     model = small()
     step = Step(model, method=method, recompute=recompute, precision=precision, impl="cpu", classes=CLASSES)
@@ -115,28 +126,33 @@ def test_the_rule_for_what_launchers_hold_is_within_three_percent(impl, stored, 
 
 def test_the_page_shows_the_result_file():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    for name, text in blocks(read_json(ROOT / "bench" / "results" / "plan.json")).items():
+    for name, text in blocks(RESULTS).items():
         assert read_block(page, name).strip() == text.strip(), name
 
 
 def test_the_result_file_is_that_of_the_code():
-    content = read_json(ROOT / "bench" / "results" / "plan.json")
-    rows = {(row["path"], row["precision"]): row for row in content["kept"]}
+    rows = {(row["path"], row["precision"]): row for row in RESULTS["kept"]}
     for path in ("plain", "stacked", "stacked, recompute"):
         assert kept(path, "bf16") == rows[path, "bf16"]
-    first = content["fits"][0]
+    first = RESULTS["fits"][0]
     step = Step(build(first["model"]), precision=first["precision"])
     assert sum(step.model_bytes.values()) == first["model_bytes"]
     batch, room = first["largest"]["A100-80"], GPUS["A100-80"] - CONTEXT
     assert step.total(batch) <= room < step.total(batch + 1)
 
 
+def of_plains(path):
+    """What a layer keeps, as a share of plain PyTorch's."""
+    rows = {(row["path"], row["precision"]): row["layer"] for row in RESULTS["kept"]}
+    return rows[path, "bf16"] / rows["plain", "bf16"]
+
+
 @pytest.mark.xfail(strict=True, reason="0.628 and 0.251: LayerNorm's output is kept beside its input")
 @pytest.mark.parametrize(("path", "goal"), [("stacked", 0.55), ("stacked, recompute", 0.25)])
 def test_a_layer_keeps_no_more_than_the_goal(path, goal):
-    assert kept(path, "bf16")["layer"] <= goal * kept("plain", "bf16")["layer"]
+    assert of_plains(path) <= goal
 
 
 @pytest.mark.parametrize(("path", "most"), [("stacked", 0.63), ("stacked, recompute", 0.252)])
 def test_a_layer_keeps_no_more_than_it_did(path, most):
-    assert kept(path, "bf16")["layer"] <= most * kept("plain", "bf16")["layer"]
+    assert of_plains(path) <= most
