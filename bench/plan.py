@@ -6,37 +6,53 @@ Counted by `fastheads.plan` and its ledger, on tensors without values; nothing h
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import save_on_cpu
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastheads
 from bench.base.results import write_json
 from bench.base.tables import table, write_block
 from bench.base.towers import SETTINGS
 from bench.contests import attentions
-from bench.contests.models import clip
+from bench.contests.models import blocks_of, clip
 from fastheads.ledger import count
 from fastheads.train.planning import CONTEXT, GPUS, NOT_MEASURED, Step, build
 
 MODELS = ("ViT-B-16", "ViT-L-14", "ViT-H-14")
 PRECISIONS = ("amp-bf16", "bf16")
+WAYS: dict[str, dict[str, Any]] = {"": {}, "recompute": {"recompute": True}, "checkpointing": {"checkpointing": True}}
 LAYERS = ("plain", "factored", "merged", "stacked", "delta", "one_pass", "stacked, recompute", "reference", "cpu")
+# Of the blocks around the layers too; see docs/memory.md.
+BLOCKS = ("stacked, recompute 2", "stacked, operator saved", "stacked, checkpointing", "stacked, offloaded")
 AT = 256  # images in a batch, where layers are counted
 RANK = 2
 
 
-def largest(name: str, precision: str, recompute: bool) -> dict[str, Any]:
+def largest(name: str, precision: str, way: str) -> dict[str, Any]:
     """One row: bytes of the model, of each image, and the largest batch by GPU."""
-    step = Step(build(name), precision=precision, recompute=recompute)
-    found = {"model": name, "precision": precision, "impl": step.impl, "recompute": recompute}
+    step = Step(build(name), precision=precision, **WAYS[way])
+    found = {"model": name, "precision": precision, "impl": step.impl, "way": way}
     found["model_bytes"] = sum(step.model_bytes.values())
     found["image_bytes"] = (step.total(2 * AT) - step.total(AT)) // AT
     return {**found, "largest": {gpu: step.largest(room - CONTEXT) for gpu, room in GPUS.items()}}
+
+
+def saving_the_operator(model: Any) -> None:
+    """Blocks are computed again, all but their head attention, whose outputs are saved."""
+    contexts = functools.partial(create_selective_checkpoint_contexts, [torch.ops.fastheads.head_attention.default])
+    blocks = blocks_of(model)
+    for i, block in enumerate(blocks):
+        blocks[i] = checkpoint_wrapper(block, context_fn=contexts)
 
 
 def kept(path: str, precision: str) -> dict[str, Any]:
@@ -47,8 +63,9 @@ def kept(path: str, precision: str) -> dict[str, Any]:
     setting = SETTINGS["B/16"].shape(AT)
     # LayerNorm's input: by a GPU's autocast kept as float32, else the residual stream, of which the MLP keeps as much.
     given = 2 * setting.row if precision == "amp-bf16" and path != "cpu" else setting.row
-    layer = each["attention"] + each.get("residual stream", 0) // 2
-    return {"path": path, "precision": precision, "layer": layer, "own": layer - given, "block": sum(each.values())}
+    layer = each.get("attention", 0) + each.get("residual stream", 0) // 2
+    own = {} if path in BLOCKS else {"layer": layer, "own": layer - given}
+    return {"path": path, "precision": precision, **own, "block": sum(each.values())}
 
 
 def _saved(path: str, precision: str, layers: int) -> Mapping[str, int]:
@@ -63,15 +80,29 @@ def _saved(path: str, precision: str, layers: int) -> Mapping[str, int]:
     with mode:
         model = clip(setting, layers, device, dtype)
         peers = {"plain": attentions.Plain, "factored": attentions.Factored, "merged": attentions.Merged}
-        impl, _, again = path.partition(", ")
+        impl, _, way = path.partition(", ")
         if path in peers:
             attentions.modules(peers[path])(model, ranks)
         else:
-            fastheads.patch(model, fastheads.HeadConfig(rank=ranks), impl=impl, recompute=bool(again))
+            fastheads.patch(
+                model,
+                fastheads.HeadConfig(rank=ranks),
+                impl=impl,
+                recompute={"recompute": 1, "recompute 2": 2}.get(way, 0),
+            )
+    if way == "checkpointing":
+        model.visual.set_grad_checkpointing()
+    elif way == "operator saved":
+        saving_the_operator(model)
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        with save_on_cpu() if way == "offloaded" else nullcontext():
+            return model.visual(images).float().sum()
+
     return count(
         model,
         images,
-        lambda images: model.visual(images).float().sum(),
+        loss,
         mode=mode,
         device=device,
         autocast=torch.bfloat16 if amp else None,
@@ -79,11 +110,11 @@ def _saved(path: str, precision: str, layers: int) -> Mapping[str, int]:
 
 
 def fits_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    header = ["model", "precision", "form", "recompute", "model MB", "MB per image", *GPUS]
+    header = ["model", "precision", "form", "computed again", "model MB", "MB per image", *GPUS]
     cells = []
     for row in rows:
         sizes = [f"{row['model_bytes'] / 1e6:,.0f}", f"{row['image_bytes'] / 1e6:.1f}"]
-        about = [row["model"], row["precision"], row["impl"], "yes" if row["recompute"] else ""]
+        about = [row["model"], row["precision"], row["impl"], row["way"]]
         cells.append([*about, *sizes, *(f"{row['largest'][gpu]:,}" for gpu in GPUS)])
     return f"{table(header, cells)}\n\n{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
 
@@ -93,8 +124,9 @@ def kept_table(rows: Sequence[Mapping[str, Any]]) -> str:
     unit = SETTINGS["B/16"].shape(AT).row
     cells = []
     for row in rows:
-        shares = [f"{row[what] / plain[row['precision']][what]:.3f}" for what in ("layer", "own", "block")]
-        cells.append([row["precision"], row["path"], f"{row['layer'] / unit:.2f}", *shares])
+        own, beside = [f"{row['layer'] / unit:.2f}" if "layer" in row else ""], plain[row["precision"]]
+        own += [f"{row[what] / beside[what]:.3f}" if what in row else "" for what in ("layer", "own", "block")]
+        cells.append([row["precision"], row["path"], *own])
     return table(["precision", "path", "rows kept", "/ plain's", "without the input", "whole block"], cells)
 
 
@@ -109,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--doc", type=Path, help="put the tables into the blocks of this document")
     given = parser.parse_args(argv)
     content = {
-        "kept": [kept(path, precision) for precision in PRECISIONS for path in LAYERS],
-        "fits": [largest(name, p, again) for name in MODELS for p in PRECISIONS for again in (False, True)],
+        "kept": [kept(path, precision) for precision in PRECISIONS for path in LAYERS + BLOCKS],
+        "fits": [largest(name, precision, way) for name in MODELS for precision in PRECISIONS for way in WAYS],
     }
     for block, text in blocks(content).items():
         print(f"\n{text}")

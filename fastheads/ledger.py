@@ -32,7 +32,7 @@ _BACKWARD = torch.ops.fastheads.head_attention_backward.default
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes of one training step.
+    """Bytes of one training step on its device.
 
     saved: what the forward pass leaves alive for the backward pass, by the part of the model that made it, the images
     among them. peak: what is alive when it is most, likewise; "backward" are gradients and what they are made with. The
@@ -64,13 +64,15 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, device: str, dtype: torch.
 
 
 class _Alive(TorchDispatchMode):
-    """Bytes of the storages that operations made and that are alive, by who made them: `now`, and at the `peak`.
+    """Bytes of the storages that operations made on `device` and that are alive, by who made them: `now`, and at the
+    `peak`.
 
     there: tensors that are there before, and of which operations return views.
     """
 
-    def __init__(self, there: Iterable[Tensor]) -> None:
+    def __init__(self, device: str, there: Iterable[Tensor]) -> None:
         super().__init__()
+        self.device = device
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.maker = ""
@@ -83,7 +85,7 @@ class _Alive(TorchDispatchMode):
             return out
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device:
                 self.add(leaf.untyped_storage())
         inside = _workspace(func, args) if func in (_FORWARD, _BACKWARD) else 0
         if self.now.total() + inside > self.peak.total():
@@ -278,7 +280,7 @@ def count(
     autocast: the dtype that the loss is computed under. Gradients flow as autograd's engine lets them, node by node;
     hooks on tensors and `autograd.grad` are not for fake tensors.
     """
-    alive = _Alive((*model.parameters(), *model.buffers(), *there))
+    alive = _Alive(device, (*model.parameters(), *model.buffers(), *there))
     with ExitStack() as around:
         if device != "cpu":  # on a CPU domain ids are looked at, and are real
             around.enter_context(mode)

@@ -140,6 +140,9 @@ inner = lambda: HeadConfig(towers=("text",))  # noqa: E731
 
 row("patch not a module", lambda: "ViT-B-16", lambda m, t: fastheads.patch(m), TypeError, "model", "str", "OpenCLIP")
 row("explain not a module", lambda: None, lambda m, t: fastheads.explain(m), TypeError, "model", "NoneType")
+row(
+    "patch recompute", clip, lambda m, t: fastheads.patch(m, recompute="all"), ValueError, "recompute", "'all'", "k ≥ 1"
+)
 row("patch twice", with_(two_step), lambda m, t: fastheads.patch(m), ValueError, "model", "already", "unpatch")
 row("patch twice, other tower", with_(two_step), lambda m, t: fastheads.patch(m, inner()), ValueError, "already")
 both("config a dict", clip, TypeError, "config", "dict", "HeadConfig", config={"rank": 2})
@@ -295,6 +298,8 @@ for name, options, error, words in [
     ("impl", {"impl": "triton"}, ValueError, ["impl", "'triton'", "'stacked'"]),
     ("rank of gates alone", {"method": "dig", "rank": 2}, ValueError, ["rank", "dig"]),
     ("config of none", {"method": "car-ft", "config": HeadConfig()}, ValueError, ["config", "car-ft"]),
+    ("recompute of none", {"method": "car-ft", "recompute": True}, ValueError, ["recompute", "car-ft"]),
+    ("recompute", {"recompute": -1}, ValueError, ["recompute", "-1", "k ≥ 1"]),
 ]:
     row(f"plan {name}", clip, plan(**options), error, *words)
 

@@ -2,12 +2,14 @@
 
 import copy
 import functools
+from contextlib import nullcontext
 
 import open_clip
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import save_on_cpu
 
 import fastheads
 from fastheads.ledger import _backward, count, fake_copy
@@ -24,19 +26,24 @@ def tower(layers=2):
 
 
 @functools.cache
-def saved(impl, layers=2, recompute=False):
+def saved(impl, layers=2, recompute=False, offload=False):
     """What a tower keeps of a batch."""
     device, mode = "cpu" if impl == "cpu" else "cuda", FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_copy(tower(layers), mode, device, torch.bfloat16)
     with mode:
         fastheads.patch(model, fastheads.HeadConfig(rank=2), impl=impl, recompute=recompute)
 
+    @functools.cache
     def of(batch):
         def images():
             with mode:
                 return (torch.empty(batch, 3, 32, 32, device=device, dtype=torch.bfloat16),)
 
-        return count(model, images, lambda x: model.encode_image(x).float().sum(), mode=mode, device=device).saved
+        def loss(x):
+            with save_on_cpu() if offload else nullcontext():
+                return model.encode_image(x).float().sum()
+
+        return count(model, images, loss, mode=mode, device=device).saved
 
     return of
 
@@ -58,6 +65,11 @@ def test_a_layer_keeps_what_its_shapes_say(impl, recompute, rows):
 def test_what_is_saved_grows_with_the_batch_in_a_straight_line(impl):
     one, two, five = (sum(saved(impl)(B).values()) for B in (8, 16, 40))
     assert five - two == 3 * (two - one)
+
+
+def test_all_that_a_layer_keeps_can_be_offloaded():
+    four, two = (saved("stacked", layers, offload=True)(8) for layers in (4, 2))
+    assert four == two and "attention" not in two
 
 
 def test_weights_are_no_activations():

@@ -131,7 +131,16 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         default="amp-bf16",
         help="of weights and products; amp-bf16 (the default) is train's bf16: autocast over float32 weights",
     )
-    parser.add_argument("--recompute", action="store_true", help="compute the heads again in the backward pass")
+    parser.add_argument(
+        "--recompute",
+        nargs="?",
+        type=_whole(1),
+        const=1,
+        default=0,
+        metavar="K",
+        help="compute the heads again in the backward pass, of all layers or every K-th",
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="compute whole blocks again")
     parser.add_argument(
         "--impl",
         default="auto",

@@ -350,7 +350,7 @@ def _plan(args: argparse.Namespace) -> None:
         from fastheads.demo.base import register
 
         register()
-    names = ("batch", "gpu", "method", "precision", "recompute", "impl", "classes", "captions")
+    names = ("batch", "gpu", "method", "precision", "recompute", "checkpointing", "impl", "classes", "captions")
     rank = args.rank[0] if args.rank and len(args.rank) == 1 else args.rank
     found = fastheads.plan(args.model, rank=rank, **{name: getattr(args, name) for name in names})
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)

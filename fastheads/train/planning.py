@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,8 @@ class Plan:
         saved_bytes: alive between forward and backward, by the part of the model that made it, images among them.
         peak_bytes: likewise when it is most, without `model_bytes`; "backward" are temporaries and gradients so far.
         gradient_bytes: all of them.
-        largest: the largest batch that fits, without and with recompute; None on a CPU.
+        largest: the largest batch that fits: "plain", "recompute" (as asked for, or of all layers), "checkpointing";
+            None on a CPU.
     """
 
     model: str
@@ -60,7 +61,8 @@ class Plan:
     text: str
     precision: str
     impl: str
-    recompute: bool
+    recompute: int
+    checkpointing: bool
     room: int | None
     model_bytes: dict[str, int]
     gradient_bytes: int
@@ -84,7 +86,8 @@ class Plan:
         return {**asdict(self), "total": self.total, "fits": self.fits, **note}
 
     def __str__(self) -> str:
-        parts = (self.method, self.text, self.precision, self.impl, "recompute" if self.recompute else "")
+        again = f"recompute {self.recompute:d}".removesuffix(" 1") if self.recompute else ""
+        parts = (self.method, self.text, self.precision, self.impl, again, "checkpointing" * self.checkpointing)
         how = ", ".join(filter(None, parts))
         lines = [f"{self.model}, batch {self.batch:,}: {how}", f"{'':<32}{'MB':>10}{'per image':>11}"]
         lines += [_line(name, size) for name, size in self.model_bytes.items()]
@@ -106,7 +109,7 @@ def _line(name: str, size: int, batch: int = 0) -> str:
 def _words(largest: dict[str, int]) -> str:
     if not any(largest.values()):
         return "none: one image is too many"
-    return ", with recompute ".join(f"{largest[how]:,}" for how in ("plain", "recompute") if how in largest)
+    return ", ".join(("" if how == "plain" else f"with {how} ") + f"{batch:,}" for how, batch in largest.items())
 
 
 def plan(
@@ -118,14 +121,15 @@ def plan(
     config: HeadConfig | None = None,
     rank: int | Sequence[int] | None = None,
     precision: str = "amp-bf16",
-    recompute: bool = False,
+    recompute: bool | int = False,
+    checkpointing: bool = False,
     impl: str = "auto",
     classes: int = 345,
     captions: bool = False,
 ) -> Plan:
     """What a training step of `fastheads train` holds in memory, and the largest batch that fits.
 
-    Counted on tensors without values (`fastheads.ledger`): no GPU, no weights, seconds at any size. Peaks on a CPU are
+    Counted on tensors without values (`fastheads.ledger`): no GPU, no weights, a minute at most. Peaks on a CPU are
     within 10 % of the allocator's (`tests/bench/test_plan.py`); a GPU's were not measured yet.
 
     Args:
@@ -135,7 +139,8 @@ def plan(
         method: `"fine-tune"`, `"car-ft"`, `"lora"`, `"ha-lora"`, `"dig"` or `"hap"`.
         config: of the adapters; None: the method's. rank: another rank in it, or one per layer.
         precision: `"fp32"`; `"bf16"`: the model stored in it (adapters stay float32); `"amp-bf16"`: autocast.
-        recompute: of `patch`. `largest` has the answer for both.
+        recompute: of `patch`. checkpointing: whole blocks are computed again (OpenCLIP's `set_grad_checkpointing`).
+            `largest` has the answers with and without.
         impl: of `patch`; `"cpu"` counts a step on a CPU, where there is no `largest`.
         classes: C of the classifier `[C, E]`; 345 are DomainNet's.
         captions: each image has a caption of its own instead, which the text tower encodes in the step, and the loss is
@@ -152,14 +157,22 @@ def plan(
     name, model = (model, build(model)) if isinstance(model, str) else (type(model).__name__, model)
     options: Any = {"method": method, "config": config, "rank": rank, "precision": precision, "impl": impl}
     options |= {"classes": classes, "captions": captions}
-    step = Step(model, recompute=recompute, **options)
+    step = Step(model, recompute=recompute, checkpointing=checkpointing, **options)
     room = largest = None
     if step.device != "cpu":
         room = GPUS[gpu] - CONTEXT
-        largest = {"recompute" if recompute else "plain": step.largest(room, batch)}
-        if step.impl:
-            other = Step(model, recompute=not recompute, **options)
-            largest["plain" if recompute else "recompute"] = other.largest(room, batch)
+        ways = {"plain": (0, False), "recompute": (recompute or 1, False), "checkpointing": (recompute, True)}
+        if not step.impl:
+            del ways["recompute"]
+        largest = {}
+        for way, (k, blocks) in ways.items():
+            asked = (k, blocks) == (recompute, checkpointing)
+            other = step if asked else Step(model, recompute=k, checkpointing=blocks, **options)
+            try:
+                largest[way] = other.largest(room, batch)
+            except TypeError:  # OpenCLIP 3.3's blocks around its own Attention can't be checkpointed
+                if asked or not blocks:
+                    raise
     ledger = step.ledger(batch)
     return Plan(
         name,
@@ -170,6 +183,7 @@ def plan(
         precision,
         step.impl,
         recompute,
+        checkpointing,
         room,
         step.model_bytes,
         step.gradient_bytes,
@@ -208,7 +222,8 @@ class Step:
         config: HeadConfig | None = None,
         rank: int | Sequence[int] | None = None,
         precision: str = "amp-bf16",
-        recompute: bool = False,
+        recompute: bool | int = False,
+        checkpointing: bool = False,
         impl: str = "auto",
         classes: int = 345,
         captions: bool = False,
@@ -219,18 +234,20 @@ class Step:
             raise TypeError(f"model: {type(model).__name__} has no visual tower; takes an OpenCLIP model")
         visual: Any = model.visual
         self.method, self.captions = TRAINED[method], captions
-        adapted = {"config": self.method.trains == "adapter", "rank": self.method.lora or config is not None}
-        for name, given in (("config", config), ("rank", rank)):
+        adapter = self.method.trains == "adapter"
+        adapted = {"config": adapter, "rank": self.method.lora or config is not None, "recompute": adapter}
+        for name, given in (("config", config), ("rank", rank), ("recompute", recompute or None)):
             if given is not None and not adapted[name]:
                 raise ValueError(f"{name}: got {given!r}, and {method} has none; takes None there")
         self.device = "cpu" if impl == "cpu" else "cuda"
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.autocast = torch.bfloat16 if precision == "amp-bf16" else None
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.model: Any = fake_copy(model, self.mode, self.device, self.dtype).train()
+        self.model = cast(Any, fake_copy(model, self.mode, self.device, self.dtype).train())
+        self.model.set_grad_checkpointing(checkpointing)
         self.impl, teacher, adapters = "", None, list[nn.Parameter]()
         with self.mode:
-            if self.method.trains == "adapter":
+            if adapter:
                 config = config or self.method.config_for(model)
                 if rank is not None and config is not None:
                     config = replace(config, rank=rank if isinstance(rank, int) else tuple(rank))

@@ -12,7 +12,7 @@ from bench.base.memory import peak_bytes
 from bench.base.results import read_json
 from bench.base.tables import read_block
 from bench.launches import as_on_a_gpu
-from bench.plan import blocks, kept
+from bench.plan import blocks, kept, saving_the_operator
 from fastheads import ledger, patch
 from fastheads.kernels.launch import launching
 from fastheads.ops import fused, head_attention
@@ -32,7 +32,7 @@ def small():
     return open_clip.CLIP(64, vision, open_clip.CLIPTextCfg(16, 64, 32, 2, 2))
 
 
-def measured(model, method, recompute, precision):
+def measured(model, method, precision, recompute, around):
     """The peak of the same step with values in it, by the allocator's events."""
     own, teacher = METHODS[method], None
     if own.trains == "adapter":
@@ -48,6 +48,7 @@ def measured(model, method, recompute, precision):
         context_weight=float(own.context),
         teacher=teacher if own.context else None,
     )
+    around(model)
     encoder = ImageEncoder(model.train())
 
     def step():
@@ -62,21 +63,33 @@ def measured(model, method, recompute, precision):
     return peak_bytes(step, "cpu")
 
 
+def checkpointing(model):
+    model.set_grad_checkpointing()
+
+
+def nothing(model):
+    pass
+
+
 @pytest.mark.parametrize(
-    ("method", "recompute", "precision"),
+    ("method", "precision", "recompute", "around"),
     [
-        ("hap", False, "fp32"),
-        ("hap", True, "fp32"),
-        ("car-ft", False, "fp32"),
-        ("hap", False, "amp-bf16"),
-        ("car-ft", False, "amp-bf16"),
+        ("hap", "fp32", 0, nothing),
+        ("hap", "fp32", 1, nothing),
+        ("hap", "fp32", 2, nothing),
+        ("hap", "fp32", 0, checkpointing),
+        ("hap", "fp32", 0, saving_the_operator),
+        ("car-ft", "fp32", 0, nothing),
+        ("hap", "amp-bf16", 0, nothing),
+        ("hap", "amp-bf16", 0, checkpointing),
     ],
 )
-def test_a_cpus_peak_is_as_counted(method, recompute, precision):
+def test_a_cpus_peak_is_as_counted(method, precision, recompute, around):
     model = small()
     step = Step(model, method=method, recompute=recompute, precision=precision, impl="cpu", classes=CLASSES)
+    around(step.model)
     counted = sum(step.ledger(BATCH).peak.values())
-    found = measured(copy.deepcopy(model), method, recompute, precision)
+    found = measured(copy.deepcopy(model), method, precision, recompute, around)
     assert counted == pytest.approx(found, rel=0.10)
     if precision == "fp32":  # 16-bit products cast inside
         assert counted == pytest.approx(found, rel=0.01)
@@ -86,14 +99,14 @@ class Inside(ledger._Alive):
     """Of each call of the operators: what its launchers hold at most, and that by the rule."""
 
     def __init__(self, there):
-        super().__init__(there)
+        super().__init__("cpu", there)
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         which = {ledger._FORWARD: fused.forward_filled, ledger._BACKWARD: fused.backward_filled}
         if func not in which:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        inside = ledger._Alive(t for t in args if isinstance(t, torch.Tensor))
+        inside = ledger._Alive("cpu", (t for t in args if isinstance(t, torch.Tensor)))
         with inside, torch.no_grad():
             out = which[func](*args)
         self.calls.append((inside.peak.total(), ledger.nbytes(out) + ledger._workspace(func, args)))
@@ -132,7 +145,7 @@ def test_the_page_shows_the_result_file():
 
 def test_the_result_file_is_that_of_the_code():
     rows = {(row["path"], row["precision"]): row for row in RESULTS["kept"]}
-    for path in ("plain", "stacked", "stacked, recompute"):
+    for path in ("plain", "stacked, recompute", "stacked, operator saved"):
         assert kept(path, "bf16") == rows[path, "bf16"]
     first = RESULTS["fits"][0]
     step = Step(build(first["model"]), precision=first["precision"])
@@ -143,11 +156,13 @@ def test_the_result_file_is_that_of_the_code():
 
 def of_plains(path):
     """What a layer keeps, as a share of plain PyTorch's."""
-    rows = {(row["path"], row["precision"]): row["layer"] for row in RESULTS["kept"]}
+    rows = {(row["path"], row["precision"]): row.get("layer") for row in RESULTS["kept"]}
     return rows[path, "bf16"] / rows["plain", "bf16"]
 
 
-@pytest.mark.xfail(strict=True, reason="0.628 and 0.251: LayerNorm's output is kept beside its input")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="0.628 and 0.251: LayerNorm's output is kept beside its input"
+)
 @pytest.mark.parametrize(("path", "goal"), [("stacked", 0.55), ("stacked, recompute", 0.25)])
 def test_a_layer_keeps_no_more_than_the_goal(path, goal):
     assert of_plains(path) <= goal
