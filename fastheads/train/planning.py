@@ -6,7 +6,7 @@ import difflib
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
@@ -211,6 +211,22 @@ def build(name: str) -> nn.Module:
     return model
 
 
+def largest_batch(total: Callable[[int], int], room: int, start: int) -> int:
+    """The largest batch whose `total` is at most `room` bytes; 0 where none is.
+
+    Two counts give a line, which holds but for the pairs of a contrastive loss and what only small batches do
+    otherwise: the answer is counted too, and the line drawn anew through it until it stays.
+    """
+    before, batch = start, 2 * start
+    for _ in range(16):
+        slope = (total(batch) - total(before)) / (batch - before)
+        found = math.floor(batch + (room - total(batch)) / slope)
+        if found == batch or found < 1:
+            return max(0, found)
+        before, batch = batch, found
+    return batch
+
+
 class Step:
     """A training step of a fake copy of `model`, to be counted at any batch. Arguments: those of `plan`."""
 
@@ -298,19 +314,8 @@ class Step:
         return sum(self.model_bytes.values()) + sum(self.ledger(batch).peak.values())
 
     def largest(self, room: int, start: int = 256) -> int:
-        """The largest batch whose step takes at most `room` bytes; 0 where none does.
-
-        Two counts give a line, which holds but for the pairs of a contrastive loss and what only small batches do
-        otherwise: the answer is counted too, and the line drawn anew through it until it stays.
-        """
-        before, batch = start, 2 * start
-        for _ in range(16):
-            slope = (self.total(batch) - self.total(before)) / (batch - before)
-            found = math.floor(batch + (room - self.total(batch)) / slope)
-            if found == batch or found < 1:
-                return max(0, found)
-            before, batch = batch, found
-        return batch
+        """The largest batch whose step takes at most `room` bytes; 0 where none does."""
+        return largest_batch(self.total, room, start)
 
     def _inputs(self, batch: int) -> tuple[Tensor, ...]:
         size = self.model.visual.image_size
