@@ -1,6 +1,6 @@
 """What happens along a line: ours, stock OpenCLIP and plain-PyTorch HA-LoRA, against one quantity.
 
-    batch     a training step of whole models, until memory ends: the largest batch
+    batch     a training step of whole models, up to the largest batch that fits by the ledger (`fastheads.ledger`)
     length    one attention module, sequences of N tokens, tokens in all fixed
     rank      one attention module, the deltas' rank
     closed    one attention module, the share of heads whose gate is 0
@@ -10,6 +10,7 @@ no time for is in the file as not run.
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.base.memory import available_bytes, peak_bytes
 from bench.base.results import Row, environment, write
@@ -27,10 +30,12 @@ from bench.base.towers import SETTINGS
 from bench.contests.contenders.towers import AUTO, AUTO_RECOMPUTE, training
 from bench.contests.contest import Contender, NotRunError, Trial, first_line, free
 from bench.contests.vision import VisionCase
+from fastheads.ledger import count, nbytes
+from fastheads.train.planning import largest_batch
 
 KINDS = ("batch", "length", "rank", "closed")
 CONTENDERS = (AUTO, training("stock"), training("plain"))
-REAL = ("B/32", "B/16", "L/14", "L/14-336", "H/14")
+REAL = ("B/16", "L/14", "H/14")
 LENGTHS = {"cuda": (50, 65, 128, 197, 257, 401, 577, 730, 1024, 2048), "cpu": (25, 50, 100, 197, 400, 800)}
 TOKENS = {"cuda": 256 * 197, "cpu": 1600}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -41,15 +46,16 @@ FINEST = 8  # the largest batch is found to within an eighth
 
 @dataclass
 class Sweep:
-    """How a sweep runs. budget: bytes that a step may take, model included; None: what the device has.
+    """How a sweep runs. precisions: each as a `VisionCase` has it; one module's is the first. budget: bytes that a step
+    may take, model included.
 
     seconds: for everything. rounds, sample_seconds: of `timing.compare`.
     """
 
     device: str
-    precision: str
+    precisions: Sequence[str]
     seconds: float
-    budget: int | None = None
+    budget: int
     rounds: int = 7
     sample_seconds: float = 0.1
     say: Callable[[str], None] = print
@@ -77,31 +83,58 @@ def memory_error(error: BaseException) -> str | None:
     return text if "out of memory" in str(error) or "ALLOC_FAILED" in str(error) else None
 
 
-def largest(fits: Callable[[int], bool], start: int = 1) -> int:
-    """The largest batch for which `fits` holds, to within an eighth: doubled until it fails, then halved in between."""
-    if not fits(start):
+def largest(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """The largest batch up to `most` for which `fits` holds, 0 where there is none: doubled until it is `most`, or
+    fails, and then found to within an eighth."""
+    if start > most or not fits(start):
         return 0
-    good, bad = start, start * 2
-    while fits(bad):
-        good, bad = bad, bad * 2
-    while bad - good > max(1, good // FINEST):
+    good = start
+    while good < most:
+        bad = min(2 * good, most)
+        if not fits(bad):
+            break
+        good = bad
+    while good < most and bad - good > max(1, good // FINEST):
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)
     return good
 
 
+def counted(contender: Contender, case: VisionCase) -> Callable[[int], int]:
+    """Bytes of a step at a batch, by the ledger.
+
+    Counted are the last three layers and the last four: all others are like the fourth last.
+    """
+
+    def of(batch: int, layers: int) -> int:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            made = contender.trial(replace(case, batch=batch, ranks=case.ranks[-layers:]))
+            there, forward = list(made.known()), made.forward
+            assert forward is not None
+            options: Any = {"mode": mode, "device": case.device, "there": there}
+            found = count(nn.Module(), tuple, lambda: forward().float().sum(), **options)
+        return nbytes(there) + sum(found.peak.values())
+
+    @functools.cache
+    def total(batch: int) -> int:
+        three, four = of(batch, 3), of(batch, 4)
+        return three + (len(case.ranks) - 3) * (four - three)
+
+    return total
+
+
 def sweep_batch(sweep: Sweep, settings: Sequence[str], contenders: Sequence[Contender], start: int = 1) -> None:
     """Rows per model, contender and batch; the last one's `extra` says that it was the largest, and what ended it."""
-    pairs = [(setting, c) for setting in settings for c in contenders]
-    for i, (setting, contender) in enumerate(pairs):
-        share = (sweep.deadline - time.monotonic()) / (len(pairs) - i)
-        _grow(sweep, setting, contender, time.monotonic() + share, start)
+    each = [(setting, p, c) for setting in settings for p in sweep.precisions for c in contenders]
+    for i, (setting, precision, contender) in enumerate(each):
+        share = (sweep.deadline - time.monotonic()) / (len(each) - i)
+        case = VisionCase("model step", setting, start, sweep.device, precision, SETTINGS[setting].ranks())
+        _grow(sweep, case, contender, time.monotonic() + share)
 
 
-def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, start: int) -> None:
-    ranks = SETTINGS[setting].ranks()
-    case = VisionCase("model step", setting, start, sweep.device, sweep.precision, ranks)
-    where = case.name.replace(f", batch {start}", "")
+def _grow(sweep: Sweep, case: VisionCase, contender: Contender, deadline: float) -> None:
+    start, where = case.batch, case.name.replace(f", batch {case.batch}", "")
+    total = counted(contender, case)
     seen: dict[int, tuple[float, Row]] = {}  # batch: seconds of its calls, its row
     ended = ""
 
@@ -111,10 +144,9 @@ def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, sta
         if seen and time.monotonic() + seen[before][0] * batch / before > deadline:
             raise NotRunError(sweep.no_time)
         try:
-            if seen:
-                _within(sweep.budget, seen[before][1].extra["bytes"] * batch / before)
-            seen[batch] = _point(sweep, replace(case, batch=batch), contender, where)
-            sweep.say(f"  {where}, {contender.name}: batch {batch}, {seen[batch][1].per_second:,.1f} images/s")
+            took, row = _point(sweep, replace(case, batch=batch), contender, where)
+            seen[batch] = took, replace(row, extra={**row.extra, "counted": total(batch)})
+            sweep.say(f"  {where}, {contender.name}: batch {batch}, {row.per_second:,.1f} images/s")
         except Exception as error:
             why = memory_error(error)
             if why is None:
@@ -124,7 +156,9 @@ def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, sta
         return batch in seen
 
     try:
-        largest(fits, start)
+        most = largest_batch(total, sweep.budget, start)
+        ended = f"by the ledger a step of {max(most + 1, start)} would take more than {sweep.budget / 1e9:.3g} GB"
+        largest(fits, start, most)
     except NotRunError as error:
         ended = str(error)
     free()
@@ -135,20 +169,13 @@ def _grow(sweep: Sweep, setting: str, contender: Contender, deadline: float, sta
         sweep.left_out("batch sweep", where, [contender.name], start, ended)
 
 
-def _within(budget: int | None, needed: float) -> None:
-    if budget is not None and needed > budget:
-        raise MemoryError(f"a step would take {needed / 1e9:.3g} GB, of {budget / 1e9:.3g} GB")
-
-
 def _point(sweep: Sweep, case: VisionCase, contender: Contender, where: str) -> tuple[float, Row]:
     """Seconds of its calls, without what only a first one takes, and its row."""
     made = contender.trial(case)
     made.run()
     started = time.monotonic()
     peak = peak_bytes(made.run, sweep.device)
-    beside = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in made.known()}
-    needed = peak + sum(beside.values())
-    _within(sweep.budget, needed)
+    needed = peak + nbytes(made.known())
     took = sweep.compare({"": made}, rounds=5)[""]
     own = {"per_second": case.batch / took["median"], "extra": {**case.extra(), "bytes": needed}}
     row = Row("batch sweep", where, contender.name, seconds=took, peak_bytes=peak, x=case.batch, **own)
@@ -202,13 +229,13 @@ def points_of(kind: str, case: VisionCase, rehearse: bool) -> Points:
 
 def run(kind: str, sweep: Sweep, settings: Sequence[str], rehearse: bool = False) -> None:
     if kind == "batch":
-        sweep_batch(sweep, settings, (*CONTENDERS, AUTO_RECOMPUTE), start=8 if sweep.budget is None else 2)
+        sweep_batch(sweep, settings, (*CONTENDERS, AUTO_RECOMPUTE), start=8 if sweep.device == "cuda" else 2)
         return
     until = sweep.deadline
     for i, setting in enumerate(settings):
         sweep.deadline = time.monotonic() + (until - time.monotonic()) / (len(settings) - i)
         batch = 256 if sweep.device == "cuda" else 8
-        case = VisionCase("block", setting, 2 if rehearse else batch, sweep.device, sweep.precision, (8,))
+        case = VisionCase("block", setting, 2 if rehearse else batch, sweep.device, sweep.precisions[0], (8,))
         varied = {"length": f", batch {case.batch}", "rank": ", rank 8"}.get(kind, "")
         sweep_module(sweep, kind, case.name.replace(varied, ""), points_of(kind, case, rehearse), CONTENDERS)
 
@@ -218,20 +245,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
     parser.add_argument("--setting", nargs="+", choices=tuple(SETTINGS), help="models; default: B/32 on a CPU")
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16", "amp"), help="default: on a GPU amp and bf16"
+    )
     parser.add_argument("--seconds", type=float, default=120, help="for everything")
-    parser.add_argument("--memory-gb", type=float, metavar="GB", help="what a step may take; default on a CPU: half")
+    parser.add_argument(
+        "--memory-gb", type=float, metavar="GB", help="what a step may take; default: what is free, half of it on a CPU"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rehearse", action="store_true", help="a tiny model, two points")
     given = parser.parse_args(argv)
     cpu = given.device == "cpu"
     default = ("tiny",) if given.rehearse else ("B/32",) if cpu else REAL if given.kind == "batch" else ("B/16", "L/14")
-    budget = available_bytes() // 2 if cpu else None
+    budget = available_bytes() // 2 if cpu else torch.cuda.mem_get_info()[0]
     if given.memory_gb is not None:
         budget = int(given.memory_gb * 1e9)
     elif given.rehearse:
         budget = 2_000_000 if cpu else 20_000_000
     quick: dict[str, Any] = {"rounds": 2, "sample_seconds": 0.002} if given.rehearse else {}
-    sweep = Sweep(given.device, "fp32" if cpu else "amp", given.seconds, budget, **quick)
+    precisions = given.precision or (("fp32",) if cpu else ("amp", "bf16"))
+    sweep = Sweep(given.device, precisions, given.seconds, budget, **quick)
     run(given.kind, sweep, given.setting or default, given.rehearse)
     print("\n".join(sweep_tables(sweep.rows, f"{given.kind} sweep")))
     if given.json is not None:

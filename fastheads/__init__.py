@@ -21,12 +21,14 @@ from fastheads.model import (
     lora_parameters,
 )
 from fastheads.patching import PatchReport, disabled, explain, masked, patch, unpatch
+from fastheads.train.planning import Plan, plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HeadConfig",
     "PatchReport",
+    "Plan",
     "adapter_state_dict",
     "base_state_dict",
     "capture_heads",
@@ -45,6 +47,7 @@ __all__ = [
     "merge",
     "mmd",
     "patch",
+    "plan",
     "save_adapter",
     "unpatch",
     "wise_ft",

@@ -92,18 +92,25 @@ class _Plan:
 # ------------------------------------------------------------------------------------------------ planning
 
 
-def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: bool) -> tuple[HeadConfig, list[_Plan]]:
+def _plan(
+    model: nn.Module, config: HeadConfig | None, impl: str, recompute: int = False
+) -> tuple[HeadConfig, list[_Plan]]:
     """What patching would do. Raises, naming the argument, where it cannot; changes nothing."""
     if config is not None and not isinstance(config, HeadConfig):
         raise TypeError(f"config: got {type(config).__name__}; takes a fastheads.HeadConfig, or None for the default")
     if config is None:
         config = HeadConfig.hap(len(find_tower(model, "visual").attentions))
     ops.dispatch.check_impl(impl)
+    if not isinstance(recompute, int) or recompute < 0:
+        raise ValueError(
+            f"recompute: got {recompute!r}; takes True, False, or k ≥ 1 for every k-th layer "
+            "(whole blocks: model.set_grad_checkpointing())"
+        )
     plans = []
     for tower_name in config.towers:
         tower = find_tower(model, tower_name)
         ranks = config.layer_ranks(len(tower.attentions), tower_name)
-        for index, rank in ranks.items():
+        for place, (index, rank) in enumerate(ranks.items()):
             module = tower.attentions[index]
             name = f"{tower_name}.{index}"
             host = host_of(module)
@@ -136,7 +143,7 @@ def _plan(model: nn.Module, config: HeadConfig | None, impl: str, recompute: boo
                 "device": weight.device,
                 "dtype": weight.dtype,
                 "impl": impl,
-                "recompute": recompute,
+                "recompute": recompute > 0 and place % recompute == 0,
             }
             plans.append(_Plan(report, module, host, tower_name, index, options))
     return config, plans
@@ -175,7 +182,7 @@ def patch(
     *,
     impl: str = "auto",
     strict: bool = False,
-    recompute: bool = False,
+    recompute: bool | int = False,
 ) -> PatchReport:
     """Puts per-head LoRA and gates into the attention layers of an OpenCLIP model, in place.
 
@@ -187,13 +194,15 @@ def patch(
         config: what to adapt; None: `HeadConfig.hap(depth)`, the published ranks on the image tower.
         impl: `"auto"` or the name of the implementation of every layer.
         strict: raise where a selected layer runs on the plain reference path.
-        recompute: keep fewer activations for the backward pass, and compute the heads again there.
+        recompute: keep a layer's input alone for the backward pass, and compute its heads again there: True, or k for
+            every k-th of a tower's adapted layers, from the first. Whole blocks, MLPs among them, are OpenCLIP's to
+            compute again: `model.set_grad_checkpointing()`, with this or without.
 
     Returns a report; printing it shows each layer's path, and why.
 
     Raises:
         TypeError: a model, tower or layer that cannot be patched, and why; nothing is changed.
-        ValueError: a config that does not fit the model; an already patched model; `strict` and a fallback.
+        ValueError: a config or `recompute` that does not fit; an already patched model; `strict` and a fallback.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; takes an OpenCLIP model (a torch.nn.Module)")
@@ -265,7 +274,7 @@ def explain(model: nn.Module, config: HeadConfig | None = None, *, impl: str = "
     inner = unwrap(model)
     if not is_patched(inner):
         _refuse(inner)
-        config, plans = _plan(inner, config, impl, False)
+        config, plans = _plan(inner, config, impl)
         with torch.device("meta"):
             adapters = [HeadLoRA(config, **{**plan.options, "device": torch.device("meta")}) for plan in plans]
         return _report(inner, [plan.report for plan in plans], adapters)

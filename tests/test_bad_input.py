@@ -140,6 +140,9 @@ inner = lambda: HeadConfig(towers=("text",))  # noqa: E731
 
 row("patch not a module", lambda: "ViT-B-16", lambda m, t: fastheads.patch(m), TypeError, "model", "str", "OpenCLIP")
 row("explain not a module", lambda: None, lambda m, t: fastheads.explain(m), TypeError, "model", "NoneType")
+row(
+    "patch recompute", clip, lambda m, t: fastheads.patch(m, recompute="all"), ValueError, "recompute", "'all'", "k ≥ 1"
+)
 row("patch twice", with_(two_step), lambda m, t: fastheads.patch(m), ValueError, "model", "already", "unpatch")
 row("patch twice, other tower", with_(two_step), lambda m, t: fastheads.patch(m, inner()), ValueError, "already")
 both("config a dict", clip, TypeError, "config", "dict", "HeadConfig", config={"rank": 2})
@@ -279,6 +282,33 @@ row(
     *("load_adapter wrapped", with_(nn.DataParallel), load_into(), TypeError, "patch first"),
 )
 
+# ---------------------------------------------------------------------------------------------------- plan
+
+
+def plan(**options):
+    return lambda m, t: fastheads.plan(m, **{"batch": 4, **options})
+
+
+for name, options, error, words in [
+    ("batch zero", {"batch": 0}, ValueError, ["batch", "0", "≥ 1"]),
+    ("batch float", {"batch": 4.0}, ValueError, ["batch", "4.0"]),
+    ("classes", {"classes": 0}, ValueError, ["classes", "≥ 1"]),
+    ("gpu", {"gpu": "V100"}, ValueError, ["gpu", "'V100'", "A100-40, A100-80, H100"]),
+    ("method", {"method": "zero-shot"}, ValueError, ["method", "'zero-shot'", "ha-lora"]),
+    ("precision", {"precision": "fp16"}, ValueError, ["precision", "'fp16'", "amp-bf16"]),
+    ("impl", {"impl": "triton"}, ValueError, ["impl", "'triton'", "'stacked'"]),
+    ("rank of gates alone", {"method": "dig", "rank": 2}, ValueError, ["rank", "dig"]),
+    ("config of none", {"method": "car-ft", "config": HeadConfig()}, ValueError, ["config", "car-ft"]),
+    ("recompute of none", {"method": "car-ft", "recompute": True}, ValueError, ["recompute", "car-ft"]),
+    ("recompute", {"recompute": -1}, ValueError, ["recompute", "-1", "k ≥ 1"]),
+]:
+    row(f"plan {name}", clip, plan(**options), error, *words)
+
+row("plan name", nothing, lambda m, t: fastheads.plan("ViT-B16", batch=4), ValueError, "model", "'ViT-B16'", "ViT-B-16")
+row("plan no model", nothing, plan(), TypeError, "model", "NoneType")
+row("plan patched", adapted(), plan(), ValueError, "model", "patched already")
+
+
 # ------------------------------------------------------------------------------------------- capture_heads
 
 
@@ -312,5 +342,5 @@ def test_bad_input_is_refused_in_words_and_changes_nothing(build, call, error, w
 
 
 def test_every_public_function_is_in_the_table():
-    without = {"PatchReport", *losses.__all__}
+    without = {"PatchReport", "Plan", *losses.__all__}
     assert [name for name in fastheads.__all__ if name not in without | TABLE.functions()] == []

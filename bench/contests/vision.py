@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from bench.base.towers import BATCHES, SETTINGS, Setting
 from bench.contests.attentions import EXACT, PLAIN, modules, trained
@@ -71,9 +72,9 @@ class VisionCase:
 
     def model(self) -> Any:
         """A stock model of its own; in float64 where `exact`, of the weights as the precision rounds them."""
-        if self.device == "cpu":
+        if self.device == "cpu" and detect_fake_mode() is None:
             model = copy.deepcopy(_stock(self.of, len(self.ranks), self.stored))
-        else:  # made in no time, and a copy would lie in the way of the largest batch
+        else:  # made in no time; on a GPU a copy would lie in the way of the largest batch
             model = clip(self.of, len(self.ranks), self.device, self.stored)
         return model.double() if self.exact else model
 

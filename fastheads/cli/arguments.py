@@ -109,11 +109,56 @@ def _adapter_options(parser: argparse.ArgumentParser, *, required: bool) -> None
     )
 
 
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="OpenCLIP's name, ViT-B-16 say")
+    parser.add_argument("--batch", type=_whole(1), required=True, metavar="N", help="images in a step")
+    parser.add_argument("--gpu", default="A100-80", metavar="GPU", help="A100-40, A100-80 (the default) or H100")
+    parser.add_argument(
+        "--method", default="hap", metavar="M", help="fine-tune, car-ft, lora, ha-lora, dig, hap (the default)"
+    )
+    parser.add_argument(
+        "--rank",
+        "--ranks",
+        nargs="+",
+        type=_whole(0),
+        default=None,
+        metavar="R",
+        help="of LoRA: one for all layers, or one for each (default: the method's)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "amp-bf16"),
+        default="amp-bf16",
+        help="of weights and products; amp-bf16 (the default) is train's bf16: autocast over float32 weights",
+    )
+    parser.add_argument(
+        "--recompute",
+        nargs="?",
+        type=_whole(1),
+        const=1,
+        default=0,
+        metavar="K",
+        help="compute the heads again in the backward pass, of all layers or every K-th",
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="compute whole blocks again")
+    parser.add_argument(
+        "--impl",
+        default="auto",
+        metavar="NAME",
+        help="stacked, delta, one_pass, reference; cpu: a step on a CPU (default: what a GPU would get)",
+    )
+    parser.add_argument("--classes", type=_whole(1), default=345, metavar="N", help="of the classifier (default: 345)")
+    parser.add_argument(
+        "--captions", action="store_true", help="a caption for each image instead, encoded in the step: CLIP's loss"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     main = Parser(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
     commands = main.add_subparsers(
-        dest="command", required=True, metavar="demo | check | train | evaluate | merge | inspect"
+        dest="command", required=True, metavar="demo | check | plan | train | evaluate | merge | inspect"
     )
 
     demo = commands.add_parser(
@@ -142,6 +187,16 @@ def parser() -> argparse.ArgumentParser:
         "where some can't be read.",
     )
     check.add_argument("data", type=_path, metavar="DATA", help=DATA)
+
+    _plan_options(
+        commands.add_parser(
+            "plan",
+            help="does a training step fit into a GPU's memory, and which batch still does",
+            description="Counts what a training step holds, on tensors without values: no GPU, no weights, no data. "
+            "A GPU's numbers are counted, not measured.",
+            epilog="example: fastheads plan ViT-B-16 --batch 1024 --gpu A100-80",
+        )
+    )
 
     train = commands.add_parser(
         "train",

@@ -1,9 +1,10 @@
-"""The command line: `fastheads demo | check | train | evaluate | merge | inspect`."""
+"""The command line: `fastheads demo | check | plan | train | evaluate | merge | inspect`."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import shlex
@@ -342,10 +343,24 @@ def _inspect(args: argparse.Namespace) -> None:
             print(f"gates    {name.removesuffix('.attn.heads.theta'):<36} {values}")
 
 
+def _plan(args: argparse.Namespace) -> None:
+    import fastheads
+
+    if args.model == "fastheads-demo":
+        from fastheads.demo.base import register
+
+        register()
+    names = ("batch", "gpu", "method", "precision", "recompute", "checkpointing", "impl", "classes", "captions")
+    rank = args.rank[0] if args.rank and len(args.rank) == 1 else args.rank
+    found = fastheads.plan(args.model, rank=rank, **{name: getattr(args, name) for name in names})
+    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+
+
 EXTRA = ("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "check": data.check,
+    "plan": _plan,
     "train": _train,
     "evaluate": _evaluate,
     "merge": _merge,

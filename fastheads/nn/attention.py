@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -16,7 +17,7 @@ from fastheads import ops, reference
 from fastheads.nn.lora import HeadLoRA
 
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
-_PLAIN = (Tensor, nn.Parameter, type(None))
+_PLAIN = (Tensor, nn.Parameter, FakeTensor, type(None))
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

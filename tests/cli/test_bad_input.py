@@ -19,6 +19,9 @@ BAD = {
     "unknown model": (f"evaluate --model ViT-B16 {DATA}", ["--model", "'ViT-B16'", "ViT-B-16"]),
     "unknown model in small letters": ("inspect --model vit-b-16", ["--model", "'vit-b-16'", " ViT-B-16,"]),
     "unknown model like none": ("inspect --model frobnicate", ["--model", "'frobnicate'"]),
+    "unknown model to plan": ("plan ViT-B16 --batch 8", ["plan: model", "'ViT-B16'", "ViT-B-16"]),
+    "a plan of no image": ("plan ViT-B-16 --batch 0", ["--batch", "'0'", "≥ 1"]),
+    "unknown gpu": ("plan ViT-B-16 --batch 8 --gpu V100", ["gpu", "'V100'", "A100-40, A100-80, H100"]),
     "unknown tag": (f"evaluate --model ViT-B-16 --pretrained opanai {DATA}", ["--pretrained", "'opanai'", "openai"]),
     "a tag for a model without any": (
         f"evaluate --model fastheads-demo --pretrained openai {DATA}",

@@ -1,17 +1,24 @@
 """Whole patched models over the operator: checkpointing, DDP, FSDP2, torch.compile, and each form in its place."""
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from problems import DEVICE, DTYPES, GPU, close
 from processes import on_ranks
 from ranks import step_on_rank
-from standins import BOTH, TowerOf, custom, fill_adapters, images, patched, relative, seeded, texts
+from standins import BOTH, TowerOf, clip, custom, fill_adapters, images, patched, relative, seeded, texts
 from torch.utils.checkpoint import checkpoint
 
 import fastheads
 from fastheads import HeadConfig
+from fastheads.hosts.wrappers import plain_names
+from fastheads.ops import fused
+
+PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+RECOMPUTE, CHECKPOINTING, SELECTIVE, OFFLOADED = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 # float32 twice, in another order of sums
 SAME = 1e-4
@@ -79,6 +86,51 @@ def test_torchs_checkpointing_gives_the_same_features_heads_and_gradients(reentr
 
 def run_again(forward, reentrant, x, **kwargs):
     return checkpoint(lambda x: forward(x, **kwargs), x, use_reentrant=reentrant)
+
+
+PLAIN, FEATURES = "fastheads.patch(model)", "features = model.encode_image(images)"
+
+
+@functools.cache
+def by_page(patch, around="", forward=FEATURES):
+    """Features, gradients and the operator's forward passes in a layer, by the page's code."""
+    with seeded(9), pytest.MonkeyPatch.context() as monkeypatch:
+        names = {"fastheads": fastheads, "torch": torch, "model": clip().train().to(DEVICE), "images": images(5)}
+        exec(patch, names)
+        fill_adapters(names["model"])
+        exec(around, names)
+        calls, own = [], fused.forward
+        monkeypatch.setattr(fused, "forward", lambda *args: calls.append(args) or own(*args))
+        exec(forward, names)
+        names["features"].square().sum().backward()
+    return names["features"].detach(), plain_names(names["model"], gradients(names["model"]).items()), len(calls) / 3
+
+
+@pytest.mark.parametrize(
+    ("code", "runs"),
+    [
+        ((RECOMPUTE,), 1),
+        ((PLAIN, CHECKPOINTING), 2),
+        ((PLAIN, SELECTIVE), 1),
+        ((PLAIN, "", OFFLOADED), 1),
+        ((RECOMPUTE, SELECTIVE, OFFLOADED), 1),
+    ],
+    ids=["recompute", "checkpointing", "selective", "offloaded", "together"],
+)
+def test_the_pages_ways_give_the_same_gradients(code, runs):
+    features, found, ran = by_page(*code)
+    expected = by_page(PLAIN)
+    assert torch.equal(features, expected[0])
+    assert_same(found, expected[1], 1e-6)
+    assert ran == runs
+
+
+def test_every_kth_adapted_layer_recomputes():
+    for k, expected in [(False, []), (True, [0, 1, 2]), (2, [0, 2]), (3, [0])]:
+        model = clip(layers=4)
+        fastheads.patch(model, HeadConfig(layers=(1, 2, 3)), recompute=k)
+        own = [block.attn for block in model.visual.transformer.resblocks[1:]]
+        assert [i for i, attention in enumerate(own) if attention.heads.recompute] == expected
 
 
 def test_recompute_saves_memory_in_a_whole_model():

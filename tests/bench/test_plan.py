@@ -1,0 +1,173 @@
+"""What the ledger counts is what an allocator holds: a CPU's to 10 %, our launchers' to 3 %; and its page."""
+
+import copy
+import functools
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from bench.base.memory import peak_bytes
+from bench.base.results import read_json
+from bench.base.tables import read_block
+from bench.launches import as_on_a_gpu
+from bench.plan import blocks, kept, saving_the_operator
+from fastheads import ledger, patch
+from fastheads.kernels.launch import launching
+from fastheads.ops import fused, head_attention
+from fastheads.train.loop import prepare
+from fastheads.train.methods import METHODS, ImageEncoder, Objective
+from fastheads.train.planning import CONTEXT, GPUS, Step, build
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = read_json(ROOT / "bench" / "results" / "plan.json")
+BATCH, CLASSES = 24, 20
+
+
+@functools.cache
+def small():
+    """37 tokens; two layers of 128."""
+    vision = open_clip.CLIPVisionCfg(2, 128, 32, patch_size=16, image_size=96)
+    return open_clip.CLIP(64, vision, open_clip.CLIPTextCfg(16, 64, 32, 2, 2))
+
+
+def measured(model, method, precision, recompute, around):
+    """The peak of the same step with values in it, by the allocator's events."""
+    own, teacher = METHODS[method], None
+    if own.trains == "adapter":
+        patch(model, own.config_for(model), impl="cpu", recompute=recompute)
+    else:
+        teacher = prepare(model, own, teacher=own.context)
+    objective = Objective(
+        torch.randn(CLASSES, 64),
+        100.0,
+        3,
+        contexts=torch.randn(80, 64),
+        mmd_weight=0.1 * own.mmd,
+        context_weight=float(own.context),
+        teacher=teacher if own.context else None,
+    )
+    around(model)
+    encoder = ImageEncoder(model.train())
+
+    def step():
+        ids = torch.arange(BATCH)
+        images = torch.randn(BATCH, 3, 96, 96)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp-bf16"):
+            loss = objective(encoder, model, images, ids % CLASSES, ids % 3)["loss"]
+        loss.backward()
+        model.zero_grad()
+
+    step()
+    return peak_bytes(step, "cpu")
+
+
+def checkpointing(model):
+    model.set_grad_checkpointing()
+
+
+def nothing(model):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "recompute", "around"),
+    [
+        ("hap", "fp32", 0, nothing),
+        ("hap", "fp32", 1, nothing),
+        ("hap", "fp32", 2, nothing),
+        ("hap", "fp32", 0, checkpointing),
+        ("hap", "fp32", 0, saving_the_operator),
+        ("car-ft", "fp32", 0, nothing),
+        ("hap", "amp-bf16", 0, nothing),
+        ("hap", "amp-bf16", 0, checkpointing),
+    ],
+)
+def test_a_cpus_peak_is_as_counted(method, precision, recompute, around):
+    model = small()
+    step = Step(model, method=method, recompute=recompute, precision=precision, impl="cpu", classes=CLASSES)
+    around(step.model)
+    counted = sum(step.ledger(BATCH).peak.values())
+    found = measured(copy.deepcopy(model), method, precision, recompute, around)
+    assert counted == pytest.approx(found, rel=0.10)
+    if precision == "fp32":  # 16-bit products cast inside
+        assert counted == pytest.approx(found, rel=0.01)
+
+
+class Inside(ledger._Alive):
+    """Of each call of the operators: what its launchers hold at most, and that by the rule."""
+
+    def __init__(self, there):
+        super().__init__("cpu", there)
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        which = {ledger._FORWARD: fused.forward_filled, ledger._BACKWARD: fused.backward_filled}
+        if func not in which:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        inside = ledger._Alive("cpu", (t for t in args if isinstance(t, torch.Tensor)))
+        with inside, torch.no_grad():
+            out = which[func](*args)
+        self.calls.append((inside.peak.total(), ledger.nbytes(out) + ledger._workspace(func, args)))
+        return out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["stacked", "delta", "one_pass"])
+def test_the_rule_for_what_launchers_hold_is_within_three_percent(impl, stored, recompute):
+    B, N, H, dh, r = 8, 197, 4, 64, 2
+    D = H * dh
+    x, w_in, w_out = (torch.zeros(*shape, D, dtype=stored) for shape in ((B, N), (3 * D,), (D,)))
+    deltas = [torch.zeros(2, H, r, D), torch.zeros(2, H, dh, r), torch.zeros(H)]
+    for t in (x, *deltas):
+        t.requires_grad_()
+    seen = Inside((x, w_in, w_out, *deltas))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=stored == torch.float32)
+    with as_on_a_gpu(), launching(lambda *args, **meta: None), seen, autocast:
+        options = {"num_heads": H, "gate": deltas[2], "gate_form": "softmax", "w_out": w_out}
+        o = head_attention(x, w_in, None, *deltas[:2], **options, impl=impl, recompute=recompute).o
+        o.backward(torch.ones_like(o))
+    assert len(seen.calls) == 2
+    for held, ruled in seen.calls:
+        assert ruled == pytest.approx(held, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_page_shows_the_result_file():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for name, text in blocks(RESULTS).items():
+        assert read_block(page, name).strip() == text.strip(), name
+
+
+def test_the_result_file_is_that_of_the_code():
+    rows = {(row["path"], row["precision"]): row for row in RESULTS["kept"]}
+    for path in ("plain", "stacked, recompute", "stacked, operator saved"):
+        assert kept(path, "bf16") == rows[path, "bf16"]
+    first = RESULTS["fits"][0]
+    step = Step(build(first["model"]), precision=first["precision"])
+    assert sum(step.model_bytes.values()) == first["model_bytes"]
+    batch, room = first["largest"]["A100-80"], GPUS["A100-80"] - CONTEXT
+    assert step.total(batch) <= room < step.total(batch + 1)
+
+
+def of_plains(path):
+    """What a layer keeps, as a share of plain PyTorch's."""
+    rows = {(row["path"], row["precision"]): row.get("layer") for row in RESULTS["kept"]}
+    return rows[path, "bf16"] / rows["plain", "bf16"]
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="0.628 and 0.251: LayerNorm's output is kept beside its input"
+)
+@pytest.mark.parametrize(("path", "goal"), [("stacked", 0.55), ("stacked, recompute", 0.25)])
+def test_a_layer_keeps_no_more_than_the_goal(path, goal):
+    assert of_plains(path) <= goal
+
+
+@pytest.mark.parametrize(("path", "most"), [("stacked", 0.63), ("stacked, recompute", 0.252)])
+def test_a_layer_keeps_no_more_than_it_did(path, most):
+    assert of_plains(path) <= most

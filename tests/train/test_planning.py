@@ -1,0 +1,92 @@
+"""plan: which batch fits, by a count of each; what it says, and that the model given is left as it was."""
+
+import copy
+import functools
+import json
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+from commands import run
+
+import fastheads
+from fastheads.train import planning
+from fastheads.train.planning import CONTEXT, GPUS, Step, plan
+
+
+@functools.cache
+def small():
+    """A CLIP with two layers of 128 in its image tower, and a vocabulary that an A100 holds some thousand images of."""
+    vision = open_clip.CLIPVisionCfg(2, 128, 32, patch_size=8, image_size=64)
+    return open_clip.CLIP(16, vision, open_clip.CLIPTextCfg(8, 64, 32, 2, 1))
+
+
+@pytest.mark.parametrize("options", [{"recompute": True, "precision": "bf16"}, {"method": "lora", "captions": True}])
+def test_the_largest_batch_fits_and_one_more_does_not(options):
+    step, room = Step(small(), **options), 10**9
+    batch = step.largest(room, 64)
+    assert batch > 100
+    assert step.total(batch) <= room < step.total(batch + 1)
+
+
+def test_nothing_fits_where_one_image_is_too_many():
+    step = Step(small())
+    assert step.largest(sum(step.model_bytes.values()), 64) == 0
+
+
+def test_recompute_holds_less_and_an_image_of_captions_more():
+    totals = [Step(small(), precision="bf16", **options).total(512) for options in ({}, {"recompute": True})]
+    assert totals[1] < 0.9 * totals[0]
+    both = fastheads.HeadConfig(rank=2, towers=("visual", "text"))
+    of_text = Step(small(), config=both, captions=True).ledger(512).saved["text tower"]
+    assert of_text > 512 * 8 * 32 * 4
+
+
+def test_the_model_holds_both_towers_and_the_optimisers_states_of_what_is_trained():
+    model = small()
+    found = Step(model, precision="fp32")
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    assert found.model_bytes["weights"] == weights
+    assert found.model_bytes["AdamW's states"] == 2 * found.model_bytes["adapters"] == 2 * found.gradient_bytes
+    free = Step(model, method="car-ft", precision="fp32")
+    own = sum(p.numel() * p.element_size() for p in model.visual.parameters())
+    assert free.gradient_bytes == own
+    assert free.model_bytes["AdamW's states"] == 2 * own
+    assert free.model_bytes["teacher"] >= own
+
+
+def test_a_plan_says_what_it_knows_and_what_not(monkeypatch):
+    monkeypatch.setitem(GPUS, "H100", CONTEXT + 10**9)
+    model = copy.deepcopy(small())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    found = plan(model, batch=100, gpu="H100", method="ha-lora", precision="bf16", rank=4)
+    assert found.fits and 100 < found.largest["plain"] < found.largest["recompute"] < found.largest["checkpointing"]
+    assert found.impl == "delta" and found.total == json.loads(json.dumps(found.as_dict()))["total"]
+    said = str(found)
+    assert "not yet held against a GPU" in said and "assumption" in said
+    assert f"largest batch {found.largest['plain']:,}, with recompute {found.largest['recompute']:,}, with" in said
+    assert replace(found, room=found.total).fits and not replace(found, room=found.total - 1).fits
+    assert not fastheads.is_patched(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_cpus_step_has_no_gpu_to_fit_into():
+    found = plan(small(), batch=6, impl="cpu", precision="fp32")
+    assert (found.impl, found.room, found.largest, found.fits) == ("cpu", None, None, None)
+    assert "GPU" not in str(found)
+
+
+def test_the_command_prints_the_plan(monkeypatch):
+    monkeypatch.setattr(planning, "build", lambda name: small())
+    monkeypatch.setattr(Step, "largest", lambda self, room, start: start)
+    code, out, err = run(
+        "plan", "small", "--batch", "64", "--gpu", "A100-40", "--method", "lora", "--rank", "2", "4", "--json"
+    )
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert said["model"] == "small" and said["fits"] and said["gpu"] == "A100-40"
+    assert said["room"] == GPUS["A100-40"] - CONTEXT
+    code, out, err = run("plan", "small", "--batch", "64", "--recompute", "2", "--checkpointing", "--impl", "cpu")
+    assert (code, err) == (0, "")
+    assert "hap, 345 classes, amp-bf16, cpu, recompute 2, checkpointing" in out
