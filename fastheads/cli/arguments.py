@@ -109,6 +109,19 @@ def _adapter_options(parser: argparse.ArgumentParser, *, required: bool) -> None
     )
 
 
+def _again_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--recompute",
+        nargs="?",
+        type=_whole(1),
+        const=1,
+        default=0,
+        metavar="K",
+        help="less memory: compute the heads again in the backward pass, of all layers or every K-th",
+    )
+    parser.add_argument("--checkpointing", action="store_true", help="less memory: compute whole blocks again")
+
+
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="OpenCLIP's name, ViT-B-16 say")
     parser.add_argument("--batch", type=_whole(1), required=True, metavar="N", help="images in a step")
@@ -131,16 +144,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         default="amp-bf16",
         help="of weights and products; amp-bf16 (the default) is train's bf16: autocast over float32 weights",
     )
-    parser.add_argument(
-        "--recompute",
-        nargs="?",
-        type=_whole(1),
-        const=1,
-        default=0,
-        metavar="K",
-        help="compute the heads again in the backward pass, of all layers or every K-th",
-    )
-    parser.add_argument("--checkpointing", action="store_true", help="compute whole blocks again")
+    _again_options(parser)
     parser.add_argument(
         "--impl",
         default="auto",
@@ -264,6 +268,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)"
     )
     group.add_argument("--cache-images", action="store_true", help="keep decoded images in memory")
+    _again_options(group)
 
     evaluate = commands.add_parser(
         "evaluate",

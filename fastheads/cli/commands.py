@@ -221,6 +221,8 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             batch_size=args.batch_size,
             workers=args.workers,
             cache=args.cache_images,
+            recompute=args.recompute if METHODS[method].trains == "adapter" else 0,
+            checkpointing=args.checkpointing,
         )
 
     for method in args.method:  # bad numbers are told before the model is loaded

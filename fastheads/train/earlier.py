@@ -29,6 +29,8 @@ _NAMES = {
     "split_by": "--split-by",
     "processes": "the number of processes",
 }
+# Of a recipe: how images are loaded, and what is computed again.
+_NO_MATTER = ("workers", "batch_size", "cache", "recompute", "checkpointing")
 _RESULT = ("method", "target", "seed", "accuracy", "peak_memory_mb")  # a few of what a result must have
 
 
@@ -50,10 +52,10 @@ def run_key(
 ) -> dict[str, Any]:
     """What must be the same for a saved state to go on from, and for a result to be taken over.
 
-    The base's weights and the images (`hashes`), the prompts, and every number of the recipe but those of the loaders;
+    The base's weights and the images (`hashes`), the prompts, and the recipe but for what changes no result;
     of a method that trains no tensor only the seed of its splits.
     """
-    numbers = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in ("workers", "batch_size", "cache")}
+    numbers = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in _NO_MATTER}
     return {
         **hashed,
         "method": method.id,

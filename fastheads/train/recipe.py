@@ -15,6 +15,7 @@ class Recipe:
 
     lr: of LoRA, or of the encoder under full fine-tuning. gate_lr: of the gates, which have no weight decay.
     per_domain: images of each source domain in a step, on each process.
+    recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass.
     """
 
     steps: int = 20_000
@@ -31,6 +32,8 @@ class Recipe:
     batch_size: int = 256
     workers: int = 0
     cache: bool = False
+    recompute: int = 0
+    checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from processes import start
 from ranks import train_until_killed
-from standins import same
+from standins import relative, same
 from training import ONE_STEP, RECIPE, weights
 
+import fastheads
 from fastheads.cli.arguments import parser
+from fastheads.model import head_modules
 from fastheads.train.earlier import run_key
 from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
@@ -173,9 +175,26 @@ def test_every_number_of_a_recipe_is_told_by_an_option_there_is(problem):
     assert [name for name in key["recipe"] if f"--{name.replace('_', '-')}" not in options] == []
 
 
-def test_loader_settings_do_not_keep_a_run_from_resuming(base, problem, tmp_path):
+def test_settings_that_change_no_result_do_not_keep_a_run_from_resuming(base, problem, tmp_path):
     fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
-    fit(base, METHODS["dig"], problem, dataclasses.replace(RECIPE, cache=False, batch_size=7), out=tmp_path)
+    other = dataclasses.replace(RECIPE, cache=False, batch_size=7, recompute=2, checkpointing=True)
+    fit(base, METHODS["dig"], problem, other, out=tmp_path)
+
+
+def test_what_is_computed_again_changes_no_result(base, problem, monkeypatch):
+    seen, results = [], []
+    checkpointed = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr("open_clip.transformer.checkpoint", lambda *a, **k: seen.append(1) or checkpointed(*a, **k))
+    for own in ({}, {"recompute": 2}, {"checkpointing": True}):
+        model, recipe = copy.deepcopy(base), dataclasses.replace(ONE_STEP, steps=2, **own)
+        seen.clear()
+        fit(model, METHODS["hap"], problem, recipe)
+        assert bool(seen) == ("checkpointing" in own)
+        again = [layer.recompute for layer in head_modules(model)]
+        assert again == [bool(own.get("recompute")) and i % 2 == 0 for i in range(len(again))]
+        results.append(fastheads.adapter_state_dict(model))
+    for other in results[1:]:
+        assert all(relative(other[name], results[0][name]) < 1e-5 for name in other)
 
 
 def test_a_resnet_that_was_stopped_resumes_with_its_running_statistics(resnet, tmp_path):
