@@ -132,7 +132,7 @@ FORWARD: Table = {
         Row(64, 64, stages=2, columns=80, deltas=0),
         Row(64, 32, stages=2, columns=96, deltas=0),
         Row(64, 64, stages=2, deltas=0),
-        Row(64, 32, stages=2, columns=80),
+        Row(64, 32, stages=3, columns=80),
         Row(64, 16, stages=2),
     ),
     86: _FORWARD_99_KB,
@@ -200,7 +200,7 @@ BACKWARD: Table = {
     ),
     # Triton 3.6 fails on what has blocks of 16 rows there: two launches, without any.
     100: (Row(64, 32, (32, 64)),),
-    120: (*_AT_ONCE, *_SWEEPS_80),
+    120: (_AT_ONCE[1], *_SWEEPS_80[:2], _whole(64, 32, (16, 64), columns=80, deltas=0, masked=False), *_SWEEPS_80[2:]),
 }
 
 # What stands against BACKWARD's row for heads of 64 columns, 81 to 272 tokens, no deltas, until a GPU has said which is
