@@ -26,8 +26,8 @@ from fastheads.kernels.low_rank import LowRank, given
 from fastheads.kernels.tiles import BACKWARD, Row, cdiv, is_spread, row_for
 
 # One head of one image. gate: () without gates; (g,), made at the start, where all is one launch; else (pointer to all,
-# h), for each of two launches to make it at its end. Always at the end takes sm_90 231 registers for 184 at 197 tokens;
-# always at the start takes sm_80 168 for 128 in the query sweep, and spills 8 bytes at head size 80.
+# h), for each of two launches to make it at its end: at the start takes sm_80 168 registers for 128 in the query sweep,
+# and spills 8 bytes at head size 80.
 # p_lse: as the forward left it; p_mean, p_inverse: δ and 1 / ΣP of each query, from a first sweep for a second; sum:
 # dQ / (g · scale) of the keys so far, float32; () where none is needed.
 Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_inverse sum")
@@ -227,9 +227,9 @@ def key_rows(
         b_q, b_do, b_lse, o_m = load_queries(x, start, rows, TILES.key_m, HEAD, LOW)
         # [N, M]
         b_p = probabilities(b_k, b_q, b_lse[None, :], o_m[None, :], o_n[:, None], rows, x.mask, CAUSAL, HEAD)
-        # What is of each query is loaded where it is needed: all at once takes sm_90 152 registers for 128 at N = 50.
+        # What is of each query is loaded where it is needed: all at once takes more registers.
         b_p *= tl.load(x.p_inverse + o_m, mask=o_m < rows, other=0.0)[None, :]
-        # dV before dP is formed, so not both by one function as for the queries: that takes 241 at N = 197.
+        # dV before dP is formed, so not both by one function as for the queries: that takes more registers too.
         b_dv = heads.add_product(b_dv, b_p, b_do, HEAD)
         b_mean = tl.load(x.p_mean + o_m, mask=o_m < rows, other=0.0)
         b_dp = heads.dot_over(b_v, heads.transposed(b_do), HEAD)
