@@ -35,7 +35,7 @@ Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_inve
 
 @triton.jit
 def problem_of(
-    do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, b, h, rows,
+    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
@@ -53,11 +53,11 @@ def problem_of(
     p_mean = ()
     p_inverse = ()
     dq_sum = ()
-    if p_scratch is not None:
-        p_mean = p_scratch + 2 * o_l
+    if scratch is not None:
+        p_mean = scratch[0] + 2 * o_l
         p_inverse = p_mean + rows
-    if p_sum is not None:
-        dq_sum = heads.RowsOfHead(p_sum + o_l * HEAD.dim, HEAD.dim, ())
+        if TILES.summed:
+            dq_sum = heads.RowsOfHead(scratch[1] + o_l * HEAD.dim, HEAD.dim, ())
     return Problem(q, k, v, do_h, dq, dk, dv, b_mask, b_gate, p_lse + o_l, p_mean, p_inverse, dq_sum)
 
 
@@ -244,13 +244,13 @@ def key_rows(
 
 @triton.jit
 def attention_bwd_at_once_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK, dV `[N, dh]` and Σ δ `[B, H]`: a program per (image, head) keeps all keys and values on chip, and their
     gradients, while the queries go by."""
     b, h, _ = heads.program(1, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_ks = ()
     b_vs = ()
     b_dks = ()
@@ -281,16 +281,12 @@ def attention_bwd_at_once_kernel(
 
 @triton.jit
 def attention_bwd_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK, dV `[N, dh]` and Σ δ of one head: a program per (image, head) makes both sweeps.
-
-    p_scratch: δ and 1 / ΣP `[B, H, 2, N]`, which the first sweep leaves to the second; p_sum: dQ so far
-    `[B, H, N, dh]`; p_dgate: `[B, H]`.
-    """
+    """dQ, dK, dV `[N, dh]` and Σ δ `[B, H]`: a program per (image, head) makes both sweeps."""
     b, h, _ = heads.program(1, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_dgate = 0.0
     full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
     for start in range(0, full, TILES.block_m):
@@ -313,25 +309,25 @@ def attention_bwd_kernel(
 
 @triton.jit
 def attention_bwd_queries_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The first sweep, a program per (image, head, block_m queries): dQ, δ and 1 / ΣP; Σ δ of each block."""
     blocks = tl.cdiv(rows, TILES.block_m)
     b, h, i_m = heads.program(blocks, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_dgate = query_rows(x, i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, LOW, CAUSAL)
     tl.store(p_dgate + (b * blocks + i_m) * HEAD.heads + h, b_dgate)
 
 
 @triton.jit
 def attention_bwd_keys_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The second sweep, a program per (image, head, key_n keys): dK and dV."""
     b, h, i_n = heads.program(tl.cdiv(rows, TILES.key_n), HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, p_sum, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     key_rows(x, i_n * TILES.key_n, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
 
 
@@ -371,20 +367,18 @@ def attention_bwd(
     row = _row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, masked=masked, spread=spread)
     tiles = row.tiles(N)
     meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype, gate_form), low, causal)
-    scratch, dq_sum = None, None
+    scratch = None  # what a first sweep leaves to the second: δ and 1 / ΣP; dQ so far
     if tiles.chunks:
         sweeps = ((attention_bwd_at_once_kernel, 1),)
-    elif tiles.one_launch:
-        sweeps = ((attention_bwd_kernel, 1),)
-        dq_sum = torch.empty((B, H, N, dh), dtype=torch.float32, device=qkv.device) if tiles.summed else None
     else:
-        blocks = cdiv(N, tiles.block_m), cdiv(N, tiles.key_n)
-        sweeps = tuple(zip((attention_bwd_queries_kernel, attention_bwd_keys_kernel), blocks, strict=True))
-    if not tiles.chunks:
-        scratch = torch.empty((B, H, 2, N), dtype=torch.float32, device=qkv.device)
+        shapes = ((B, H, 2, N), (B, H, N, dh))[: 2 if tiles.summed else 1]
+        scratch = tuple(torch.empty(shape, dtype=torch.float32, device=qkv.device) for shape in shapes)
+        queries, keys = cdiv(N, tiles.block_m), cdiv(N, tiles.key_n)
+        apart = ((attention_bwd_queries_kernel, queries), (attention_bwd_keys_kernel, keys))
+        sweeps = ((attention_bwd_kernel, 1),) if tiles.one_launch else apart
     dgate = torch.empty((B * sweeps[0][1], H), dtype=torch.float32, device=qkv.device)
     inputs = (heads.as_rows(do), heads.as_rows(qkv), on_chip, heads.as_mask(mask, B, H, N), packed(gate), packed(lse))
     for kernel, blocks in sweeps:
         grid = (on_grid(B * H * blocks, "attention_bwd"),)
-        launch(kernel, grid, *inputs, scratch, dq_sum, heads.as_rows(dqkv), dgate, N, **meta)
+        launch(kernel, grid, *inputs, scratch, heads.as_rows(dqkv), dgate, N, **meta)
     return dqkv, None if gate is None else dgate
