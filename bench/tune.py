@@ -67,9 +67,12 @@ def candidates(p: Problem) -> list[Any]:
     if p.direction == "backward":
         if p.device == "cpu":
             return [Row(16, 16, (16, 16), one_launch=True), Row(16, 16, (16, 32))]
-        blocks = ((64, 32, 32, 64), (64, 64, 64, 64), (64, 16, 16, 64), (128, 32, 32, 128), (128, 64, 64, 128))
-        each = itertools.product((True, False), blocks, (4, 8), (1, 2))
-        return [Row(m, n, tuple(key), one_launch=w, warps=warps, stages=s) for w, (m, n, *key), warps, s in each]
+        blocks = ((64, 32, 32, 64), (64, 64, 64, 64), (64, 16, 16, 64), (128, 32, 32, 128), (128, 64, 32, 128))
+        forms = ({"one_launch": True, "summed": True}, {"one_launch": True}, {})
+        each = itertools.product(forms, blocks, (4, 8), (1, 2))
+        found = [Row(m, n, tuple(key), **form, warps=warps, stages=s) for form, (m, n, *key), warps, s in each]
+        at_once = itertools.product((16, 32, 64), (4, 8), (1, 2)) if p.length <= LONGEST_ON_CHIP else ()
+        return found + [Row(m, chunk=256, tail=m > 16, warps=warps, stages=s) for m, warps, s in at_once]
     if p.device == "cpu":
         return [Row(32, 16), Row(64, chunk=64)]
     chunks = itertools.product((64, 128), (False, True), (4, 8)) if p.length <= LONGEST_ON_CHIP else ()
@@ -84,14 +87,19 @@ def searched(rehearse: bool) -> dict[Problem, list[Any]]:
 
 def left_open(arch: int) -> dict[Problem, list[Any]]:
     """The problems whose row is open on a chip, and the rows that stand against it; arch 0: of a rehearsal."""
-    from fastheads.kernels.tiles import FAMILY, OPEN_BACKWARD
+    from fastheads.kernels.tiles import BACKWARD, FAMILY, OPEN_BACKWARD, row_for
 
     own = [p for p in problems(rehearse=not arch) if p.direction == "backward"]
     if not arch:
         return {p: candidates(p)[:1] for p in own}
     rows = OPEN_BACKWARD.get(FAMILY.get(arch, 0), ())
+
+    def others(p: Problem) -> list[Any]:
+        own = row_for(BACKWARD, arch, p.head_dim, p.length, p.dtype).tiles(p.length)
+        return [row for row in rows if row.tiles(p.length) != own]
+
     own = [p for p in own if p.tower in BATCHES and p.length == SETTINGS[p.tower].tokens and not p.deltas]
-    return {p: list(rows) for p in own if rows}
+    return {p: others(p) for p in own if rows}
 
 
 def run_of(p: Problem) -> Callable[[Any], list[Tensor]]:

@@ -103,7 +103,6 @@ def softmax_store(
     m_m = o_m < rows
     m_none = b_sum == 0.0
     b_sum = tl.where(m_none, 1.0, b_sum)
-    tl.store(out.p_lse + o_m, tl.where(m_none, float("-inf"), (b_max + tl.log2(b_sum)) * heads.LN2), mask=m_m)
     b_inverse = (1.0 / b_sum)[:, None]
     b_out = ()
     for i in tl.static_range(len(HEAD.pieces)):
@@ -115,13 +114,15 @@ def softmax_store(
         o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
         m_d = o_d < HEAD.dim
         if POOL == "token":
-            # Every row points at the same place; the pooled token's alone is written.
-            o_cls = tl.zeros_like(o_m)[:, None] + o_d[None, :]
-            tl.store(out.p_cls + o_cls, b_o, mask=(m_m & (o_m == out.token))[:, None] & m_d[None, :])
+            # A sum of one row: to store that row alone, the whole tile would go through shared memory.
+            b_cls = tl.sum(tl.where((o_m == out.token)[:, None], b_o, 0.0), 0)
+            here = (start <= out.token) & (out.token < tl.minimum(start + ROWS, rows))
+            tl.store(out.p_cls + o_d, b_cls, mask=m_d & here)
         if POOL == "mean":
             p_cls = out.p_cls + start // TILES.block_m * HEAD.dim + o_d
             tl.store(p_cls, tl.sum(tl.where((m_m & (o_m >= out.token))[:, None], b_o, 0.0), 0), mask=m_d)
         b_out = b_out + (b_o,)
+    tl.store(out.p_lse + o_m, tl.where(m_none, float("-inf"), (b_max + tl.log2(b_sum)) * heads.LN2), mask=m_m)
     heads.store_head(out.o, o_m, rows, b_out, out.gate, HEAD)
 
 

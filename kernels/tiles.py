@@ -49,6 +49,7 @@ class Tiles(NamedTuple):
     key_m, key_n: of the backward's second sweep: queries that stream by, keys at a time.
     tail, key_tail: queries of the last block, keys of the second sweep's last, where so few are left; 0: as the others.
     one_launch: both sweeps of the backward in one program per (image, head); else two launches, a program per block.
+    summed: there the second sweep makes dQ too, in parts that are summed in memory.
     """
 
     chunks: tuple[tuple[int, int], ...]
@@ -59,14 +60,15 @@ class Tiles(NamedTuple):
     tail: int
     key_tail: int
     one_launch: bool
+    summed: bool
     warps: int
     stages: int
 
 
 class Row(NamedTuple):
-    """A row of a table. block_m, block_n, key (key_m, key_n), one_launch, warps, stages: as in Tiles. chunk: keys on
-    chip in chunks of up to so many; 0: they stream. tail: up to 16 queries that are left over get a block of their own
-    (always where one_launch).
+    """A row of a table. block_m, block_n, key (key_m, key_n), one_launch, summed, warps, stages: as in Tiles. chunk:
+    keys on chip in chunks of up to so many; 0: they stream. tail: up to 16 queries that are left over get a block of
+    their own (always where one_launch).
 
     The most it takes: columns of a head, length, deltas (how many of q, k, v have one). Whether it takes a mask
     (masked), and a backward whose heads are spread over the chip.
@@ -77,6 +79,7 @@ class Row(NamedTuple):
     key: tuple[int, int] = (0, 0)
     chunk: int = 0
     one_launch: bool = False
+    summed: bool = False
     tail: bool = False
     warps: int = 4
     stages: int = 1
@@ -94,15 +97,17 @@ class Row(NamedTuple):
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (a row is a tuple)
     def tiles(self, length: int) -> Tiles:
         """For so many tokens: no more queries on chip than there are, and chunks that add up to little more."""
-        if self.chunk and self.key[1] and not self.one_launch:
-            raise ValueError(f"{self}: a backward in two launches streams its keys, so chunk takes one_launch=True")
+        if self.chunk and self.key[1]:
+            raise ValueError(f"{self}: keys that stay on chip take no second sweep: chunk or key")
         m = min(self.block_m, dot_width(length)) if self.chunk else self.block_m
         chunks = chunks_of(length, self.chunk) if self.chunk else ()
         # Of queries and of keys: TAIL where so few are left over in the last block, else 0.
         tail, key_tail = (TAIL if size > TAIL and 0 < length % size <= TAIL else 0 for size in (m, self.key[1] or 1))
         if not self.one_launch:
             tail, key_tail = tail if self.tail else 0, 0
-        return Tiles(chunks, m, self.block_n, *self.key, tail, key_tail, self.one_launch, self.warps, self.stages)
+        return Tiles(
+            chunks, m, self.block_n, *self.key, tail, key_tail, self.one_launch, self.summed, self.warps, self.stages
+        )
 
 
 Table = dict[int | str, tuple[Row, ...]]
@@ -127,7 +132,7 @@ FORWARD: Table = {
         Row(64, 64, stages=2, columns=80, deltas=0),
         Row(64, 32, stages=2, columns=96, deltas=0),
         Row(64, 64, stages=2, deltas=0),
-        Row(64, 32, stages=2, columns=80),
+        Row(64, 32, stages=3, columns=80),
         Row(64, 16, stages=2),
     ),
     86: _FORWARD_99_KB,
@@ -144,56 +149,76 @@ FORWARD: Table = {
     120: _FORWARD_99_KB,
 }
 
-_BACKWARD_80 = (
-    Row(64, 32, (32, 64), chunk=64, one_launch=True, columns=64, length=80, deltas=0),
-    Row(64, 32, (32, 64), one_launch=True, stages=2, columns=64, deltas=0, masked=False, spread=False),
-    Row(64, 32, (32, 64), one_launch=True, columns=80, deltas=0, masked=False, spread=False),
-    Row(64, 16, (16, 32), one_launch=True, columns=96, deltas=0, masked=False, spread=False),
-    Row(64, 16, (16, 16), one_launch=True, columns=112, deltas=0, masked=False, spread=False),
-    Row(64, 32, (32, 64), one_launch=True, deltas=0, masked=False, spread=False),
-    Row(64, 32, (32, 64), one_launch=True, columns=64, deltas=0, spread=False),
-    Row(64, 32, (32, 64), one_launch=True, columns=64, masked=False, spread=False),
-    Row(64, 16, (16, 64), one_launch=True, columns=64, spread=False),  # a text tower with adapters: more keys spill
+# All keys on chip, with their gradients: 16 queries at a time where deltas or a mask take registers.
+_AT_ONCE = (
+    Row(32, chunk=64, tail=True, columns=64, length=80, deltas=0, masked=False),
+    Row(16, chunk=64, columns=64, length=80),
+)
+_AT_ONCE_80 = (
+    *_AT_ONCE,
+    Row(32, chunk=256, tail=True, warps=8, columns=64, length=240, deltas=0, masked=False, spread=False),
+    Row(16, chunk=256, warps=8, columns=64, length=256, masked=False, spread=False),
+)
+# Both sweeps in one program per head. Where dQ is summed, the sums go to memory and back with every block of keys: so
+# only while those of all programs under way fit in an A100's 40 MB of L2; with eight warps, half as many programs, and
+# wider blocks that is twice as far.
+_whole = functools.partial(Row, one_launch=True, length=LONGEST_ON_CHIP, spread=False)
+_summed = functools.partial(Row, one_launch=True, summed=True, length=640, spread=False)
+_SWEEPS_80 = (
+    _summed(64, 32, (32, 64), columns=64),
+    _summed(128, 64, (32, 128), warps=8, columns=64, length=1280),
+    _summed(64, 32, (16, 64), columns=80, deltas=0, masked=False),
+    _summed(64, 16, (16, 32), columns=96, deltas=0, masked=False),
+    _whole(64, 16, (16, 16), columns=112, deltas=0, masked=False),
+    _whole(64, 32, (32, 64), deltas=0, masked=False),
     Row(64, 32, (32, 64), stages=2, columns=64, deltas=0, masked=False),
     Row(64, 32, (32, 64), columns=64),
     Row(64, 32, (32, 64), columns=80, deltas=0, masked=False),
     Row(64, 16, (16, 64), stages=2, columns=80),
     Row(64, 16, (16, 64)),
 )
-# The rows of an 80 need 60 KB at most. Here the second one would spill: this has 168 registers, and three blocks an SM.
-_BACKWARD_86 = (
-    _BACKWARD_80[0],
-    Row(64, 16, (16, 64), one_launch=True, stages=2, columns=64, deltas=0, masked=False, spread=False),
-    *_BACKWARD_80[1:],
-)
 BACKWARD: Table = {
-    "float32": (Row(32, 32, (32, 32), one_launch=True, spread=False), Row(32, 32, (32, 32))),
-    0: _BACKWARD_80,
-    80: _BACKWARD_80,
-    86: _BACKWARD_86,
+    "float32": (_whole(32, 32, (32, 32)), Row(32, 32, (32, 32))),
+    0: (*_AT_ONCE, *_SWEEPS_80),
+    80: (*_AT_ONCE_80, *_SWEEPS_80),
+    86: (*_AT_ONCE, *_SWEEPS_80),
     90: (
-        Row(64, 32, (32, 64), chunk=64, one_launch=True, columns=64, length=80, deltas=0, masked=False),
-        Row(64, 64, (64, 64), one_launch=True, columns=64, deltas=0, masked=False, spread=False),
-        Row(64, 32, (32, 64), one_launch=True, columns=80, deltas=0, masked=False, spread=False),
-        Row(64, 16, (16, 64), one_launch=True, columns=112, deltas=0, masked=False, spread=False),
-        Row(64, 32, (32, 64), one_launch=True, deltas=0, masked=False, spread=False),
-        Row(64, 64, (32, 64), one_launch=True, columns=64, spread=False),
-        Row(64, 16, (16, 64), one_launch=True, columns=80, spread=False),
+        Row(64, chunk=64, columns=64, length=64, deltas=0, masked=False),
+        *_AT_ONCE,
+        Row(32, chunk=256, tail=True, warps=8, columns=64, length=240, deltas=2, masked=False, spread=False),
+        Row(16, chunk=256, warps=8, columns=64, length=256, masked=False, spread=False),
+        _summed(64, 32, (32, 64), columns=64),
+        _summed(128, 64, (32, 128), warps=8, columns=64, length=1280),
+        _whole(64, 32, (16, 64), columns=80, deltas=0, masked=False),
+        _whole(64, 16, (16, 64), columns=80),
+        _summed(64, 16, (16, 32), columns=96, length=LONGEST_ON_CHIP, deltas=0, masked=False),
+        _whole(64, 16, (16, 64), columns=112, deltas=0, masked=False),
+        _whole(64, 32, (32, 64), deltas=0, masked=False),
         Row(64, 64, (64, 64), stages=2, columns=64),
         Row(64, 64, (32, 64), stages=2, columns=80, deltas=0, masked=False),
         Row(64, 16, (16, 64)),
     ),
     # Triton 3.6 fails on what has blocks of 16 rows there: two launches, without any.
     100: (Row(64, 32, (32, 64)),),
-    120: _BACKWARD_80,
+    120: (_AT_ONCE[1], *_SWEEPS_80[:2], _whole(64, 32, (16, 64), columns=80, deltas=0, masked=False), *_SWEEPS_80[2:]),
 }
 
 # What stands against BACKWARD's row for heads of 64 columns, 81 to 272 tokens, no deltas, until a GPU has said which is
-# faster (`python -m bench.tune --open`). On an A100 three blocks fit an SM, not two; on Hopper four, or two that load
-# ahead.
+# faster (`python -m bench.tune --open`): five products at once, in one block of eight warps an SM, against seven in two
+# or three blocks of four, against nine that write nothing between.
 OPEN_BACKWARD: Table = {
-    80: (Row(64, 16, (16, 64), one_launch=True, stages=2),),
-    90: (Row(64, 32, (32, 64), one_launch=True), Row(64, 32, (32, 64), one_launch=True, stages=2)),
+    80: (
+        _summed(64, 32, (32, 64)),
+        _summed(64, 32, (32, 64), stages=2),
+        _summed(64, 16, (16, 64)),  # 168 registers: three blocks
+        _whole(64, 32, (32, 64)),
+    ),
+    90: (
+        _summed(64, 32, (32, 64)),
+        _summed(64, 32, (16, 64)),  # 136 registers: three blocks
+        _summed(64, 32, (32, 64), stages=2),
+        _whole(64, 64, (64, 64)),  # all of it wgmma
+    ),
 }
 
 # At head size 64 nothing spills up to 80 tokens; of 197 and 257, with deltas of rank 8 and without, 197 without them on
@@ -259,9 +284,10 @@ def row_for(
 
 
 def is_spread(length: int, heads: int) -> bool:
-    """Whether a backward takes a program per block of each head, not one per head: where that would be a long one, or
-    leave an A100's 108 SMs with fewer than two each. heads: of the whole batch."""
-    return length > LONGEST_ON_CHIP or (length > 80 and heads < 2 * 108)
+    """Whether a backward takes a program per block of each head, not one per head: where that would leave an A100's 108
+    SMs with fewer than two each, or of long ones with fewer than six, so that much of the last round would be idle.
+    heads: of the whole batch."""
+    return length > 80 and heads < (2 if length <= LONGEST_ON_CHIP else 6) * 108
 
 
 def one_pass_fits(length: int, head_dim: int, dtype: torch.dtype, room: int = 96 * 1024) -> bool:

@@ -185,7 +185,7 @@ def test_a_step_waits_for_nothing_and_asks_for_the_same_each_time(form, features
     # the optimizer makes its state in the first; in the last all samples are of one domain
     _, second, third = asked_for(page, *(batch(n, seed, domains=3 - seed) for seed in range(3)))
     assert second == third
-    kernels = {"attention_bwd_kernel", "mmd_tile_kernel" if n > 128 else "mmd_small_kernel"}
+    kernels = {"attention_bwd_at_once_kernel", "mmd_tile_kernel" if n > 128 else "mmd_small_kernel"}
     assert kernels & {name for name, *_ in second} == (set() if form == "reference" else kernels)
 
 

@@ -14,7 +14,8 @@ from bench.base.tables import table, write_block
 from bench.base.towers import SHAPES, Setting
 from bench.roofline.chips import CHIPS, Chip
 from bench.roofline.costs import Cost, all_costs, cost, mean, run_of, seconds
-from bench.roofline.passes import ATTENTION_BACKWARD, BACKWARD_EXPS, BACKWARD_PRODUCTS, PATHS, WORDS, Run
+from bench.roofline.loops import backward_counts, backward_tiles
+from bench.roofline.passes import ATTENTION_BACKWARD, PATHS, WORDS, Run
 
 
 def cost_table(costs: Sequence[Cost], chips: Sequence[Chip]) -> str:
@@ -73,7 +74,7 @@ def target_table(costs: Sequence[Cost], chips: Sequence[Chip]) -> str:
 
 
 def backward_table(chips: Sequence[Chip]) -> str:
-    """What `stacked` would take with an attention backward pass of fewer products and exponentials."""
+    """What `stacked` would take with an attention backward pass of other products and exponentials, padded alike."""
     rows = []
     for shape in SHAPES.values():
         plain = cost("plain", shape, chips)
@@ -88,10 +89,13 @@ def backward_table(chips: Sequence[Chip]) -> str:
 
 def _with(products: int, exps: int, shape: Setting, chip: Chip) -> float:
     """Seconds of `stacked` with so many products and exponentials in attention's backward pass."""
+    own_products, own_exps = backward_counts(
+        backward_tiles(chip.arch, shape.width // shape.heads, shape.tokens, shape.batch * shape.heads)
+    )
 
     def taken(run: Run) -> float:
         was = next(p for p in run.backward if p.name == ATTENTION_BACKWARD)
-        own = replace(was, attention=was.attention * products / BACKWARD_PRODUCTS, exp=was.exp * exps / BACKWARD_EXPS)
+        own = replace(was, attention=was.attention * products / own_products, exp=was.exp * exps / own_exps)
         return seconds((own if p is was else p for p in (*run.forward, *run.backward)), chip.reached)
 
     return mean("stacked", shape, chip.arch, taken)

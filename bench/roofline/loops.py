@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastheads.kernels.low_rank import BLOCK_ROWS, PROGRAMS
-from fastheads.kernels.tiles import BACKWARD, FORWARD, ONE_PASS, dot_width, is_spread, row_for, up_to_16
+from fastheads.kernels.tiles import BACKWARD, FORWARD, ONE_PASS, Tiles, dot_width, is_spread, row_for, up_to_16
 from fastheads.ops.mmd_panels import panel_rows
 
 DTYPE = torch.bfloat16
@@ -81,22 +81,35 @@ def one_pass_fwd(arch: int, head_dim: int, length: int, heads: int, parts: Seque
     return work
 
 
+def backward_tiles(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = ()) -> Tiles:
+    """heads: of the whole batch."""
+    given: dict[str, Any] = {"deltas": len(parts), "spread": is_spread(length, heads)}
+    return row_for(BACKWARD, arch, head_dim, length, DTYPE, **given).tiles(length)
+
+
+def backward_counts(tiles: Tiles) -> tuple[int, int]:
+    """Products `[N, dh] × [dh, N]` and exponentials `[N, N]` of the form that kernels/attention_bwd.py takes."""
+    return (5, 1) if tiles.chunks else (7, 2) if tiles.summed else (9, 3)
+
+
 def attention_bwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
-    """heads: of the whole batch. The query sweep makes delta and dQ, the key sweep dK and dV."""
+    """heads: of the whole batch. The forms are those of kernels/attention_bwd.py."""
     given: dict[str, Any] = {"deltas": len(parts), "spread": is_spread(length, heads)}
     tiles, columns = row_for(BACKWARD, arch, head_dim, length, DTYPE, **given).tiles(length), up_to_16(head_dim)
     q, k, v = _low(parts, rank)
-    queries, keys2 = _swept(length, tiles.block_m, tiles.tail), _swept(length, tiles.key_n, tiles.key_tail)
-    keys, queries2 = [rows for _, rows in tiles.chunks] or blocks(length, tiles.block_n), blocks(length, tiles.key_m)
-    pairs, of_keys = sum(queries) * sum(keys), product(sum(keys), k + v, columns)
-    work = product(sum(queries), columns, q)
-    if tiles.chunks:  # S, dP, dS K of keys that stay on chip
-        work += product(pairs, 3, columns) + Work(exps=pairs) + of_keys
-    else:  # S, dP; then again, and dS K
-        work += product(pairs, 5, columns) + Work(exps=2 * pairs) + of_keys * (2 * len(queries))
-    pairs = sum(keys2) * sum(queries2)  # S, dP, P^T dO, dS^T Q
-    work += product(pairs, 4, columns) + Work(exps=pairs) + product(sum(keys2), k + v, columns)
-    return work + product(sum(queries2), columns, q) * len(keys2)
+    queries, keys = _swept(length, tiles.block_m, tiles.tail), [rows for _, rows in tiles.chunks]
+    of_queries = product(sum(queries), columns, q)
+    if keys:  # S, dP, dQ, dK, dV
+        pairs = sum(queries) * sum(keys)
+        return of_queries + product(pairs, 5, columns) + Work(exps=pairs) + product(sum(keys), k + v, columns)
+    keys, times = blocks(length, tiles.block_n), 1 if tiles.summed else 2
+    pairs = sum(queries) * sum(keys)  # S, dP; unless dQ is summed again, and dQ
+    work = of_queries + product(pairs, 2 if tiles.summed else 5, columns) + Work(exps=pairs) * times
+    work += product(sum(keys), k + v, columns) * (times * len(queries))
+    keys, queries = _swept(length, tiles.key_n, tiles.key_tail), blocks(length, tiles.key_m)
+    pairs = sum(keys) * sum(queries)  # S, dP, dV, dK; where it is summed dQ
+    work += product(pairs, 5 if tiles.summed else 4, columns) + Work(exps=pairs)
+    return work + product(sum(keys), k + v, columns) + product(sum(queries), columns, q) * len(keys)
 
 
 def low_rank_bwd(head_dim: int, rows: int, targets: int, heads: int, rank: int) -> Work:

@@ -48,8 +48,8 @@ OPERATIONS = {
     ("one_pass", "bf16 autocast, gates alone"): (4, 6),
 }
 FOLD, SUMS = "fold_kernel(17)", "sums_kernel(8)"
-BACKWARD = "attention_bwd_kernel(16)", "low_rank_bwd_kernel(16)", SUMS
-ON_CHIP = "attention_bwd_kernel(20)", *BACKWARD[1:]
+BACKWARD = "attention_bwd_at_once_kernel(16)", "low_rank_bwd_kernel(16)", SUMS
+ON_CHIP = "attention_bwd_at_once_kernel(20)", *BACKWARD[1:]
 ARGUMENTS = {
     "stacked": ([FOLD, "attention_fwd_kernel(14)"], [FOLD, *BACKWARD]),
     "delta": ([FOLD, "attention_fwd_kernel(18)"], [FOLD, *ON_CHIP]),
