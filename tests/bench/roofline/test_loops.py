@@ -4,7 +4,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from bench.base.memory import peak_bytes
 from bench.roofline import loops
+from bench.roofline.mmd import TF32X3, Problem, bytes_beyond, passes
 from fastheads import mmd
 from fastheads.kernels import attention_bwd, attention_fwd, low_rank, one_pass
 from fastheads.kernels.launch import launching
@@ -110,6 +112,31 @@ def test_pairs_of_the_mmd_on_a_cpu(samples, monkeypatch):
     mmd(torch.randn(samples, 40), torch.arange(samples) % 2, num_domains=2, impl="cpu")
     assert loops.mmd_pairs(samples, 40) == sum(made)
     assert (sum(made) == samples**2) == (samples <= 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("samples", [700, 1500])
+def test_products_and_memory_of_the_mmd_on_a_gpu(samples, dtype):
+    """The roofline's operations are those of the launches, less what whole tiles add; its bytes those allocated."""
+    x, ids, made = torch.randn(samples, 640).to(dtype).requires_grad_(), torch.arange(samples) % 2, [0.0]
+
+    def run(kernel, grid, *args, **meta):
+        if kernel.__name__ == "mmd_tile_kernel":
+            made[0] += grid[0] * meta["BM"] * meta["BN"] * 640
+        elif kernel.__name__ == "mmd_pull_kernel":
+            made[0] += grid[0] * meta["BM"] * meta["BD"] * args[5][1]
+
+    def step():
+        x.grad, made[0] = None, 0.0
+        with launching(run):
+            mmd(x, ids, num_domains=2, kernel="domainbed", impl="triton").backward()
+
+    step()
+    x.grad = None
+    problem, size = Problem(samples, 640, dtype.itemsize), samples * 640 * dtype.itemsize
+    assert peak_bytes(step, "cpu") - size == pytest.approx(bytes_beyond(problem), rel=0.05)
+    products = sum(part.attention for part in passes(problem, 80)) / TF32X3
+    assert products == pytest.approx(2 * made[0], rel=0.1) and products <= 2 * made[0]
 
 
 @pytest.mark.parametrize("samples", [140, 500])
