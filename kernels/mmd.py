@@ -328,8 +328,7 @@ def mmd_pull(w: Tensor, x: Tensor, y: Tensor, centre: Tensor, out: Tensor, *, ad
     """
     check_contiguous(x=x, y=y, out=out)
     (L, R, D), C = x.shape, y.shape[1]
-    precision = product_precision()
-    tile = mmd_pull_tiles(architecture(w), precision)
+    tile = mmd_pull_tiles()
     tiles_m, tiles_d = cdiv(R, tile["BM"]), cdiv(D, tile["BD"])
     span = pull_span(C, L * tiles_m * tiles_d, tile["BN"])
     spans = cdiv(C, span)
@@ -338,7 +337,7 @@ def mmd_pull(w: Tensor, x: Tensor, y: Tensor, centre: Tensor, out: Tensor, *, ad
         into = torch.empty((spans, L, R, D), dtype=torch.float32, device=w.device)
     given = (w, *strides(w, 0, 1, 2)), (x, *strides(x, 0, 1)), (y, *strides(y, 0, 1)), centre
     sizes = (R, C), D, tiles_m, tiles_d, span
-    form: dict[str, Any] = {"ADD": add and spans == 1, "PREC": precision, **tile}
+    form: dict[str, Any] = {"ADD": add and spans == 1, "PREC": product_precision(), **tile}
     grid = (on_grid(L * tiles_m * tiles_d, "mmd_pull"), spans)
     launch(mmd_pull_kernel, grid, *given, (into, *strides(into, 0, 1, 2)), *sizes, **form)
     if spans > 1:

@@ -214,13 +214,12 @@ ONE_PASS: Table = {
 # The MMD's panels by precision: rows, columns, features at a time, warps, stages. No row spills at widths that 16
 # divides, nor needs more than 99 KB.
 _MMD_MANY = (128, 32, 32, 8, 3)  # of many bandwidths or domains, on every chip
-_MMD_SAFE = {"tf32x3": (64, 64, 32, 4, 3), "tf32": (128, 64, 32, 8, 3)}
+_MMD_SAFE = {"tf32x3": _MMD_MANY, "tf32": (128, 64, 32, 8, 3)}
 _MMD_WIDE = {"tf32x3": (128, 64, 32, 8, 3), "tf32": (128, 64, 32, 8, 3)}
-MMD = {0: _MMD_SAFE, 90: _MMD_WIDE, 100: {"tf32x3": _MMD_MANY, "tf32": _MMD_MANY}, 120: _MMD_WIDE}
+MMD = {0: _MMD_SAFE, 90: _MMD_WIDE, 100: {"tf32x3": _MMD_MANY, "tf32": _MMD_MANY}}
 MMD_BANDWIDTHS, MMD_DOMAINS = 5, 16  # few bandwidths; domains at a time
 # How the weights pull: rows, columns at a time, features, warps, stages. Norms: rows, features at a time.
-_PULL = {"tf32x3": (64, 32, 64, 4, 3), "tf32": (64, 32, 64, 4, 3)}
-MMD_PULL = {0: _PULL}
+MMD_PULL = (64, 32, 64, 4, 3)
 MMD_NORMS = {"BN": 32, "BD": 64, "num_warps": 4}
 
 # Of the small batch by samples, padded: features at a time, rows of the kernel matrix at a time, warps, stages. No row
@@ -237,10 +236,9 @@ def mmd_tiles(arch: int, precision: str, bandwidths: int, blocks: int) -> dict[s
     return dict(zip(("BM", "BN", "BD", "num_warps", "num_stages"), row, strict=True))
 
 
-def mmd_pull_tiles(arch: int, precision: str) -> dict[str, int]:
+def mmd_pull_tiles() -> dict[str, int]:
     """Options of `mmd_pull_kernel`'s launch."""
-    row = MMD_PULL.get(FAMILY.get(arch, 0), _PULL)[precision]
-    return dict(zip(("BM", "BN", "BD", "num_warps", "num_stages"), row, strict=True))
+    return dict(zip(("BM", "BN", "BD", "num_warps", "num_stages"), MMD_PULL, strict=True))
 
 
 def mmd_small_tiles(arch: int, samples: int) -> dict[str, int]:

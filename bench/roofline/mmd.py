@@ -43,7 +43,7 @@ class Problem:
 
 def passes(p: Problem, arch: int) -> list[Pass]:
     D, size, tile = p.width, p.itemsize, mmd_tiles(arch, "tf32x3", len(POWERS), 1)
-    pull = mmd_pull_tiles(arch, "tf32x3")
+    pull = mmd_pull_tiles()
     pairs = sum((e - i) * p.columns(i) for i, e in p.cuts)
     beyond = sum((e - i) * (p.samples - e) for i, e in p.cuts) * p.triangle  # right of the panels' own squares
     read = sum(p.columns(i) for i, _ in p.cuts) * D * size
@@ -73,7 +73,7 @@ def passes(p: Problem, arch: int) -> list[Pass]:
 
 def spans_of(p: Problem, i: int, e: int) -> int:
     """Elements of a panel's spans and their sum; of one there is no copy."""
-    tile = mmd_pull_tiles(0, "tf32x3")
+    tile = mmd_pull_tiles()
     programs, columns = cdiv(e - i, tile["BM"]) * cdiv(p.width, tile["BD"]), p.columns(i)
     spans = cdiv(columns, pull_span(columns, programs, tile["BN"]))
     return (spans + 1) * (e - i) * p.width if spans > 1 else 0

@@ -102,7 +102,8 @@ def _mmd_fused_shapes(*inputs: Any) -> tuple[Tensor, ...]:
 def _mmd_small_shapes(*inputs: Any) -> tuple[Tensor, ...]:
     x, num_domains, gate, backward = inputs[0], inputs[2], inputs[7], inputs[8]
     K = x.new_empty((x.shape[0], num_domains, num_domains), dtype=torch.float32)
-    gradient = K.new_empty(x.shape if gate is None else gate.shape) if backward else x.new_empty(0)
+    kept = x if x.dtype == torch.bfloat16 and gate is None else K
+    gradient = kept.new_empty(x.shape if gate is None else gate.shape) if backward else x.new_empty(0)
     return K.new_empty(x.shape[0]), K, gradient
 
 

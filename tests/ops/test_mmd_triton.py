@@ -271,7 +271,9 @@ def test_a_loss_scale_reaches_gradients_kept_in_16_bits(n, dtype, step, scale, i
         for own, how in ((x.clone().requires_grad_(), impl), (x.double().requires_grad_(), "reference"))
     )
     assert bool(torch.isfinite(got).all())
-    most = 1.01 * torch.finfo(dtype).eps * exact.abs() + step + 1e-5 * exact.abs().max()
+    # Triton's interpreter cuts off what a GPU rounds to bfloat16.
+    roundings = 1.51 if dtype == torch.bfloat16 and impl == "triton" and DEVICE == "cpu" else 1.01
+    most = roundings * torch.finfo(dtype).eps * exact.abs() + step + 1e-5 * exact.abs().max()
     assert bool(((got - exact).abs() <= most).all())
 
 
