@@ -127,7 +127,7 @@ def store_dx(dx, x, dom, p_m, first, f_first, f_last, N, DH, S, BN: tl.constexpr
             _, b_y = less_first(x, first, o_k, m_k, o_f, o_f < DH)
             b_dx = tl.dot(b_mk, b_y, b_dx, input_precision=EXACT)
         p_d = dx[0] + (o_n.to(tl.int64) * dx[1])[:, None] + o_f[None, :]
-        tl.store(p_d, b_dx, mask=(o_n < N)[:, None] & (o_f < DH)[None, :])
+        tl.store(p_d, b_dx.to(dx[0].dtype.element_ty), mask=(o_n < N)[:, None] & (o_f < DH)[None, :])
 
 
 @triton.jit
@@ -214,8 +214,8 @@ def mmd_small(
         gate: `[L, H]` float32: the MMD is that of x times its head's gate.
 
     Returns loss `[L]` float32, the mean over pairs of present domains, 0 with fewer than two; kernel sums `[L, S, S]`
-    float32; and of each layer's own loss the gradient in x, `[L, N, D]`, or in the gate, `[L, H]` float32,
-    where there is one; None without `backward`. Bitwise repeatable.
+    float32; and of each layer's own loss the gradient in x, `[L, N, D]`, bfloat16 where x is, else float32, or in the
+    gate, `[L, H]` float32, where there is one; None without `backward`. Bitwise repeatable.
     """
     L, N, D = x.shape
     S = num_domains
@@ -236,6 +236,8 @@ def mmd_small(
     options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     loss, sums = torch.empty((L,), **options), torch.empty((L, S, S), **options)
     work = torch.empty((L, slices, 2, tile["BN"], tile["BN"]), **options)
+    if gate is None and x.dtype == torch.bfloat16:  # float32's range: no loss scale is lost on it
+        options["dtype"] = x.dtype
     grad = torch.empty((L, N, D) if gate is None else (L, H), **options) if backward else None
     samples = ((x, *strides(x, 0, 1, 2)), (dom, dom.stride(0)), packed(gammas), packed(gate))
     results = (loss, sums, None if grad is None else (grad, *strides(grad, 0, 1)), work)

@@ -239,10 +239,13 @@ ONE_PASS: Table = {
 # The MMD's panels by precision: rows, columns, features at a time, warps, stages. No row spills at widths that 16
 # divides, nor needs more than 99 KB.
 _MMD_MANY = (128, 32, 32, 8, 3)  # of many bandwidths or domains, on every chip
-_MMD_SAFE = {"tf32x3": (64, 64, 32, 4, 3), "tf32": (128, 64, 32, 8, 3)}
+_MMD_SAFE = {"tf32x3": _MMD_MANY, "tf32": (128, 64, 32, 8, 3)}
 _MMD_WIDE = {"tf32x3": (128, 64, 32, 8, 3), "tf32": (128, 64, 32, 8, 3)}
-MMD = {0: _MMD_SAFE, 90: _MMD_WIDE, 100: {"tf32x3": _MMD_MANY, "tf32": _MMD_MANY}, 120: _MMD_WIDE}
+MMD = {0: _MMD_SAFE, 90: _MMD_WIDE, 100: {"tf32x3": _MMD_MANY, "tf32": _MMD_MANY}}
 MMD_BANDWIDTHS, MMD_DOMAINS = 5, 16  # few bandwidths; domains at a time
+# How the weights pull: rows, columns at a time, features, warps, stages. Norms: rows, features at a time.
+MMD_PULL = (64, 32, 64, 4, 3)
+MMD_NORMS = {"BN": 32, "BD": 64, "num_warps": 4}
 
 # Of the small batch by samples, padded: features at a time, rows of the kernel matrix at a time, warps, stages. No row
 # spills but that of 128 on a 120, with gates: 40 bytes, the fewest of six with eight warps.
@@ -256,6 +259,11 @@ def mmd_tiles(arch: int, precision: str, bandwidths: int, blocks: int) -> dict[s
     few = blocks == 1 and bandwidths <= MMD_BANDWIDTHS
     row = MMD.get(FAMILY.get(arch, 0), _MMD_SAFE)[precision] if few else _MMD_MANY
     return dict(zip(("BM", "BN", "BD", "num_warps", "num_stages"), row, strict=True))
+
+
+def mmd_pull_tiles() -> dict[str, int]:
+    """Options of `mmd_pull_kernel`'s launch."""
+    return dict(zip(("BM", "BN", "BD", "num_warps", "num_stages"), MMD_PULL, strict=True))
 
 
 def mmd_small_tiles(arch: int, samples: int) -> dict[str, int]:

@@ -207,7 +207,7 @@ PLANTED = {
     "a copy": lambda x: x.cpu(),
     "no device": lambda x: x + torch.ones(1),
 }
-PLACES = {"forward": (fused, "_project"), "backward": (fused, "_dx"), "MMD": (mmd_triton, "centre_")}
+PLACES = {"forward": (fused, "_project"), "backward": (fused, "_dx"), "MMD": (mmd_triton, "points")}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ Only shapes, dtypes and strides matter: all tensors are on "meta".
 """
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +36,7 @@ class Case:
     causal: bool = False
     pool: int | str | None = 0
     dtype: str = "bfloat16"
-    base: str = "float32"  # dtype that the base's weights are stored in
+    base: str = "float32"  # dtype that the base's weights are stored in, and of the MMD's features
     merge: bool = True
     targets: str = "qv"
     shared: bool = False  # one down-projection for all heads
@@ -43,6 +45,7 @@ class Case:
     domains: int = 3
     backward: bool = True
     tf32: bool = False
+    transposed: bool = False  # of the MMD's weights: those right of a panel's square pull on the columns
 
     @property
     def default(self) -> bool:
@@ -88,6 +91,7 @@ class Case:
             words = {f"{f'12 × {self.rows}' if small else '1,024 × 4,096'} × {self.width}": True}
             words |= {"gated" if self.gate else "features": small, self.preset: self.preset != "adaptive"}
             words |= {f"{self.domains} domains": self.domains != 3, "sums only": not self.backward, "tf32": self.tf32}
+            words |= {"transposed": self.transposed, self.base: self.base != "float32"}
         else:
             words = {f"head {self.head_dim}": True, f"N {self.length}": True, "one head": self.one_head}
             words |= {f"rank {self.rank}": self.rank, f"of {self.targets}": self.targets != "qv", "shared": self.shared}
@@ -199,21 +203,57 @@ def mmd_small(case: Case) -> None:
     _kernels("mmd_small").mmd_small(x, dom, num_domains=case.domains, gate=gate, backward=case.backward, **options)
 
 
-def mmd_tile(case: Case) -> None:
-    x, dom, S = meta(1, 4096, case.width), meta(4096, dtype="int64"), case.domains
-    powers = PRESETS[case.preset].powers
-    out = {"coeff": meta(1, S, S), "out": meta(1, 1024, 4096)} if case.backward else {}
-    gammas, precision = meta(1, len(powers)), torch.backends.cuda.matmul.fp32_precision
+@contextmanager
+def _products(case: Case) -> Iterator[None]:
+    precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
-        tile = _kernels("mmd").mmd_tile
-        tile(x, meta(1, 4096), dom, 0, 1024, num_domains=S, gammas=gammas, powers=powers, **out)
+        yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
 
 
+def _features(case: Case, samples: int) -> Any:
+    x = meta(1, samples, case.width, dtype=case.base)
+    return _kernels("mmd").Points(x, meta(1, samples), meta(samples, dtype="int64"))
+
+
+def mmd_norms(case: Case) -> None:
+    x, _, dom = _features(case, 4096)
+    with _products(case):
+        _kernels("mmd").mmd_norms(x, dom, meta(1, case.width), case.domains)
+
+
+def mmd_tile(case: Case) -> None:
+    S, powers = case.domains, PRESETS[case.preset].powers
+    out = {"coeff": meta(1, S, S), "out": meta(1, 1024, 4096)} if case.backward else {}
+    sets = _features(case, 1024), _features(case, 4096), meta(1, case.width)
+    with _products(case):
+        _kernels("mmd").mmd_tile(*sets, num_domains=S, gammas=meta(1, len(powers)), powers=powers, itself=True, **out)
+
+
+def mmd_pull(case: Case) -> None:
+    w, x, y = meta(1, 1024, 4096), _features(case, 1024).x, _features(case, 4096).x
+    if case.transposed:
+        w, x, y = w.mT, y, x
+    with _products(case):
+        _kernels("mmd").mmd_pull(w, x, y, meta(1, case.width), meta(*x.shape), add=case.transposed)
+
+
 # Each calls its launcher on meta tensors.
-EVERY = (attention_fwd, attention_bwd, low_rank_bwd, sums, fold, dropout, one_pass, mmd_small, mmd_tile)
+EVERY = (
+    attention_fwd,
+    attention_bwd,
+    low_rank_bwd,
+    sums,
+    fold,
+    dropout,
+    one_pass,
+    mmd_small,
+    mmd_norms,
+    mmd_tile,
+    mmd_pull,
+)
 LAUNCHERS = {launch.__name__: launch for launch in EVERY}
 
 
@@ -236,7 +276,9 @@ def quick_cases() -> list[Case]:
     cases += [Case("one_pass", 64, 50, rank=2), Case("one_pass", 64, 197, rank=8)]
     # As every layer runs outside of `capture_heads`.
     cases += [Case("attention_fwd", 64, n, pool=None) for n in (197, 577)] + [Case("one_pass", 64, 50, pool=None)]
-    return [*cases, Case("mmd_small"), Case("mmd_small", gate=False), Case("mmd_tile"), Case("mmd_tile", tf32=True)]
+    cases += [Case("mmd_small"), Case("mmd_small", gate=False), Case("mmd_norms")]
+    cases += [Case(launcher, tf32=t) for launcher in ("mmd_tile", "mmd_pull") for t in (False, True)]
+    return [*cases, Case("mmd_pull", transposed=True), Case("mmd_pull", transposed=True, tf32=True)]
 
 
 def all_cases() -> list[Case]:
@@ -268,7 +310,7 @@ def family_cases() -> list[Case]:
     cases = [Case("attention_fwd", 64, n, rank=r) for n in (50, 197, 577) for r in (0, 8)]
     cases += [Case("attention_bwd", 64, n, rank=r) for n, r in ((50, 0), (197, 0), (197, 8), (577, 8))]
     cases += [Case("attention_fwd", 80, 257, rank=8), Case("attention_bwd", 80, 257)]
-    return [*cases, Case("mmd_small"), Case("mmd_tile")]
+    return [*cases, Case("mmd_small"), Case("mmd_tile"), Case("mmd_pull")]
 
 
 def _corners() -> list[Case]:
@@ -293,4 +335,7 @@ def _corners() -> list[Case]:
     cases += [Case("mmd_small", preset=p, domains=d) for p, d in (("dan", 3), ("domainbed", 3), ("dan", 64))]
     cases += [Case("mmd_small", head_dim=72, backward=False), Case("mmd_tile", preset="domainbed")]
     cases += [Case("mmd_tile", domains=d, tf32=t) for d in (20, 64) for t in (False, True)]
+    for launcher in ("mmd_norms", "mmd_tile", "mmd_pull"):
+        cases += [Case(launcher, base="bfloat16", tf32=t) for t in (False, True)]
+    cases += [Case("mmd_pull", base="bfloat16", transposed=True), Case("mmd_norms", tf32=True)]
     return [*cases, Case("mmd_tile", preset="domainbed", tf32=True), Case("mmd_tile", backward=False)]

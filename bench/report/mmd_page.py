@@ -30,8 +30,8 @@ Forward and backward, float32. Times are medians of one run in which the candida
 quartiles or, of runs of seconds, the extremes; of 16384 × 768 one call each, in processes of their own.
 Memory is what a process of its own adds at its peak, the gradient included, beyond the features. The matmul
 rate is that of float32 `[2048, 2048]` products taken in turn with the rest; ours does 4 N²D operations in
-them up to 2,048 samples, which are one panel, and near 3 N²D for many more, where only the pairs above the
-diagonal are formed.
+them for few samples, which are one block, and near 3 N²D for many more, where blocks below the diagonal are
+left out.
 """
 
 

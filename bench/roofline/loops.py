@@ -11,7 +11,8 @@ import torch
 
 from fastheads.kernels.low_rank import BLOCK_ROWS, PROGRAMS
 from fastheads.kernels.tiles import BACKWARD, FORWARD, ONE_PASS, Tiles, dot_width, is_spread, row_for, up_to_16
-from fastheads.ops.mmd_panels import panel_rows
+from fastheads.ops import mmd_cpu, mmd_triton
+from fastheads.ops.mmd_panels import panels, workspace
 
 DTYPE = torch.bfloat16
 
@@ -121,10 +122,15 @@ def low_rank_bwd(head_dim: int, rows: int, targets: int, heads: int, rank: int) 
     return product(2 * computed, head, low) * (targets * heads)
 
 
-def mmd_pairs(samples: int, device: str = "cpu") -> int:
+def mmd_pairs(samples: int, width: int, device: str = "cpu", itemsize: int = 4) -> int:
     """Pairs of samples whose distance a sweep over one set of them forms, on a "cpu" or on a GPU ("cuda").
 
-    A panel's own square is made whole: of up to 2,048 samples, which are one panel, all N² pairs; of many more, half.
+    A block on the diagonal is made whole: where there is one all N² pairs, of many more samples half of them.
     """
-    height = panel_rows(samples, 64 if device == "cpu" else 128)
-    return sum(min(height, samples - i) * (samples - i) for i in range(0, samples, height))
+    size = samples * width * itemsize
+    if device == "cpu":
+        side = mmd_cpu.side_of(workspace(mmd_cpu.SHARE * size), width)
+        rows = mmd_cpu.blocks(0, samples, side)
+        return sum((e - i) * (samples - i) for i, e in rows)
+    cuts, _ = panels(1, samples, samples, mmd_triton.room_for(size), mmd_triton.BLOCK, True)
+    return sum((e - i) * (samples - i) for i, e in cuts)

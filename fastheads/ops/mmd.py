@@ -21,7 +21,7 @@ _SAMPLES = "Tensor x, Tensor dom_x, Tensor? y, Tensor? dom_y, int num_domains, T
 _SCHEMAS = (
     f"kernel_sums({_SAMPLES}, SymInt? row_offset, str impl) -> Tensor",
     f"mmd_fused({_SAMPLES}, Tensor coeff, SymInt? row_offset, bool backward, str impl)"
-    " -> (Tensor K, Tensor loss, Tensor dx)",
+    " -> (Tensor K, Tensor loss, Tensor dx, Tensor unit)",
     "mmd_small(Tensor x, Tensor dom, int num_domains, str preset, Tensor? gammas, int[] powers, str estimator,"
     " Tensor? gate, bool backward) -> (Tensor loss, Tensor K, Tensor gradient)",
 )
@@ -30,12 +30,16 @@ _SCHEMAS = (
 # --------------------------------------------------------------------------------------------- what they compute
 
 
-def _swept(samples: Samples, coeff: Tensor | None, impl: str) -> tuple[Tensor, Tensor | None]:
-    """K `[L, S, S]` float64 and, with coeff, the gradient of `Σ coeff ∘ K` in x."""
+def _swept(samples: Samples, coeff: Tensor | None, impl: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """K `[L, S, S]` float64 and, with coeff, the gradient of `Σ coeff ∘ K` in x, in x's dtype, and its `unit`."""
     x, y = samples.x, samples.y
     if not (x.shape[0] and x.shape[1] and (y is None or y.shape[1])):
         K = _sums_shape(x, samples.num_domains).zero_()
-        return K.double(), None if coeff is None else K.new_zeros(x.shape)
+        return (
+            K.double(),
+            None if coeff is None else x.new_zeros(x.shape),
+            None if coeff is None else K.new_ones(len(K)),
+        )
     with autocast_off(x):
         if impl != "triton":
             return mmd_cpu.sweep(samples, coeff)
@@ -47,15 +51,15 @@ def _swept(samples: Samples, coeff: Tensor | None, impl: str) -> tuple[Tensor, T
 
 def _kernel_sums(*inputs: Any) -> Tensor:
     *samples, impl = inputs
-    K, _ = _swept(Samples._make(samples), None, impl)
+    K, _, _ = _swept(Samples._make(samples), None, impl)
     return K.to(_wide(inputs[0]))
 
 
-def _mmd_fused(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _mmd_fused(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *samples, coeff, row_offset, backward, impl = inputs
-    K, dx = _swept(Samples._make([*samples, row_offset]), coeff if backward else None, impl)
-    loss, wide = (coeff.double() * K).sum((-2, -1)), _wide(inputs[0])
-    return K.to(wide), loss.to(wide), inputs[0].new_empty(0) if dx is None else dx
+    K, dx, unit = _swept(Samples._make([*samples, row_offset]), coeff if backward else None, impl)
+    loss, wide, none = (coeff.double() * K).sum((-2, -1)), _wide(inputs[0]), inputs[0].new_empty(0)
+    return K.to(wide), loss.to(wide), none if dx is None else dx, none.to(wide) if unit is None else unit.to(wide)
 
 
 def _mmd_small(x: Tensor, dom: Tensor, num_domains: int, preset: str, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,13 +91,19 @@ def _kernel_sums_shape(*inputs: Any) -> Tensor:
 def _mmd_fused_shapes(*inputs: Any) -> tuple[Tensor, ...]:
     x, backward = inputs[0], inputs[9]
     K = _sums_shape(x, inputs[4])
-    return K, K.new_empty(x.shape[0]), K.new_empty(x.shape) if backward else x.new_empty(0)
+    return (
+        K,
+        K.new_empty(x.shape[0]),
+        x.new_empty(x.shape if backward else 0),
+        K.new_empty(x.shape[0] if backward else 0),
+    )
 
 
 def _mmd_small_shapes(*inputs: Any) -> tuple[Tensor, ...]:
     x, num_domains, gate, backward = inputs[0], inputs[2], inputs[7], inputs[8]
     K = x.new_empty((x.shape[0], num_domains, num_domains), dtype=torch.float32)
-    gradient = K.new_empty(x.shape if gate is None else gate.shape) if backward else x.new_empty(0)
+    kept = x if x.dtype == torch.bfloat16 and gate is None else K
+    gradient = kept.new_empty(x.shape if gate is None else gate.shape) if backward else x.new_empty(0)
     return K.new_empty(x.shape[0]), K, gradient
 
 
@@ -114,40 +124,56 @@ def _sums_backward(ctx: Any, dK: Tensor) -> tuple[Any, ...]:
     """`dx_i = −2 Σ_j dK_ab Σ_u γ_u e_u (x_i − y_j)`, dy likewise with the roles exchanged; both where y is x."""
     _refuse_second_derivative()
     x, dom_x, y, dom_y, gammas = ctx.saved_tensors
-    fused, dx, dy = torch.ops.fastheads.mmd_fused, None, None
-    rest = (ctx.num_domains, gammas, ctx.powers)
+    rest, dx, dy = (ctx.num_domains, gammas, ctx.powers), None, None
+
+    def gradient(*samples: Tensor | None, coeff: Tensor, offset: int | None) -> Tensor:
+        _, _, d, unit = torch.ops.fastheads.mmd_fused(*samples, *rest, coeff, offset, True, ctx.impl)
+        return _times(unit, d, d.dtype) if d.dtype == torch.float16 else d
+
     if y is None:
-        dx = fused(x, dom_x, None, None, *rest, (dK + dK.mT) / 2, None, True, ctx.impl)[2].to(x.dtype)
+        dx = gradient(x, dom_x, None, None, coeff=(dK + dK.mT) / 2, offset=None)
     else:
         if ctx.needs_input_grad[0]:
-            dx = fused(x, dom_x, y, dom_y, *rest, dK / 2, ctx.row_offset, True, ctx.impl)[2].to(x.dtype)
+            dx = gradient(x, dom_x, y, dom_y, coeff=dK / 2, offset=ctx.row_offset)
         if ctx.needs_input_grad[2]:
             back = None if ctx.row_offset is None else -ctx.row_offset
-            dy = fused(y, dom_y, x, dom_x, *rest, dK.mT / 2, back, True, ctx.impl)[2].to(y.dtype)
+            dy = gradient(y, dom_y, x, dom_x, coeff=dK.mT / 2, offset=back)
     return (dx, None, dy, *(None,) * 6)
 
 
-def _keep(ctx: Any, K: Tensor, gradient: Tensor, backward: bool, dtype: torch.dtype) -> None:
+def _times(factor: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor [L] · gradient [L, …]` in `dtype`, multiplied in float32 at least and rounded once."""
+    factor = factor.view(-1, *[1] * (gradient.dim() - 1))
+    if gradient.dtype != dtype or dtype.itemsize > 2:
+        return (factor * gradient).to(dtype)
+    # In place, of a copy that vmap has batched where it has factor. A CPU widens what it multiplies: a part at a time.
+    found = gradient * torch.ones_like(factor).to(dtype)
+    parts = 1 if found.is_cuda else 64
+    for part in found.split(-(-found.shape[1] // parts) or 1, 1):
+        part.mul_(factor)
+    return found
+
+
+def _keep(ctx: Any, K: Tensor, gradient: Tensor, unit: Tensor | None, backward: bool, dtype: torch.dtype) -> None:
     """For operators that leave the loss's gradient beside it."""
-    ctx.mark_non_differentiable(K, gradient)
+    ctx.mark_non_differentiable(K, gradient, *(() if unit is None else (unit,)))
     ctx.set_materialize_grads(False)
     ctx.backward, ctx.dtype = backward, dtype
-    ctx.save_for_backward(gradient)
+    ctx.save_for_backward(gradient, unit)
 
 
 def _scaled(ctx: Any, dloss: Tensor) -> Tensor:
-    """`dloss · gradient`, rounded after that, as a loss scale for 16 bits needs."""
-    (gradient,) = ctx.saved_tensors
-    scaled: Tensor = dloss.view(-1, *[1] * (gradient.dim() - 1)) * gradient
-    return scaled.to(ctx.dtype)
+    """`dloss · gradient`. A float16 one, which a loss scale is to save, comes in multiples of a unit of its own."""
+    gradient, unit = ctx.saved_tensors
+    return _times(dloss if unit is None else dloss * unit, gradient, ctx.dtype)
 
 
-def _fused_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    K, _, dx = output
-    _keep(ctx, K, dx, inputs[9], inputs[0].dtype)
+def _fused_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    K, _, dx, unit = output
+    _keep(ctx, K, dx, unit, inputs[9], inputs[0].dtype)
 
 
-def _fused_backward(ctx: Any, dK: None, dloss: Tensor | None, ddx: None) -> tuple[Any, ...]:
+def _fused_backward(ctx: Any, dK: None, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
     _refuse_second_derivative()
     if dloss is None:
         return (None,) * 11
@@ -160,7 +186,7 @@ def _small_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, K, gradient = output
     x, gate = inputs[0], inputs[7]
     ctx.gated = gate is not None
-    _keep(ctx, K, gradient, inputs[8], gate.dtype if ctx.gated else x.dtype)
+    _keep(ctx, K, gradient, None, inputs[8], gate.dtype if ctx.gated else x.dtype)
 
 
 def _small_backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -249,7 +275,7 @@ def mmd_fused(
     chain = [0] * gammas.shape[1] if powers is None else list(powers)
     backward = torch.is_grad_enabled() and x.requires_grad
     weights = coeff.expand(L, -1, -1)
-    _, loss, _ = torch.ops.fastheads.mmd_fused(
+    _, loss, _, _ = torch.ops.fastheads.mmd_fused(
         x, dom_x, y, dom_y, num_domains, gammas, chain, weights, row_offset, backward, impl
     )
     found: Tensor = loss

@@ -27,7 +27,7 @@ from fastheads.reference.mmd import (
     mmd_weights,
     squared_distances,
 )
-from fastheads.reference.precision import autocast_off, centred, compute_dtype, transformed, widened
+from fastheads.reference.precision import autocast_off, centre, centred, compute_dtype, transformed, widened
 
 __all__ = [
     "PRESETS",
@@ -37,6 +37,7 @@ __all__ = [
     "TARGETS",
     "attend",
     "autocast_off",
+    "centre",
     "centred",
     "compute_dtype",
     "constants",

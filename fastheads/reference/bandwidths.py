@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastheads.reference.precision import autocast_off, centred, widened
+from fastheads.reference.precision import autocast_off, centre, less
 
 
 class Preset(NamedTuple):
@@ -38,6 +38,11 @@ def constants(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), value) for value in values])
 
 
+def from_centre(x: Tensor, counted: Tensor | None) -> Tensor:
+    """`‖x_i − c‖²`, `[L, N]`."""
+    return less(x, centre(x, counted)).square_().sum(-1) if x.shape[1] else x.new_zeros(x.shape[:2])
+
+
 def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor, counted: Tensor | None = None) -> Tensor:
     """The bandwidths γ `[L, U]` of a preset, detached, for features `[L, N, D]`, at least float32.
 
@@ -53,26 +58,29 @@ def kernel_gammas(features: Tensor, kernel: str | Sequence[float] | Tensor, coun
     that identical features give a finite kernel.
     """
     with torch.no_grad(), autocast_off(features):
-        x = widened(features.detach())
+        x = features.detach()
         L, n, _ = x.shape
+        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
         if isinstance(kernel, Tensor):
-            return kernel.detach().to(x).reshape(1, -1).expand(L, -1)
+            return kernel.detach().to(like).reshape(1, -1).expand(L, -1)
         if not isinstance(kernel, str):
-            return constants(kernel, x).expand(L, -1)
+            return constants(kernel, like).expand(L, -1)
         if kernel not in PRESETS:
             takes = ", ".join(map(repr, PRESETS))
             raise ValueError(f"kernel: got {kernel!r}; takes {takes} or a sequence of gammas")
         preset = PRESETS[kernel]
-        numbers = constants(preset.numbers, x)
+        numbers = constants(preset.numbers, like)
         if preset.of == "nothing":
             return numbers.expand(L, -1)
         size: Tensor | int = max(n, 1)
+        # [2, L, N] of each sample as it is and centred; no copy of all features but one
+        squares = torch.stack((torch.linalg.vector_norm(x, dim=-1, dtype=like.dtype).square(), from_centre(x, counted)))
         if counted is not None:
-            x = x.masked_fill(~counted.unsqueeze(-1), 0)
-            size = counted.sum().clamp_min(1).to(x.dtype)
-        eps = torch.finfo(x.dtype).eps
-        floor = eps * eps * x.square().sum(-1).sum(-1) / size + torch.finfo(torch.float32).tiny * 1e6
-        mean_square = torch.maximum(2 / size * centred(x, counted).square().sum((-2, -1)), floor)  # [L]
+            squares = squares.masked_fill(~counted, 0)
+            size = counted.sum().clamp_min(1).to(like.dtype)
+        eps, (raw, spread) = torch.finfo(like.dtype).eps, squares.sum(-1)
+        floor = eps * eps * raw / size + torch.finfo(torch.float32).tiny * 1e6
+        mean_square = torch.maximum(2 / size * spread, floor)  # [L]
         if preset.of == "mean square":
             return 1 / (2 * mean_square.unsqueeze(-1) * numbers)
         pairs = size / (size - 1).clamp_min(1) if isinstance(size, Tensor) else size / max(size - 1, 1)

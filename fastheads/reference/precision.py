@@ -28,21 +28,32 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def centred(x: Tensor, counted: Tensor | None = None) -> Tensor:
-    """x `[..., N, D]` minus a constant near its mean: distances stay, rounding does not grow with the offset.
+def less(x: Tensor, constant: Tensor) -> Tensor:
+    """x − constant in the constant's dtype; no other copy of a 16-bit x is made, as a mixed subtraction would."""
+    return x.to(constant.dtype, copy=True).sub_(constant)
 
-    The first row goes first, so that identical rows become exactly zero. counted: `[N]`; rows that are not have no part
-    in the mean, and become zero, whatever they held.
+
+def centre(x: Tensor, counted: Tensor | None = None) -> Tensor:
+    """`[..., 1, D]`: a constant near the mean of x `[..., N, D]`, at least float32, N > 0.
+
+    The first row goes first, so that of identical rows it is that row itself. counted: `[N]`; rows that are not have no
+    part in it, whatever they hold.
+    """
+    with torch.no_grad():
+        if counted is None:
+            first = widened(x[..., :1, :])
+            return first + less(x, first).mean(-2, keepdim=True)
+        first = widened(x.index_select(-2, counted.to(torch.uint8).argmax(-1, keepdim=True)))
+        first = first.masked_fill(~counted.any(), 0)
+        inside = less(x, first).masked_fill_(~counted.unsqueeze(-1), 0)
+        return first + inside.sum(-2, keepdim=True) / counted.sum().clamp_min(1)
+
+
+def centred(x: Tensor, counted: Tensor | None = None) -> Tensor:
+    """x `[..., N, D]` minus its `centre`: distances stay, rounding does not grow with the offset, and identical rows
+    become exactly zero. Rows that are not `counted` become zero, whatever they held.
     """
     if not x.shape[-2]:
         return x
-    with torch.no_grad():
-        if counted is None:
-            first = x[..., :1, :]
-            shift = (x - first).mean(-2, keepdim=True)
-        else:
-            first = x.index_select(-2, counted.to(torch.uint8).argmax(-1, keepdim=True))
-            inside = (x - first).masked_fill(~counted.unsqueeze(-1), 0)
-            shift = inside.sum(-2, keepdim=True) / counted.sum().clamp_min(1)
-    centred = (x - first) - shift
-    return centred if counted is None else centred.masked_fill(~counted.unsqueeze(-1), 0)
+    found = x - centre(x, counted)
+    return found if counted is None else found.masked_fill(~counted.unsqueeze(-1), 0)

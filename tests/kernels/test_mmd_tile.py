@@ -1,4 +1,4 @@
-"""The panel kernel of the multi-kernel MMD against `reference.kernel_sums` and its gradient by autograd."""
+"""The panel kernels of the multi-kernel MMD against `reference.kernel_sums` and its gradient by autograd."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from numerics import BACKWARD, FORWARD, assert_right
 
 from fastheads import reference
-from fastheads.kernels.mmd import mmd_tile, product_precision, round_to_tf32_
+from fastheads.kernels import mmd as kernels
+from fastheads.kernels.mmd import Points, mmd_norms, mmd_pull, product_precision
 from fastheads.reference import kernel_gammas, kernel_sums
 
 DOMAINBED = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
@@ -46,6 +47,16 @@ def centred(x):
     return x, x.square().sum(-1)
 
 
+def mmd_tile(x, x2, dom, first, rows, *, start=None, own=None, **given):
+    """The launcher on rows first … first+rows-1 against columns from start on (None: from first, of x with itself)."""
+
+    def points(a, b):
+        return Points(x[:, a:b], x2[:, a:b], dom[a:b])
+
+    both = points(first, first + rows), points(first if start is None else start, None)
+    return kernels.mmd_tile(*both, x.new_zeros(len(x), x.shape[2]), itself=start is None, own=own, **given)
+
+
 def by_panels(x, dom, S, gammas, powers, coeff, panel):
     """`[L, S, S]` kernel sums and `[L, N, D]` gradient of Σ coeff ∘ K, put together as the kernel's caller does."""
     x, x2 = centred(x)
@@ -55,10 +66,11 @@ def by_panels(x, dom, S, gammas, powers, coeff, panel):
         rows = min(panel, N - i)
         w = torch.full((L, rows, N - i), math.nan)
         sums += mmd_tile(x, x2, dom, i, rows, num_domains=S, gammas=gammas, powers=powers, coeff=coeff, out=w)
-        dx[:, i : i + rows] += w @ x[:, i:] - w.sum(-1, keepdim=True) * x[:, i : i + rows]
-        right = w[:, :, rows:]
-        dx[:, i + rows :] += right.mT @ x[:, i : i + rows] - right.sum(1).unsqueeze(-1) * x[:, i + rows :]
-    return sums, 4 * dx
+        own, right, nothing = x[:, i : i + rows], x[:, i + rows :], x.new_zeros(L, x.shape[2])
+        mmd_pull(w, own, x[:, i:], nothing, dx[:, i : i + rows], add=True)
+        if i + rows < N:
+            mmd_pull(w[:, :, rows:].mT, right, own, nothing, dx[:, i + rows :], add=True)
+    return sums, -4 * dx
 
 
 def formula(x, dom, S, gammas, coeff, dtype):
@@ -238,7 +250,7 @@ def test_weights_are_rounded_to_what_a_product_in_tf32_would_make_of_them(tf32_a
     x, dom, gammas = 0.02 * draw(1, 96, 64), torch.arange(96) % 2, torch.ones(1, 1)
     x += torch.where(torch.arange(96) < 48, 1.0, -1.0)[:, None]
     coeff = torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]) / 48**2
-    y = round_to_tf32_(centred(x)[0])
+    y = to_tf32(centred(x)[0])
     w = torch.empty(1, 96, 96)
     given = dict(num_domains=2, gammas=gammas, powers=(0,), coeff=coeff)
     mmd_tile(y, y.square().sum(-1), dom, 0, 96, out=w, **given)
@@ -256,15 +268,68 @@ def test_weights_are_rounded_to_what_a_product_in_tf32_would_make_of_them(tf32_a
     assert error(w) < 1e-3 and error(full) > 5e-3, (error(w), error(full))
 
 
+def to_tf32(x):
+    """The nearest with eleven bits, halves away from 0."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
 @pytest.mark.parametrize("N", [1, 300])
-def test_rounding_to_tf32_keeps_eleven_bits_and_every_nan(N):
-    x = draw(1, N, 8) * torch.logspace(-20, 20, 8)
-    rounded = round_to_tf32_(x.clone())
-    assert is_tf32(rounded)
-    assert bool(((rounded - x).abs() <= 2.0**-11 * x.abs()).all())
-    assert torch.equal(round_to_tf32_(rounded.clone()), rounded)
+def test_rounding_to_tf32_keeps_eleven_bits_and_every_nan(N, tf32_allowed):
+    """The square of eleven bits is exact."""
+    x = draw(8, N, 1) * torch.logspace(-15, 15, 8).view(8, 1, 1)
+    rounded, dom, nothing = to_tf32(x), torch.zeros(N, dtype=torch.int64), x.new_zeros(8, 1)
+    assert is_tf32(rounded) and bool(((rounded - x).abs() <= 2.0**-11 * x.abs()).all())
+    assert torch.equal(mmd_norms(x, dom, nothing, 1), rounded.square()[..., 0])
     gpus = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
-    assert bool(torch.isnan(round_to_tf32_(gpus.clone())).all())
+    assert bool(torch.isnan(mmd_norms(gpus.view(1, 3, 1), dom[:1].expand(3), nothing[:1], 1)).all())
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert torch.equal(mmd_norms(x, dom, nothing, 1), x.square()[..., 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows, columns, spans", [(70, 300, 2), (33, 700, 4), (20, 90, 1)])
+def test_pull_of_spans_into_any_dtype(rows, columns, spans, dtype, monkeypatch):
+    """`Σ_j w_ij (x_i − y_j)` written and added, of 16-bit features as well; what is of no domain has weight 0."""
+    monkeypatch.setattr(kernels, "SPAN", 150)
+    x, y = draw(2, rows, 40).to(dtype) + 3, draw(2, columns, 40, seed=1).to(dtype) + 3
+    w, c = draw(2, rows, columns, seed=2), torch.full((2, 40), 3.1)
+    y[:, 5], w[:, :, 5] = math.nan, 0
+    known = [j for j in range(columns) if j != 5]
+    exact = w.double().sum(-1, keepdim=True) * x.double() - w.double()[..., known] @ y.double()[:, known]
+    plain = w.sum(-1, keepdim=True) * (x - c[:, None]) - w[..., known] @ (y - c[:, None])[:, known]
+    programs = 2 * -(-rows // 64)
+    assert -(-columns // kernels.pull_span(columns, programs, 32)) == spans
+    for out in (torch.full((2, rows, 50), math.nan, dtype=dtype), torch.full((2, rows, 50), math.nan)):
+        mmd_pull(w, x, y, c, out[..., :40])
+        assert_right(out[..., :40], plain.to(out.dtype), exact, FORWARD, "pull")
+        assert bool(torch.isnan(out[..., 40:]).all())
+    again = out[..., :40].clone()
+    mmd_pull(w.mT.contiguous().mT, x, y, c, again, add=True)
+    torch.testing.assert_close(again, 2 * out[..., :40])
+
+
+def test_pull_hides_no_nan():
+    w, x = torch.ones(1, 20, 20), draw(1, 20, 8)
+    w[0, 3] = math.nan
+    out = torch.empty(1, 20, 8)
+    mmd_pull(w, x, x, x.new_zeros(1, 8), out)
+    assert bool(torch.isnan(out[0, 3]).all()) and not torch.isnan(out[0, :3]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_features_are_centred_where_they_are_loaded(dtype):
+    """As the centred copy in float32 would give, bit for bit; samples of no domain are not read."""
+    x, dom = draw(1, 90, 24).to(dtype) + 7, ids(90, 3)
+    c = reference.centre(x, dom >= 0)
+    z = x.float() - c
+    x[:, 4], dom[4], z[:, 4] = math.nan, 3, 0
+    given = dict(num_domains=3, gammas=doubling(z), powers=DOUBLING, coeff=symmetric(1, 3), itself=True)
+    found = []
+    for features, at in ((x, c[:, 0]), (z, torch.zeros(1, 24))):
+        points = Points(features, mmd_norms(features, dom, at, 3), dom)
+        w = torch.full((1, 90, 90), math.nan)
+        found.append((points.norms[:, dom < 3], kernels.mmd_tile(points, points, at, out=w, **given), w))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_not_a_number_is_not_hidden_by_the_rounding(tf32_allowed):

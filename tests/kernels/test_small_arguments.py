@@ -10,7 +10,7 @@ from fastheads.kernels.attention_fwd import attention_fwd
 from fastheads.kernels.dropout import dropout
 from fastheads.kernels.fold import fold
 from fastheads.kernels.low_rank import LowRank
-from fastheads.kernels.mmd import mmd_tile
+from fastheads.kernels.mmd import Points, mmd_tile
 from fastheads.kernels.mmd_small import mmd_small
 from fastheads.kernels.one_pass import one_pass_fwd
 
@@ -68,10 +68,9 @@ def one_pass(b_in, lora_B, gate, pool):
 
 
 def panel(x2, dom, gammas, coeff):
-    out = draw(L, 6, 6)
-    powers = (0, 2)
-    sums = mmd_tile(large()["x"], x2, dom, 0, 6, num_domains=S, gammas=gammas, powers=powers, coeff=coeff, out=out)
-    return sums, out
+    x, out = large()["x"], draw(L, 6, 6)
+    points, given = Points(x, x2, dom), {"gammas": gammas, "powers": (0, 2), "coeff": coeff}
+    return mmd_tile(points, points, x.new_zeros(L, x.shape[2]), num_domains=S, itself=True, out=out, **given), out
 
 
 def small_mmd(dom, gammas, gate):

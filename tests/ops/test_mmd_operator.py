@@ -1,17 +1,20 @@
 """`kernel_sums` and `mmd_fused` as operators: autograd, compile, autocast, strides, threads, repetition, memory."""
 
+import contextlib
 import os
 
 import pytest
 import torch
-from mmd_cases import BF16, F32, F64, close, gammas_of, leaf
+from mmd_cases import BF16, F16, F32, F64, close, gammas_of, leaf
 from mmd_formulas import labels, randn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+from bench.base.memory import peak_bytes
 from fastheads import reference
+from fastheads.kernels.launch import launching
 from fastheads.losses import mmd
 from fastheads.losses.samples import bandwidths
 from fastheads.ops import kernel_sums, mmd_fused, mmd_panels
@@ -222,7 +225,7 @@ def forward_and_backward(N, impl):
     gammas, powers = bandwidths(x.detach()[None], "domainbed")
     coeff = torch.eye(3, dtype=F64).expand(1, -1, -1)
     seen = (x.detach()[None], dom, None, None, 3, gammas, list(powers), coeff, None, True, impl)
-    _, _, dx = module._mmd_fused(*seen)
+    _, _, dx, _ = module._mmd_fused(*seen)
     assert dx.shape == (1, N, 4)
 
 
@@ -241,6 +244,31 @@ def test_nothing_of_n_times_n_is_allocated(impl, monkeypatch):
         assert live.largest <= max(limit, 128 * N)  # a panel of Triton's has 128 rows at the least, the others' 64
         peaks.append(live.peak)
     assert peaks[1] < 2.5 * peaks[0], peaks  # twice as much, and what is not whole panels; N² would be four times
+
+
+# Of the features' bytes, beyond them and their gradient. Of 4,096 rows a GPU's and a CPU's sweeps take the pairs on and
+# above the diagonal alone, whose sums are float32: twice the bytes of 16-bit features.
+MOST = {((12, 36), 4): 1.2, ((12, 36), 2): 1.2, ((1, 4096), 4): 1.2, ((1, 4096), 2): 2.2}
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", [(12, 36), (1, 4096)], ids=str)
+def test_a_step_takes_little_more_memory_than_features_and_gradient(shape, dtype, impl):
+    """By what the allocator hands out in loss and backward pass; of a GPU's kernels by what they would be given."""
+    if impl == "triton" and (torch.cuda.is_available() or (shape, dtype.itemsize) == ((12, 36), 2)):
+        pytest.skip("mmd_small's two matrices per program are float32, and more than so few 16-bit features")
+    x, dom = leaf(randn(*shape, 768, dtype=F32).to(dtype)), torch.arange(shape[1]) % 3
+
+    def step():
+        x.grad = None
+        with launching(lambda *args, **options: None) if impl == "triton" else contextlib.nullcontext():
+            mmd(x, dom, num_domains=3, impl=impl).backward()
+
+    step()
+    x.grad = None
+    size = x.numel() * dtype.itemsize
+    assert peak_bytes(step, "cpu") / size - 1 <= MOST[shape, dtype.itemsize]
 
 
 def test_little_is_saved_for_the_backward_pass():

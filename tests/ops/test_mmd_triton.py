@@ -249,7 +249,32 @@ def test_layouts_16_bits_and_autocast(n):
     low = x.half()
     loss, gradient = loss_and_gradient(low, domains, torch.float16, **options)
     wide = loss_and_gradient(low.float(), domains, **options)
-    assert torch.equal(loss, wide[0]) and torch.equal(gradient, wide[1].half())
+    assert torch.equal(loss, wide[0])
+    # where float16 has its eleven bits; what is smaller was rounded before, in the gradient's own unit
+    fine = wide[1].abs() >= torch.finfo(torch.float16).tiny
+    assert bool(fine.any()) and torch.equal(gradient[fine], wide[1].half()[fine])
+    assert float((gradient - wide[1]).abs().max()) <= 2.0**-11 * float(wide[1].abs().max())
+
+
+@pytest.mark.parametrize("impl", ["triton", "cpu"])
+@pytest.mark.parametrize("scale", [2.0**16, 1e-4])
+@pytest.mark.parametrize("dtype, step", [(torch.float16, 2.0**-24), (torch.bfloat16, 0.0)], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("n", [24, 150])
+def test_a_loss_scale_reaches_gradients_kept_in_16_bits(n, dtype, step, scale, impl):
+    """Elementwise: two roundings, of the gradient and of what the scale makes of it, and float32's own error."""
+    if impl == "cpu" and DEVICE == "cuda":
+        pytest.skip("impl='cpu' is for tensors on a CPU")
+    x, domains = samples(n, dim=24)
+    x = (x / 4).to(dtype)
+    got, exact = (
+        torch.autograd.grad(fastheads.mmd(own, domains, kernel=[0.5, 4.0], impl=how) * scale, own)[0].double()
+        for own, how in ((x.clone().requires_grad_(), impl), (x.double().requires_grad_(), "reference"))
+    )
+    assert bool(torch.isfinite(got).all())
+    # Triton's interpreter cuts off what a GPU rounds to bfloat16.
+    roundings = 1.51 if dtype == torch.bfloat16 and impl == "triton" and DEVICE == "cpu" else 1.01
+    most = roundings * torch.finfo(dtype).eps * exact.abs() + step + 1e-5 * exact.abs().max()
+    assert bool(((got - exact).abs() <= most).all())
 
 
 @pytest.mark.parametrize("n", [12, 140])

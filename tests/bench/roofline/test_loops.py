@@ -4,13 +4,14 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
+from bench.base.memory import peak_bytes
 from bench.roofline import loops
+from bench.roofline.mmd import TF32X3, Problem, bytes_beyond, passes
 from fastheads import mmd
 from fastheads.kernels import attention_bwd, attention_fwd, low_rank, one_pass
 from fastheads.kernels.launch import launching
 from fastheads.kernels.low_rank import LowRank
 from fastheads.kernels.tiles import BACKWARD, is_spread, row_for
-from fastheads.ops import mmd_panels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 DH = 64
@@ -104,29 +105,52 @@ def test_products_of_the_backward_pass_against_those_of_flash_attention_2(length
         assert loops.attention_bwd(arch, DH, length, 1000).products / flash <= most
 
 
-@pytest.mark.parametrize("samples", [100, 300, 700])
+@pytest.mark.parametrize("samples", [60, 100, 300, 700])
 def test_pairs_of_the_mmd_on_a_cpu(samples, monkeypatch):
-    """Of one panel all, of several fewer."""
-    monkeypatch.setattr(mmd_panels, "WORKSPACE", 64 * 1000)
+    """Of one block all, of several fewer."""
     made, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, y, **k: made.append(x.shape[1] * y.shape[2]) or bmm(x, y, **k))
-    mmd(torch.randn(samples, 4), torch.arange(samples) % 2, num_domains=2, impl="cpu")
-    assert loops.mmd_pairs(samples) == sum(made)
-    assert (sum(made) == samples**2) == (samples <= 252)
+    mmd(torch.randn(samples, 40), torch.arange(samples) % 2, num_domains=2, impl="cpu")
+    assert loops.mmd_pairs(samples, 40) == sum(made)
+    assert (sum(made) == samples**2) == (samples <= 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("samples", [700, 1500])
+def test_products_and_memory_of_the_mmd_on_a_gpu(samples, dtype):
+    """The roofline's operations are those of the launches, less what whole tiles add; its bytes those allocated."""
+    x, ids, made = torch.randn(samples, 640).to(dtype).requires_grad_(), torch.arange(samples) % 2, [0.0]
+
+    def run(kernel, grid, *args, **meta):
+        if kernel.__name__ == "mmd_tile_kernel":
+            made[0] += grid[0] * meta["BM"] * meta["BN"] * 640
+        elif kernel.__name__ == "mmd_pull_kernel":
+            made[0] += grid[0] * meta["BM"] * meta["BD"] * args[5][1]
+
+    def step():
+        x.grad, made[0] = None, 0.0
+        with launching(run):
+            mmd(x, ids, num_domains=2, kernel="domainbed", impl="triton").backward()
+
+    step()
+    x.grad = None
+    problem, size = Problem(samples, 640, dtype.itemsize), samples * 640 * dtype.itemsize
+    assert peak_bytes(step, "cpu") - size == pytest.approx(bytes_beyond(problem), rel=0.05)
+    products = sum(part.attention for part in passes(problem, 80)) / TF32X3
+    assert products == pytest.approx(2 * made[0], rel=0.1) and products <= 2 * made[0]
 
 
 @pytest.mark.parametrize("samples", [140, 500])
-def test_pairs_of_the_mmd_on_a_gpu(samples, counted, monkeypatch):
+def test_pairs_of_the_mmd_on_a_gpu(samples, counted):
     """The kernel's products, less those of sums by domain, in whole tiles."""
-    monkeypatch.setattr(mmd_panels, "WORKSPACE", 128 * 500)
-    panels = []
+    found = []
 
     def run(kernel, grid, *args, **meta):
-        tiles = grid[0] * meta["BM"] * meta["BN"]
-        panels.append((tiles, meta["BM"], meta["BN"]))
+        if kernel.__name__ == "mmd_tile_kernel":
+            found.append((grid[0] * meta["BM"] * meta["BN"], meta["BM"], meta["BN"]))
 
     with launching(run):
-        mmd(torch.randn(samples, 8), torch.arange(samples) % 2, num_domains=2, impl="triton")
-    computed, needed = sum(tiles for tiles, *_ in panels), loops.mmd_pairs(samples, "cuda")
-    assert needed <= computed <= needed + sum((samples + n) * m + samples * n for _, m, n in panels)
-    assert (needed == samples**2) == (len(panels) == 1)
+        mmd(torch.randn(samples, 600), torch.arange(samples) % 2, num_domains=2, impl="triton")
+    computed, needed = sum(tiles for tiles, *_ in found), loops.mmd_pairs(samples, 600, "cuda")
+    assert needed <= computed <= needed + sum((samples + n) * m + samples * n for _, m, n in found)
+    assert (needed == samples**2) == (len(found) == 1) == (samples == 140)
