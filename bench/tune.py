@@ -68,7 +68,7 @@ def candidates(p: Problem) -> list[Any]:
         if p.device == "cpu":
             return [Row(16, 16, (16, 16), one_launch=True), Row(16, 16, (16, 32))]
         blocks = ((64, 32, 32, 64), (64, 64, 64, 64), (64, 16, 16, 64), (128, 32, 32, 128), (128, 64, 32, 128))
-        forms = ({"one_launch": True, "summed": True}, {"one_launch": True}, {})
+        forms = ({"one_launch": True}, {})
         each = itertools.product(forms, blocks, (4, 8), (1, 2))
         found = [Row(m, n, tuple(key), **form, warps=warps, stages=s) for form, (m, n, *key), warps, s in each]
         at_once = itertools.product((16, 32, 64), (4, 8), (1, 2)) if p.length <= LONGEST_ON_CHIP else ()
@@ -96,7 +96,7 @@ def left_open(arch: int) -> dict[Problem, list[Any]]:
 
     def others(p: Problem) -> list[Any]:
         own = row_for(BACKWARD, arch, p.head_dim, p.length, p.dtype).tiles(p.length)
-        return [row for row in rows if row.tiles(p.length) != own]
+        return [row for row in rows if p.length <= row.length and row.tiles(p.length) != own]
 
     own = [p for p in own if p.tower in BATCHES and p.length == SETTINGS[p.tower].tokens and not p.deltas]
     return {p: others(p) for p in own if rows}

@@ -7,7 +7,6 @@ Nothing reads the output o: δ comes from a whole row of keys, so dg is right at
 problems (`tiles.BACKWARD`); its products, of `[N, dh]` and `[dh, N]`, are what it costs:
 
     at once   all keys on chip, with their dK and dV; queries go by: S, dP, dQ, dK, dV                           5
-    summed    a sweep over the queries makes δ (S, dP), then one over the keys the rest, dQ in parts              7
     apart     δ and dQ (S, dP; again, and dQ), then dK and dV (S, dP, dK, dV), in one launch or two              9
 
 q, k and v are with their deltas, y0 + s·T_h B_hᵀ, rounded as `heads.load_part` says, and so is dY.
@@ -28,14 +27,14 @@ from fastheads.kernels.tiles import BACKWARD, Row, cdiv, is_spread, row_for
 # One head of one image. gate: () without gates; (g,), made at the start, where all is one launch; else (pointer to all,
 # h), for each of two launches to make it at its end: at the start takes sm_80 168 registers for 128 in the query sweep,
 # and spills 8 bytes at head size 80.
-# p_lse: as the forward left it; p_mean, p_inverse: δ and 1 / ΣP of each query, from a first sweep for a second; sum:
-# dQ / (g · scale) of the keys so far, float32; () where none is needed.
-Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_inverse sum")
+# p_lse: as the forward left it; p_mean, p_inverse: δ and 1 / ΣP of each query, from a first sweep for a second; ()
+# where there is one alone.
+Problem = namedtuple("Problem", "q k v do dq dk dv mask gate p_lse p_mean p_inverse")
 
 
 @triton.jit
 def problem_of(
-    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     q, k, v = heads.parts_of_head(qkv, delta, b, h, HEAD, LOW)
@@ -52,13 +51,10 @@ def problem_of(
     o_l = (b * HEAD.heads + h) * rows
     p_mean = ()
     p_inverse = ()
-    dq_sum = ()
-    if scratch is not None:
-        p_mean = scratch[0] + 2 * o_l
+    if p_scratch is not None:
+        p_mean = p_scratch + 2 * o_l
         p_inverse = p_mean + rows
-        if TILES.summed:
-            dq_sum = heads.RowsOfHead(scratch[1] + o_l * HEAD.dim, HEAD.dim, ())
-    return Problem(q, k, v, do_h, dq, dk, dv, b_mask, b_gate, p_lse + o_l, p_mean, p_inverse, dq_sum)
+    return Problem(q, k, v, do_h, dq, dk, dv, b_mask, b_gate, p_lse + o_l, p_mean, p_inverse)
 
 
 @triton.jit
@@ -154,7 +150,7 @@ def query_rows(
     x, first, rows,
     ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """δ of the queries first … first + ROWS - 1, and dQ unless the key sweep makes it; returns Σ δ.
+    """δ and dQ of the queries first … first + ROWS - 1; returns Σ δ.
 
     δ must be known before dS, for Σ P dP K − δ Σ P K would cancel where the values have a common mean: so dQ is another
     pass over the keys.
@@ -176,41 +172,14 @@ def query_rows(
     b_mean = b_mean * b_inverse
     tl.store(x.p_mean + o_m, b_mean, mask=o_m < rows)
     tl.store(x.p_inverse + o_m, b_inverse, mask=o_m < rows)
-    if not TILES.summed:
-        b_dq = heads.zero_head(ROWS, (), HEAD)
-        for start in range(0, end, TILES.block_n):
-            b_k, b_v, o_n = load_keys(x, start, rows, TILES.block_n, HEAD, LOW)
-            b_p = probabilities(b_q, b_k, b_lse[:, None], o_m[:, None], o_n[None, :], rows, x.mask, CAUSAL, HEAD)
-            b_dp = heads.dot_over(b_do, heads.transposed(b_v), HEAD)
-            b_dq = heads.add_product(b_dq, b_p * (b_dp - b_mean[:, None]), b_k, HEAD)
-        heads.store_head(x.dq, o_m, rows, b_dq, (b_inverse * (gate_of(x, HEAD) * HEAD.scale))[:, None], HEAD)
+    b_dq = heads.zero_head(ROWS, (), HEAD)
+    for start in range(0, end, TILES.block_n):
+        b_k, b_v, o_n = load_keys(x, start, rows, TILES.block_n, HEAD, LOW)
+        b_p = probabilities(b_q, b_k, b_lse[:, None], o_m[:, None], o_n[None, :], rows, x.mask, CAUSAL, HEAD)
+        b_dp = heads.dot_over(b_do, heads.transposed(b_v), HEAD)
+        b_dq = heads.add_product(b_dq, b_p * (b_dp - b_mean[:, None]), b_k, HEAD)
+    heads.store_head(x.dq, o_m, rows, b_dq, (b_inverse * (gate_of(x, HEAD) * HEAD.scale))[:, None], HEAD)
     return tl.sum(b_mean, 0)
-
-
-@triton.jit
-def first_query(first, TILES: tl.constexpr, CAUSAL: tl.constexpr):
-    """Where the queries begin that see the keys from `first` on, in whole blocks."""
-    begin = 0
-    if CAUSAL:
-        begin = first // TILES.key_m * TILES.key_m
-    return begin
-
-
-@triton.jit
-def add_to_dq(
-    x, b_ds, b_k, start, first, rows, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, CAUSAL: tl.constexpr
-):
-    """dQ of the queries start … with dS K of the keys first … first + ROWS - 1 added; rounded once, with the first
-    keys, which come last. b_ds: dS / (g · scale) `[M, N]`."""
-    o_m = start + tl.arange(0, TILES.key_m)
-    after = first + ROWS
-    # what the keys after these left, if any of them is seen
-    left = tl.where((after < rows) & (start >= first_query(after, TILES, CAUSAL)), rows, 0)
-    b_dq = heads.add_product(heads.load_head(x.sum, o_m, left, HEAD, tl.float32), b_ds, b_k, HEAD)
-    if first > 0:
-        heads.store_head(x.sum, o_m, rows, b_dq, 1.0, HEAD)
-    else:
-        heads.store_head(x.dq, o_m, rows, b_dq, gate_of(x, HEAD) * HEAD.scale, HEAD)
 
 
 @triton.jit
@@ -218,12 +187,15 @@ def key_rows(
     x, first, rows,
     ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of the keys first … first + ROWS - 1, and their part of dQ where the query sweep didn't make it. P and
-    dP are formed transposed, `[N, M]`: as they come out of the product they are the left operand of the next one."""
+    """dK and dV of the keys first … first + ROWS - 1. P and dP are formed transposed, `[N, M]`: as they come out of
+    the product they are the left operand of the next one."""
     b_k, b_v, o_n = load_keys(x, first, rows, ROWS, HEAD, LOW)
     b_dk = heads.zero_head(ROWS, (), HEAD)
     b_dv = heads.zero_head(ROWS, (), HEAD)
-    for start in range(first_query(first, TILES, CAUSAL), rows, TILES.key_m):
+    begin = 0
+    if CAUSAL:
+        begin = first // TILES.key_m * TILES.key_m
+    for start in range(begin, rows, TILES.key_m):
         b_q, b_do, b_lse, o_m = load_queries(x, start, rows, TILES.key_m, HEAD, LOW)
         # [N, M]
         b_p = probabilities(b_k, b_q, b_lse[None, :], o_m[None, :], o_n[:, None], rows, x.mask, CAUSAL, HEAD)
@@ -233,10 +205,7 @@ def key_rows(
         b_dv = heads.add_product(b_dv, b_p, b_do, HEAD)
         b_mean = tl.load(x.p_mean + o_m, mask=o_m < rows, other=0.0)
         b_dp = heads.dot_over(b_v, heads.transposed(b_do), HEAD)
-        b_ds = (b_p * (b_dp - b_mean[None, :])).to(b_q[0].dtype)
-        b_dk = heads.add_product(b_dk, b_ds, b_q, HEAD)
-        if TILES.summed:
-            add_to_dq(x, tl.trans(b_ds), b_k, start, first, rows, ROWS, TILES, HEAD, CAUSAL)
+        b_dk = heads.add_product(b_dk, b_p * (b_dp - b_mean[None, :]), b_q, HEAD)
     b_gate = gate_of(x, HEAD)
     heads.store_head(x.dv, o_n, rows, b_dv, b_gate, HEAD)
     heads.store_head(x.dk, o_n, rows, b_dk, b_gate * HEAD.scale, HEAD)
@@ -244,13 +213,13 @@ def key_rows(
 
 @triton.jit
 def attention_bwd_at_once_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK, dV `[N, dh]` and Σ δ `[B, H]`: a program per (image, head) keeps all keys and values on chip, and their
     gradients, while the queries go by."""
     b, h, _ = heads.program(1, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_ks = ()
     b_vs = ()
     b_dks = ()
@@ -281,12 +250,12 @@ def attention_bwd_at_once_kernel(
 
 @triton.jit
 def attention_bwd_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK, dV `[N, dh]` and Σ δ `[B, H]`: a program per (image, head) makes both sweeps."""
     b, h, _ = heads.program(1, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_dgate = 0.0
     full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
     for start in range(0, full, TILES.block_m):
@@ -295,39 +264,37 @@ def attention_bwd_kernel(
         for start in range(full, rows, TILES.tail):
             b_dgate += query_rows(x, start, rows, TILES.tail, TILES, HEAD, LOW, CAUSAL)
     tl.store(p_dgate + tl.program_id(0), b_dgate)
-    # The last keys first: where causal, every query sees the first. What other threads of this program wrote, δ, 1 / ΣP
-    # and dQ so far, is read in each turn.
-    full_keys = rows - rows % TILES.key_n if TILES.key_tail > 0 else tl.cdiv(rows, TILES.key_n) * TILES.key_n
+    # δ and 1 / ΣP, written by other threads of this program, are read below
+    tl.debug_barrier()
+    full_keys = rows - rows % TILES.key_n if TILES.key_tail > 0 else rows
+    for start in range(0, full_keys, TILES.key_n):
+        key_rows(x, start, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
     if TILES.key_tail > 0:
         for start in range(full_keys, rows, TILES.key_tail):
-            tl.debug_barrier()
             key_rows(x, start, rows, TILES.key_tail, TILES, HEAD, LOW, CAUSAL)
-    for done in range(0, full_keys, TILES.key_n):
-        tl.debug_barrier()
-        key_rows(x, full_keys - TILES.key_n - done, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
 
 
 @triton.jit
 def attention_bwd_queries_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The first sweep, a program per (image, head, block_m queries): dQ, δ and 1 / ΣP; Σ δ of each block."""
     blocks = tl.cdiv(rows, TILES.block_m)
     b, h, i_m = heads.program(blocks, HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     b_dgate = query_rows(x, i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, LOW, CAUSAL)
     tl.store(p_dgate + (b * blocks + i_m) * HEAD.heads + h, b_dgate)
 
 
 @triton.jit
 def attention_bwd_keys_kernel(
-    do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, p_dgate, rows,
+    do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, p_dgate, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """The second sweep, a program per (image, head, key_n keys): dK and dV."""
     b, h, i_n = heads.program(tl.cdiv(rows, TILES.key_n), HEAD)
-    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
+    x = problem_of(do, qkv, delta, mask, p_gate, p_lse, p_scratch, dqkv, b, h, rows, TILES, HEAD, LOW)
     key_rows(x, i_n * TILES.key_n, rows, TILES.key_n, TILES, HEAD, LOW, CAUSAL)
 
 
@@ -367,12 +334,11 @@ def attention_bwd(
     row = _row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, masked=masked, spread=spread)
     tiles = row.tiles(N)
     meta = heads.compiled_for(tiles, heads.head_of(H, dh, qkv.dtype, gate_form), low, causal)
-    scratch = None  # what a first sweep leaves to the second: δ and 1 / ΣP; dQ so far
+    scratch = None  # what a first sweep leaves to the second: δ and 1 / ΣP
     if tiles.chunks:
         sweeps = ((attention_bwd_at_once_kernel, 1),)
     else:
-        shapes = ((B, H, 2, N), (B, H, N, dh))[: 2 if tiles.summed else 1]
-        scratch = tuple(torch.empty(shape, dtype=torch.float32, device=qkv.device) for shape in shapes)
+        scratch = torch.empty((B, H, 2, N), dtype=torch.float32, device=qkv.device)
         queries, keys = cdiv(N, tiles.block_m), cdiv(N, tiles.key_n)
         apart = ((attention_bwd_queries_kernel, queries), (attention_bwd_keys_kernel, keys))
         sweeps = ((attention_bwd_kernel, 1),) if tiles.one_launch else apart

@@ -49,7 +49,6 @@ class Tiles(NamedTuple):
     key_m, key_n: of the backward's second sweep: queries that stream by, keys at a time.
     tail, key_tail: queries of the last block, keys of the second sweep's last, where so few are left; 0: as the others.
     one_launch: both sweeps of the backward in one program per (image, head); else two launches, a program per block.
-    summed: there the second sweep makes dQ too, in parts that are summed in memory.
     """
 
     chunks: tuple[tuple[int, int], ...]
@@ -60,13 +59,12 @@ class Tiles(NamedTuple):
     tail: int
     key_tail: int
     one_launch: bool
-    summed: bool
     warps: int
     stages: int
 
 
 class Row(NamedTuple):
-    """A row of a table. block_m, block_n, key (key_m, key_n), one_launch, summed, warps, stages: as in Tiles. chunk:
+    """A row of a table. block_m, block_n, key (key_m, key_n), one_launch, warps, stages: as in Tiles. chunk:
     keys on chip in chunks of up to so many; 0: they stream. tail: up to 16 queries that are left over get a block of
     their own (always where one_launch).
 
@@ -79,7 +77,6 @@ class Row(NamedTuple):
     key: tuple[int, int] = (0, 0)
     chunk: int = 0
     one_launch: bool = False
-    summed: bool = False
     tail: bool = False
     warps: int = 4
     stages: int = 1
@@ -105,9 +102,7 @@ class Row(NamedTuple):
         tail, key_tail = (TAIL if size > TAIL and 0 < length % size <= TAIL else 0 for size in (m, self.key[1] or 1))
         if not self.one_launch:
             tail, key_tail = tail if self.tail else 0, 0
-        return Tiles(
-            chunks, m, self.block_n, *self.key, tail, key_tail, self.one_launch, self.summed, self.warps, self.stages
-        )
+        return Tiles(chunks, m, self.block_n, *self.key, tail, key_tail, self.one_launch, self.warps, self.stages)
 
 
 Table = dict[int | str, tuple[Row, ...]]
@@ -128,7 +123,9 @@ FORWARD: Table = {
     80: (
         Row(64, chunk=128, tail=True, columns=64, length=LONGEST_ON_CHIP),
         Row(64, chunk=128, columns=80, length=80),
+        Row(128, 64, stages=2, columns=64, length=1280, deltas=0),  # causal, of 4,096, it spills 32 bytes
         Row(128, 64, warps=8, stages=3, columns=64, deltas=0),
+        Row(128, 32, warps=8, stages=2, columns=64),
         Row(64, 64, stages=2, columns=80, deltas=0),
         Row(64, 32, stages=2, columns=96, deltas=0),
         Row(64, 64, stages=2, deltas=0),
@@ -143,7 +140,7 @@ FORWARD: Table = {
         Row(64, chunk=128, columns=80, length=208, deltas=0),
         Row(64, chunk=128, columns=80, length=80),
         Row(64, 64, stages=2, length=LONGEST_ON_CHIP),
-        Row(128, 64, stages=3, columns=64, deltas=0),
+        Row(128, 64, warps=8, stages=3, columns=64, deltas=0),
         Row(128, 64, warps=8, stages=2),
     ),
     120: _FORWARD_99_KB,
@@ -159,18 +156,18 @@ _AT_ONCE_80 = (
     Row(32, chunk=256, tail=True, warps=8, columns=64, length=240, deltas=0, masked=False, spread=False),
     Row(16, chunk=256, warps=8, columns=64, length=256, masked=False, spread=False),
 )
-# Both sweeps in one program per head. Where dQ is summed, the sums go to memory and back with every block of keys: so
-# only while those of all programs under way fit in an A100's 40 MB of L2; with eight warps, half as many programs, and
-# wider blocks that is twice as far.
-_whole = functools.partial(Row, one_launch=True, length=LONGEST_ON_CHIP, spread=False)
-_summed = functools.partial(Row, one_launch=True, summed=True, length=640, spread=False)
+# Both sweeps in one program per head, or in two launches. By the machine code (`bench.machine_code`) shared memory is
+# what holds them up, not products: so rows are wide, for 16 queries a warp read all keys for themselves, 32 half of it.
+_whole = functools.partial(Row, one_launch=True, spread=False)
 _SWEEPS_80 = (
-    _summed(64, 32, (32, 64), columns=64),
-    _summed(128, 64, (32, 128), warps=8, columns=64, length=1280),
-    _summed(64, 32, (16, 64), columns=80, deltas=0, masked=False),
-    _summed(64, 16, (16, 32), columns=96, deltas=0, masked=False),
-    _whole(64, 16, (16, 16), columns=112, deltas=0, masked=False),
-    _whole(64, 32, (32, 64), deltas=0, masked=False),
+    _whole(128, 64, (32, 128), warps=8, columns=64, length=LONGEST_ON_CHIP, deltas=0, masked=False),
+    Row(128, 32, (32, 128), stages=2, columns=64, deltas=0, masked=False, spread=False),
+    _whole(128, 64, (32, 128), warps=8, columns=64, masked=False),
+    _whole(64, 32, (32, 64), columns=64, length=LONGEST_ON_CHIP, deltas=0),
+    _whole(128, 32, (32, 128), warps=8, columns=80, length=LONGEST_ON_CHIP, deltas=0, masked=False),
+    _whole(64, 16, (16, 32), columns=96, length=LONGEST_ON_CHIP, deltas=0, masked=False),
+    _whole(64, 16, (16, 16), columns=112, length=LONGEST_ON_CHIP, deltas=0, masked=False),
+    _whole(64, 32, (32, 64), length=LONGEST_ON_CHIP, deltas=0, masked=False),
     Row(64, 32, (32, 64), stages=2, columns=64, deltas=0, masked=False),
     Row(64, 32, (32, 64), columns=64),
     Row(64, 32, (32, 64), columns=80, deltas=0, masked=False),
@@ -178,46 +175,43 @@ _SWEEPS_80 = (
     Row(64, 16, (16, 64)),
 )
 BACKWARD: Table = {
-    "float32": (_whole(32, 32, (32, 32)), Row(32, 32, (32, 32))),
+    "float32": (_whole(32, 32, (32, 32), length=LONGEST_ON_CHIP), Row(32, 32, (32, 32))),
     0: (*_AT_ONCE, *_SWEEPS_80),
     80: (*_AT_ONCE_80, *_SWEEPS_80),
     86: (*_AT_ONCE, *_SWEEPS_80),
     90: (
         Row(64, chunk=64, columns=64, length=64, deltas=0, masked=False),
         *_AT_ONCE,
-        Row(32, chunk=256, tail=True, warps=8, columns=64, length=240, deltas=2, masked=False, spread=False),
+        _whole(64, 64, (32, 64), columns=64, deltas=0, masked=False),
         Row(16, chunk=256, warps=8, columns=64, length=256, masked=False, spread=False),
-        _summed(64, 32, (32, 64), columns=64),
-        _summed(128, 64, (32, 128), warps=8, columns=64, length=1280),
-        _whole(64, 32, (16, 64), columns=80, deltas=0, masked=False),
-        _whole(64, 16, (16, 64), columns=80),
-        _summed(64, 16, (16, 32), columns=96, length=LONGEST_ON_CHIP, deltas=0, masked=False),
-        _whole(64, 16, (16, 64), columns=112, deltas=0, masked=False),
-        _whole(64, 32, (32, 64), deltas=0, masked=False),
+        _whole(128, 32, (32, 128), warps=8, columns=64, masked=False),
+        _whole(64, 64, (32, 64), columns=64, length=LONGEST_ON_CHIP),
+        _whole(128, 32, (32, 128), warps=8, columns=80, length=LONGEST_ON_CHIP, deltas=0, masked=False),
+        _whole(64, 16, (16, 64), columns=80, length=LONGEST_ON_CHIP),
+        _whole(64, 16, (16, 64), columns=112, length=LONGEST_ON_CHIP, deltas=0, masked=False),
+        _whole(64, 32, (32, 64), length=LONGEST_ON_CHIP, deltas=0, masked=False),
         Row(64, 64, (64, 64), stages=2, columns=64),
         Row(64, 64, (32, 64), stages=2, columns=80, deltas=0, masked=False),
         Row(64, 16, (16, 64)),
     ),
     # Triton 3.6 fails on what has blocks of 16 rows there: two launches, without any.
     100: (Row(64, 32, (32, 64)),),
-    120: (_AT_ONCE[1], *_SWEEPS_80[:2], _whole(64, 32, (16, 64), columns=80, deltas=0, masked=False), *_SWEEPS_80[2:]),
+    120: (_AT_ONCE[1], *_SWEEPS_80[:2], _whole(64, 32, (32, 64), columns=64, masked=False), *_SWEEPS_80[3:]),
 }
 
 # What stands against BACKWARD's row for heads of 64 columns, 81 to 272 tokens, no deltas, until a GPU has said which is
-# faster (`python -m bench.tune --open`): five products at once, in one block of eight warps an SM, against seven in two
-# or three blocks of four, against nine that write nothing between.
+# faster (`python -m bench.tune --open`). On an A100 five products at once, in one block of eight warps an SM, against
+# nine in wide blocks, or in narrow ones that load ahead; on Hopper nine in three blocks against five at once.
 OPEN_BACKWARD: Table = {
     80: (
-        _summed(64, 32, (32, 64)),
-        _summed(64, 32, (32, 64), stages=2),
-        _summed(64, 16, (16, 64)),  # 168 registers: three blocks
-        _whole(64, 32, (32, 64)),
+        Row(128, 32, (32, 128), stages=2),
+        _whole(128, 64, (32, 128), warps=8),
+        _whole(64, 32, (32, 64), stages=2),
     ),
     90: (
-        _summed(64, 32, (32, 64)),
-        _summed(64, 32, (16, 64)),  # 136 registers: three blocks
-        _summed(64, 32, (32, 64), stages=2),
+        Row(32, chunk=256, tail=True, warps=8, length=240),
         _whole(64, 64, (64, 64)),  # all of it wgmma
+        _whole(64, 32, (32, 64), stages=2),
     ),
 }
 

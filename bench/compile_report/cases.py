@@ -147,9 +147,10 @@ def _options(case: Case) -> dict[str, Any]:
     return {"num_heads": case.heads, **gates, "mask": mask, "causal": case.causal}
 
 
-def attention_fwd(case: Case) -> None:
+def attention_fwd(case: Case, row: Any = None) -> None:
+    """row: another than the table's."""
     qkv, delta = _projected(case)
-    _kernels("attention_fwd").attention_fwd(qkv, delta=delta, pool=_pool(case), **_options(case))
+    _kernels("attention_fwd").attention_fwd(qkv, delta=delta, pool=_pool(case), _row=row, **_options(case))
 
 
 def attention_bwd(case: Case) -> None:

@@ -90,7 +90,7 @@ def backward_tiles(arch: int, head_dim: int, length: int, heads: int, parts: Seq
 
 def backward_counts(tiles: Tiles) -> tuple[int, int]:
     """Products `[N, dh] × [dh, N]` and exponentials `[N, N]` of the form that kernels/attention_bwd.py takes."""
-    return (5, 1) if tiles.chunks else (7, 2) if tiles.summed else (9, 3)
+    return (5, 1) if tiles.chunks else (9, 3)
 
 
 def attention_bwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequence[int] = (), rank: int = 0) -> Work:
@@ -103,13 +103,13 @@ def attention_bwd(arch: int, head_dim: int, length: int, heads: int, parts: Sequ
     if keys:  # S, dP, dQ, dK, dV
         pairs = sum(queries) * sum(keys)
         return of_queries + product(pairs, 5, columns) + Work(exps=pairs) + product(sum(keys), k + v, columns)
-    keys, times = blocks(length, tiles.block_n), 1 if tiles.summed else 2
-    pairs = sum(queries) * sum(keys)  # S, dP; unless dQ is summed again, and dQ
-    work = of_queries + product(pairs, 2 if tiles.summed else 5, columns) + Work(exps=pairs) * times
-    work += product(sum(keys), k + v, columns) * (times * len(queries))
+    keys = blocks(length, tiles.block_n)
+    pairs = sum(queries) * sum(keys)  # S, dP; then again, and dQ
+    work = of_queries + product(pairs, 5, columns) + Work(exps=2 * pairs)
+    work += product(sum(keys), k + v, columns) * (2 * len(queries))
     keys, queries = _swept(length, tiles.key_n, tiles.key_tail), blocks(length, tiles.key_m)
-    pairs = sum(keys) * sum(queries)  # S, dP, dV, dK; where it is summed dQ
-    work += product(pairs, 5 if tiles.summed else 4, columns) + Work(exps=pairs)
+    pairs = sum(keys) * sum(queries)  # S, dP, dV, dK
+    work += product(pairs, 4, columns) + Work(exps=pairs)
     return work + product(sum(keys), k + v, columns) + product(sum(queries), columns, q) * len(keys)
 
 

@@ -203,11 +203,9 @@ def ours(s: Setting, rank: int, arch: int = 80, *, delta: bool) -> Run:
     work = loops.attention_fwd(arch, dh, s.tokens, *deltas) * heads
     attend = Pass("attention, gate", 4 * s.row + added + s.lse, attention=work.products, exp=work.exps)
     work = loops.attention_bwd(arch, dh, s.tokens, heads, *deltas) * heads
-    # dQ in parts, float32
-    summed = 4 * s.row if loops.backward_tiles(arch, dh, s.tokens, heads, *deltas[:1]).summed else 0
     of_low_rank = loops.low_rank_bwd(dh, s.batch * s.tokens, TARGETS, s.heads, rank)
     backward = [
-        Pass(ATTENTION_BACKWARD, 7 * s.row + 3 * s.lse + added + summed, attention=work.products, exp=work.exps),
+        Pass(ATTENTION_BACKWARD, 7 * s.row + 3 * s.lse + added, attention=work.products, exp=work.exps),
         Pass("dB and U = dY B", TARGETS * s.row + 2 * low, attention=of_low_rank.products),
         Pass("dA = Uᵀ x", s.row + low, gemm=s.low_product(rank)),
         Pass(DX, 4 * s.row + added + 6 * s.weight, gemm=3 * s.product + more),

@@ -53,13 +53,13 @@ def test_the_towers_are_searched_at_the_lengths_asked_for():
     assert "backward, H/14, head 80, N 577, delta" in names
 
 
-@pytest.mark.parametrize(("arch", "rows"), [(80, (4, 3)), (87, (4, 3)), (90, (4, 3)), (89, ())])
+@pytest.mark.parametrize(("arch", "rows"), [(80, (3, 2)), (87, (3, 2)), (90, (3, 2)), (89, ())])
 def test_rows_left_open_meet_the_tables_at_the_headline_shapes(arch, rows):
     found = tune.left_open(arch)
     assert [p.name for p in found] == [
         f"backward, {tower}, head 64, N {n}, stacked" for n, tower in ((197, "B/16"), (257, "L/14")) if rows
     ]
-    assert tuple(len(own) for own in found.values()) == rows  # of L/14 one less: it is the table's own
+    assert tuple(len(own) for own in found.values()) == rows  # of L/14 one less: it is the table's own, or too short
 
 
 def test_no_row_is_left_open_against_itself():
@@ -69,8 +69,8 @@ def test_no_row_is_left_open_against_itself():
 
 
 def test_a_row_is_told_as_a_table_has_it():
-    assert repr(OPEN_BACKWARD[80][0]) == (
-        "Row(block_m=64, block_n=32, key=(32, 64), one_launch=True, summed=True, length=640, spread=False)"
+    assert repr(OPEN_BACKWARD[80][1]) == (
+        "Row(block_m=128, block_n=64, key=(32, 128), one_launch=True, warps=8, spread=False)"
     )
 
 

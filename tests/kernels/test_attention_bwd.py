@@ -15,10 +15,10 @@ from fastheads.kernels.tiles import Row, pieces_of
 from fastheads.reference import attend, gate_heads
 
 # The forms, with blocks so small that a short input needs several: all keys on chip at once; both sweeps in one
-# program, dQ summed; a program per block.
+# program; a program per block.
 ONCE = Row(32, chunk=32, tail=True)
-SUMMED, LONG = Row(32, 16, (16, 32), one_launch=True, summed=True), Row(32, 16, (16, 32))
-FORMS = pytest.mark.parametrize("row", [ONCE, SUMMED, LONG], ids=["at once", "summed", "long"])
+WHOLE, LONG = Row(32, 16, (16, 32), one_launch=True), Row(32, 16, (16, 32))
+FORMS = pytest.mark.parametrize("row", [ONCE, WHOLE, LONG], ids=["at once", "whole", "long"])
 
 
 @pytest.fixture(autouse=True)
@@ -124,13 +124,13 @@ def test_the_pieces_of_a_head_cover_it_once():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("summed", [False, True])
-def test_long_forms(summed, causal, dtype):
+@pytest.mark.parametrize("whole", [False, True])
+def test_long_forms(whole, causal, dtype):
     """Several blocks of keys, the last of which is short."""
     qkv, do, gate = inputs(1, 100, 1, 16, dtype)
-    check(do, qkv, 1, gate=gate, causal=causal, row=SUMMED if summed else LONG)
+    check(do, qkv, 1, gate=gate, causal=causal, row=WHOLE if whole else LONG)
     qkv, do, gate = inputs(1, 73, 1, 40, dtype)
-    check(do, qkv, 1, gate=gate, causal=causal, row=Row(32, 16, (32, 32), one_launch=True, summed=summed))
+    check(do, qkv, 1, gate=gate, causal=causal, row=Row(32, 16, (32, 32), one_launch=whole))
 
 
 def masks(B, N, H):
@@ -150,7 +150,7 @@ def masks(B, N, H):
     }
 
 
-@pytest.mark.parametrize("row,causal", [(ONCE, True), (SUMMED, True), (LONG, False)], ids=["at once", "summed", "long"])
+@pytest.mark.parametrize("row,causal", [(ONCE, True), (WHOLE, True), (LONG, False)], ids=["at once", "whole", "long"])
 @pytest.mark.parametrize("kind", list(masks(1, 2, 1)))
 def test_masks(kind, causal, row):
     qkv, do, gate = inputs(2, 21, 2, 16)
@@ -216,7 +216,7 @@ def test_delta(parts, shared, dtype, row):
 
 
 def test_the_gate_has_its_gradient_at_zero():
-    for row in (ONCE, SUMMED, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, _ = inputs(1, 37, 3, 16)
         gate = torch.tensor([0.0, 1.0, -2.0])
         dy, dgate = check(do, qkv, 3, gate=gate, row=row)
@@ -228,7 +228,7 @@ def test_the_gate_has_its_gradient_at_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_a_common_mean_of_the_values_does_not_cancel(dtype):
     """P's rows must sum to what delta was divided by: Σ P dP K - delta Σ P K would lose the digits here."""
-    for row in (ONCE, SUMMED, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, gate = inputs(1, 45, 2, 16, dtype)
         qkv[..., 64:] += 30
         check(do, qkv, 2, gate=gate, row=row)
@@ -244,12 +244,12 @@ def test_strides_of_the_gradient(kind):
         "float32": lambda: do.float(),
         "float64": lambda: do.double(),
     }[kind]()
-    for row in (ONCE, SUMMED, LONG):
+    for row in (ONCE, WHOLE, LONG):
         check(do, qkv, 2, gate=gate, row=row)
 
 
 def test_written_to_a_view_and_nowhere_else():
-    for row in (ONCE, SUMMED, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, gate = inputs(2, 37, 2, 16)
         buffer = torch.full((2, 40, 110), 7.0)
         out = buffer[:, 1:38, 5:101]
@@ -261,7 +261,7 @@ def test_written_to_a_view_and_nowhere_else():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the memory would be real")
 def test_offsets_beyond_two_to_the_31():
-    for row in (ONCE, SUMMED, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, gate = inputs(4, 5, 1, 16, torch.float16)
         lse = exact(do, qkv, 1)[2]
         low = LowRank(torch.randn(4, 5, 8).half(), torch.randn(2, 1, 16, 4), (0, 2), 1.0, False)
@@ -276,13 +276,13 @@ def test_offsets_beyond_two_to_the_31():
 
 def test_empty_batch():
     qkv, do, gate = inputs(0, 5, 2, 16)
-    for row in (ONCE, SUMMED, LONG):
+    for row in (ONCE, WHOLE, LONG):
         dy, dgate = attention_bwd(do, qkv, torch.zeros(0, 2, 5), num_heads=2, gate=gate, _row=row)
         assert dy.shape == (0, 5, 96) and torch.equal(dgate, torch.zeros(2))
 
 
 def test_the_same_bits_each_time():
-    for row in (ONCE, SUMMED, LONG):
+    for row in (ONCE, WHOLE, LONG):
         qkv, do, gate = inputs(2, 37, 1, 16, torch.float16)
         lse = exact(do, qkv, 1)[2]
         a, b = (attention_bwd(do, qkv, lse, num_heads=1, gate=gate, _row=row) for _ in range(2))
