@@ -28,12 +28,17 @@ def siglip():
     return made(transformers.SiglipModel, transformers.SiglipConfig(text_config=TEXT, vision_config=VISION))
 
 
+def siglip2():
+    vision = {k: v for k, v in VISION.items() if k != "image_size"} | {"num_patches": 16}
+    return made(transformers.Siglip2Model, transformers.Siglip2Config(text_config=TEXT, vision_config=vision))
+
+
 def made(cls, config):
     with seeded(0):
         return disturb(cls(config)).eval()
 
 
-MODELS = {"clip": clip, "clip_old_eos": lambda: clip(eos_token_id=2), "siglip": siglip}
+MODELS = {"clip": clip, "clip_old_eos": lambda: clip(eos_token_id=2), "siglip": siglip, "siglip2": siglip2}
 ALONE = {
     "clip_vision": lambda: clip().vision_model,
     "clip_text": lambda: clip().text_model,
@@ -45,6 +50,11 @@ def features(model, tower="visual", padded=True):
     """`[B, E]`, pooled."""
     if tower == "visual":
         owner = getattr(model, "vision_model", model)
+        if type(owner).__name__.startswith("Siglip2"):  # patches of images of any shape, some of them padding
+            there = torch.ones(3, 16, dtype=torch.long)
+            there[1, 12:] = 0
+            patches = {"pixel_attention_mask": there, "spatial_shapes": torch.tensor([[4, 4], [3, 4], [4, 4]])}
+            return owner(pixel_values=images().view(3, 16, 192), **patches).pooler_output
         return owner(pixel_values=images()).pooler_output
     ids, owner = texts(), getattr(model, "text_model", model)
     return owner(input_ids=ids, attention_mask=(ids != 0).long() if padded else None).pooler_output
@@ -154,7 +164,7 @@ def test_captured_heads_are_the_pooled_tokens(name, tower):
     ids = texts()
     if tower == "visual":
         pooled = seen[0][:, 0] if name == "clip" else seen[0].mean(1)
-    elif name == "siglip":
+    elif name.startswith("siglip"):
         pooled = seen[0][:, -1]
     else:
         pooled = seen[0][torch.arange(len(ids)), (ids == 49).int().argmax(1)]
