@@ -2,8 +2,8 @@
 
 A table's rows are tried from the top, and the first that takes the problem is used. All were chosen with the compiler
 only, in bf16, without deltas and with those of q and v at rank 8. For 80 and 90 nothing of OpenCLIP's own sizes spills
-(`python -m bench.compile_report`), nor for 86 and 120 at head sizes 64 and 80; 100 has one row a pass. A GPU has the last
-word: `python -m bench.tune` prints rows to paste.
+(`python -m bench.compile_report`), nor for 86 and 120 at head sizes 64 and 80; 100 has one row a pass. A GPU has the
+last word: `python -m bench.tune` prints rows to paste.
 """
 
 import functools
