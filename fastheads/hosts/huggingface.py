@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastheads.hosts.timm import bias_of, mask_of
+from fastheads.hosts.parts import mask_of, not_linear, other_scale, three_biases, three_weights
 from fastheads.nn import HeadAttention
-
-_PARTS = ("q_proj", "k_proj", "v_proj")
 
 
 class HuggingFaceAttentionHost(HeadAttention):
@@ -23,25 +21,18 @@ class HuggingFaceAttentionHost(HeadAttention):
         known = cls.__name__ in ("CLIPAttention", "SiglipAttention", "Siglip2Attention")
         return known and cls.__module__.startswith("transformers.models.")
 
-    @staticmethod
-    def weights(module: Any) -> tuple[Tensor, ...]:
-        return tuple(getattr(module, name).weight for name in _PARTS)
-
-    @staticmethod
-    def bias(module: Any) -> Tensor | None:
-        return bias_of([getattr(module, name) for name in _PARTS])
+    weights = staticmethod(three_weights)
+    bias = staticmethod(three_biases)
 
     @staticmethod
     def refusals(module: Any, gated: bool) -> list[str]:
         """Why this module cannot be patched; empty where it can."""
-        strange = [name for name in _PARTS if type(getattr(module, name)) is not nn.Linear]
+        strange = not_linear(module)
         if strange:
-            return [f"has a {type(getattr(module, strange[0])).__name__} for its {strange[0]}; takes nn.Linear"]
-        reasons, how = [], module.config._attn_implementation
+            return strange
+        reasons, how = other_scale(module), module.config._attn_implementation
         if how not in ("eager", "sdpa"):
             reasons.append(f"has attn_implementation={how!r}, whose masks are others; load the model with 'sdpa'")
-        if module.scale != module.head_dim**-0.5:
-            reasons.append(f"scales its scores by {module.scale}, not by 1 / sqrt({module.head_dim})")
         return reasons
 
     @staticmethod

@@ -12,13 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastheads.hosts.parts import present
 from fastheads.nn import HeadAttention
-
-
-def present(module: Any, name: str) -> bool:
-    """Whether a part of a module is there, and not an identity."""
-    part = getattr(module, name, None)
-    return part is not None and not isinstance(part, nn.Identity)
 
 
 def _takes_keys(cls: type) -> bool:

@@ -3,13 +3,12 @@ those with rotary positions, `EvaAttention` and `AttentionRope` (EVA, DINOv3, Pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastheads.hosts.openclip import present
+from fastheads.hosts.parts import PROJECTIONS, mask_of, not_linear, other_scale, present, three_biases, three_weights
 from fastheads.nn import HeadAttention
 
 # Where older and newer timm keep them. Classes of the same names elsewhere compute something else.
@@ -18,7 +17,6 @@ _HOMES = {
     "AttentionRope": ("timm.layers.attention",),
     "EvaAttention": ("timm.models.eva",),
 }
-_PARTS = ("q_proj", "k_proj", "v_proj")
 
 
 class TimmAttentionHost(HeadAttention):
@@ -34,7 +32,7 @@ class TimmAttentionHost(HeadAttention):
     def weights(module: Any) -> tuple[Tensor, ...]:
         if module.qkv is not None:
             return (module.qkv.weight,)
-        return tuple(getattr(module, name).weight for name in _PARTS)
+        return three_weights(module)
 
     @staticmethod
     def bias(module: Any) -> Tensor | None:
@@ -42,7 +40,7 @@ class TimmAttentionHost(HeadAttention):
             return torch.cat((module.q_bias, module.k_bias, module.v_bias))
         if module.qkv is not None:
             return module.qkv.bias
-        return bias_of([getattr(module, name) for name in _PARTS])
+        return three_biases(module)
 
     @staticmethod
     def output(module: Any) -> nn.Module:
@@ -51,17 +49,15 @@ class TimmAttentionHost(HeadAttention):
     @staticmethod
     def refusals(module: Any, gated: bool) -> list[str]:
         """Why this module cannot be patched; empty where it can."""
-        names = ("qkv",) if module.qkv is not None else _PARTS
-        strange = [name for name in names if type(getattr(module, name)) is not nn.Linear]
+        strange = not_linear(module, PROJECTIONS if module.qkv is None else ("qkv",))
         if strange:
-            return [f"has a {type(getattr(module, strange[0])).__name__} for its {strange[0]}; takes nn.Linear"]
+            return strange
         reasons, D = [], module.proj.weight.shape[0]
         if getattr(module, "num_kv_groups", 1) != 1:
             reasons.append("has fewer heads of keys than of queries")
         elif module.num_heads * module.head_dim != D or module.proj.weight.shape[1] != D:
             reasons.append("has heads that together are wider or narrower than the model")
-        if module.scale != module.head_dim**-0.5:
-            reasons.append(f"scales its scores by {module.scale}, not by 1 / sqrt({module.head_dim})")
+        reasons += other_scale(module)
         if gated and present(module, "norm"):
             reasons.append("has a norm between the heads and proj, so gates would not fold; use gate=None")
         return reasons
@@ -95,18 +91,6 @@ class TimmAttentionHost(HeadAttention):
 _WITH_ROPE = ("rope", "attn_mask", "is_causal")
 
 
-def mask_of(mask: Tensor | None, causal: bool, x: Tensor, num_heads: int) -> Tensor | None:
-    """A mask of `scaled_dot_product_attention`, True = keep where boolean, as `attend` takes it."""
-    B, N, _ = x.shape
-    if mask is None:
-        return torch.ones(N, N, dtype=torch.bool, device=x.device).triu(1) if causal else None
-    shape = tuple(mask.shape)
-    fits = zip(reversed(shape), (N, N, num_heads, B), strict=False)
-    if not 2 <= mask.dim() <= 4 or any(m not in (1, n) for m, n in fits):
-        raise ValueError(f"attn_mask: got shape {shape}; takes one that broadcasts to {(B, num_heads, N, N)}")
-    return ~mask if mask.dtype == torch.bool else mask
-
-
 def _placed(module: Any, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
     """q and k `[B, H, N, dh]`, all but the first tokens' turned by their positions."""
     if rope is None:
@@ -120,10 +104,3 @@ def _placed(module: Any, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Ten
         return torch.cat((t[:, :, :first], rest), 2).to(t.dtype)
 
     return turned(q), turned(k)
-
-
-def bias_of(parts: Sequence[nn.Linear]) -> Tensor | None:
-    """`[3D]` of three projections, zeros for one without; None where none has a bias."""
-    if all(part.bias is None for part in parts):
-        return None
-    return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
