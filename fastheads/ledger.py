@@ -221,8 +221,9 @@ def _checkpoints() -> Iterator[None]:
         setattr(torch.amp, "autocast", before)  # noqa: B010
 
 
-# Of OpenCLIP's modules: what is made inside one belongs to
-PARTS = {"attn": "attention", "ln_1": "attention", "ln_2": "MLP", "mlp": "MLP"}
+# Of OpenCLIP's blocks and timm's: where they stand, and what is made inside a part of one belongs to
+BLOCKS = ("resblocks", "blocks")
+PARTS = {"attn": "attention", "mlp": "MLP", "ln_1": "attention", "ln_2": "MLP", "norm1": "attention", "norm2": "MLP"}
 
 
 def _part(name: str) -> str | None:
@@ -230,9 +231,10 @@ def _part(name: str) -> str | None:
     path = name.split(".")
     if path[0] != "visual":
         return "text tower" if name in ("text", "transformer", "token_embedding", "ln_final") else None
-    if "resblocks" not in path:
+    stack = next((path.index(name) for name in BLOCKS if name in path), None)
+    if stack is None:
         return "ends of the tower" if len(path) == 1 else None
-    inside = path[path.index("resblocks") + 1 :]
+    inside = path[stack + 1 :]
     return "residual stream" if len(inside) == 1 else PARTS.get(inside[-1]) if len(inside) == 2 else None
 
 

@@ -275,7 +275,8 @@ class Step:
                     teacher = fake_copy(visual, self.mode, self.device, self.dtype)
                 self.model.requires_grad_(False)
                 self.model.visual.requires_grad_(True)
-            width = visual.output_dim
+            with torch.no_grad():
+                width = self.model.encode_image(self._images(1)).shape[-1]
             self.objective = Objective(
                 torch.empty(classes, width, device=self.device),
                 LOGIT_SCALE,
@@ -317,11 +318,14 @@ class Step:
         """The largest batch whose step takes at most `room` bytes; 0 where none does."""
         return largest_batch(self.total, room, start)
 
-    def _inputs(self, batch: int) -> tuple[Tensor, ...]:
+    def _images(self, batch: int) -> Tensor:
         size = self.model.visual.image_size
         height, width = (size, size) if isinstance(size, int) else size
+        return torch.empty(batch, 3, height, width, device=self.device, dtype=self.dtype)
+
+    def _inputs(self, batch: int) -> tuple[Tensor, ...]:
         with self.mode:
-            images = torch.empty(batch, 3, height, width, device=self.device, dtype=self.dtype)
+            images = self._images(batch)
             texts = torch.empty(batch, self.model.context_length, device=self.device, dtype=torch.int64)
         ids = torch.arange(batch, device=self.device)  # on a CPU, where they are looked at, they have values
         return images, ids % len(self.objective.classifier), ids % DOMAINS, texts

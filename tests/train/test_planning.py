@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 from commands import run
+from standins import EMBED, with_timm
 
 import fastheads
 from fastheads.train import planning
@@ -69,6 +70,17 @@ def test_a_plan_says_what_it_knows_and_what_not(monkeypatch):
     assert replace(found, room=found.total).fits and not replace(found, room=found.total - 1).fits
     assert not fastheads.is_patched(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_a_timm_tower_is_counted_by_the_parts_of_its_blocks(captions):
+    step = Step(with_timm(), captions=captions)
+    few, many = (step.ledger(batch) for batch in (256, 512))
+    assert {"images", "ends of the tower", "attention", "residual stream", "MLP"} <= set(few.saved)
+    assert ("text tower" in few.peak) == captions
+    assert many.saved["MLP"] == pytest.approx(2 * few.saved["MLP"], rel=0.05)
+    assert few.saved["residual stream"] < few.saved["attention"] + few.saved["MLP"]
+    assert step.objective.classifier.shape[1] == EMBED
 
 
 def test_a_cpus_step_has_no_gpu_to_fit_into():
