@@ -315,8 +315,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def masked(model: nn.Module, heads: Iterable[tuple[int, int]], tower: str | None = None) -> Iterator[nn.Module]:
     """Inside, these heads of the patched `model` are closed: they add exactly nothing, all others what they did.
 
-    Whatever the gates' form: nothing is renormalised, and a model without gates takes it too. What is captured of a
-    closed head is still its own, un-gated output; `merge` inside folds the zeros in, `gates` shows them.
+    Whatever the gates' form: nothing is renormalised, and a model without gates takes it too. They are not computed,
+    but where heads are captured: what is captured of a closed head is still its own, un-gated output. `merge` inside
+    folds the zeros in, `gates` shows them.
 
     Args:
         heads: (layer, head) pairs, layers as `explain` numbers them; none: nothing changes.
@@ -342,17 +343,9 @@ def masked(model: nn.Module, heads: Iterable[tuple[int, int]], tower: str | None
         closed.setdefault(layer, []).append(head)
     before = {layer: of_layer[layer].closed for layer in closed}
     for layer, own_heads in closed.items():
-        own = of_layer[layer]
-        like = next(own.parameters())
-        mask = (
-            torch.ones(own.num_heads, dtype=like.dtype, device=like.device)
-            if own.closed is None
-            else own.closed.clone()
-        )
-        mask[own_heads] = 0
-        own.closed = mask
+        of_layer[layer].close(own_heads)
     try:
         yield model
     finally:
         for layer, earlier in before.items():
-            of_layer[layer].closed = earlier
+            of_layer[layer].close((), earlier)

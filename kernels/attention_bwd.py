@@ -312,23 +312,23 @@ def attention_bwd(
     out: Tensor | None = None,
     _row: Row | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of gated attention: dqkv `[B, N, 3D]` in qkv's dtype, and partial sums of the gates' `[G, H]`, float32,
+    """Gradients of gated attention: dqkv `[B, N, 3E]` in qkv's dtype, and partial sums of the gates' `[G, H]`, float32,
     for `sums` to add up (None without a gate).
 
     Args:
-        do: `[B, N, D]`, gradient of the gated output, any strides and float dtype.
-        qkv: `[B, N, 3D]`, float16, bfloat16 or float32; a view, its last dimension contiguous.
+        do: `[B, N, E]`, gradient of the gated output, any strides and float dtype.
+        qkv: `[B, N, 3E]`, float16, bfloat16 or float32; a view, its last dimension contiguous.
         lse: `[B, H, N]` float32: natural log-sum-exp of the scaled, masked scores; -inf: nothing seen.
         gate: `[H]` float32; their values, or with a gate_form (of `reference.GATES`) theta: dg is of the values.
         mask: broadcasts to `[B, H, N, N]`; boolean with True = masked, or additive.
         delta: what the heads' q, k, v have beside qkv. The gradient is that of their sum.
-        out: `[B, N, 3D]` view to write dqkv to, its last dimension contiguous; None: allocated.
+        out: `[B, N, 3E]` view to write dqkv to, its last dimension contiguous; None: allocated.
     """
     check_contiguous(qkv=qkv, out=out)
-    B, N, D = do.shape
-    H, dh = num_heads, D // num_heads
+    B, N, E = do.shape
+    H, dh = num_heads, E // num_heads
     do = do if do.stride(-1) == 1 else do.contiguous()
-    dqkv = torch.empty((B, N, 3 * D), dtype=qkv.dtype, device=qkv.device) if out is None else out
+    dqkv = torch.empty((B, N, 3 * E), dtype=qkv.dtype, device=qkv.device) if out is None else out
     on_chip, low, deltas = given(delta)
     masked, spread = mask is not None, is_spread(N, B * H)
     row = _row or row_for(BACKWARD, architecture(qkv), dh, N, qkv.dtype, deltas=deltas, masked=masked, spread=spread)

@@ -1,5 +1,5 @@
 """Attention forward: every head's deltas, softmax and gate in one pass over q, k, v, which are read where the
-projection's product left them, `[B, N, 3D]`.
+projection's product left them, `[B, N, 3E]`.
 
     q_h = q0_h + s·T_h B_hᵀ, the same for k and v where they have a delta;      T_h = x A_hᵀ
     o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h                         lse_h = log Σ exp(…)
@@ -215,9 +215,12 @@ def attention_fwd_kernel(
 
 def attend(
     kernel: Any, blocks: int, inputs: tuple[Any, ...], x: Tensor, tiles: Tiles, head: heads.Head, low: heads.Low, *,
-    gate: Tensor | None, mask: Tensor | None, causal: bool, pool: int | Tensor | str | slice | None,
+    gate: Tensor | None, mask: Tensor | None, causal: bool, pool: int | Tensor | str | slice | None, **meta: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Launches `kernel` on its inputs, `blocks` programs for each head of x `[B, N, …]`: o, lse, cls."""
+    """Launches `kernel` on its inputs, `blocks` programs for each head of x `[B, N, …]`: o, lse, cls.
+
+    meta: what else it is compiled for.
+    """
     B, N = x.shape[:2]
     o = torch.empty(B, N, head.heads * head.dim, dtype=x.dtype, device=x.device)
     lse = torch.empty(B, head.heads, N, dtype=torch.float32, device=x.device)
@@ -233,7 +236,7 @@ def attend(
         pooled = Pool(cls, packed(tokens), pool % N if isinstance(pool, int) and N else first)
     grid = (on_grid(B * head.heads * blocks, "attention_fwd"),)
     outputs = (heads.as_mask(mask, B, head.heads, N), packed(gate), heads.as_rows(o), lse, pooled, N)
-    launch(kernel, grid, *inputs, *outputs, **heads.compiled_for(tiles, head, low, causal), POOL=form)
+    launch(kernel, grid, *inputs, *outputs, **heads.compiled_for(tiles, head, low, causal), POOL=form, **meta)
     if cls is not None:
         cls = cls.sum(2) / (N - first) if form == "mean" else cls.view(B, head.heads, head.dim)
     return o, lse, cls
@@ -254,7 +257,7 @@ def attention_fwd(
     """Attention of every head, and its pooled token.
 
     Args:
-        qkv: `[B, N, 3D]`, fp16, bf16 or fp32; any strides, the last dimension contiguous.
+        qkv: `[B, N, 3E]`, fp16, bf16 or fp32; any strides, the last dimension contiguous.
         num_heads: H.
         gate: `[H]` float32; their values, or with a gate_form (of `reference.GATES`) theta.
         mask: broadcasts to `[B, H, N, N]`: boolean, True = masked, or additive, of any float dtype; any strides.
@@ -264,7 +267,7 @@ def attention_fwd(
             slice(first, None) over these. Where an image's
             index is not in 0 … N-1, and of no tokens, they are NaN.
 
-    Returns o `[B, N, D]`, gated, in qkv's dtype; lse `[B, H, N]` float32, natural log; cls `[B, H, dh]` float32,
+    Returns o `[B, N, E]`, gated, in qkv's dtype; lse `[B, H, N]` float32, natural log; cls `[B, H, dh]` float32,
     un-gated, or None. A row that sees no key is 0, its lse -inf.
     """
     check_contiguous(qkv=qkv)

@@ -114,18 +114,19 @@ def fold(
     merge: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`[3D + R, D]` in `dtype`: W + scale·B_h A_h (merge) or W, then A's rows over (target, H or 1, rank), then zeros;
-    the bias `[3D + R]`, zeros after it, or None; out_proj's weights `[D, D]` and bias `[D]`, where they are given.
+    """`[3E + R, D]` in `dtype`: W + scale·B_h A_h (merge) or W, then A's rows over (target, H or 1, rank), then zeros;
+    the bias `[3E + R]`, zeros after it, or None; out_proj's weights `[D, D]` and bias `[D]`, where they are given, for
+    E = D alone.
 
-    w_in: `[3D, D]`, b_in: `[3D]` or None, w_out: `[D, D]` or None, b_out: `[D]` or None, any float dtype.
+    w_in: `[3E, D]`, b_in: `[3E]` or None, w_out: `[D, D]` or None, b_out: `[D]` or None, any float dtype.
     lora_A: `[T, H|1, r, D]`, lora_B: `[T, H, dh, r]`, float32, or both None. Any strides.
     parts: which of q (0), k (1), v (2) each target is. R: `padded_rank` of A's rows.
     """
-    D, rank, rows = w_in.shape[1], 0, 0
+    E, D, rank, rows = w_in.shape[0] // 3, w_in.shape[1], 0, 0
     if lora_A is not None:
         rank, rows = lora_A.shape[2], lora_A.shape[0] * lora_A.shape[1] * lora_A.shape[2]
-    H, dh, R = num_heads, D // num_heads, padded_rank(rows)
-    own, below = 3 * D + R, 0 if w_out is None else D
+    H, dh, R = num_heads, E // num_heads, padded_rank(rows)
+    own, below = 3 * E + R, 0 if w_out is None else D
     out = torch.empty((own + below, D), dtype=dtype, device=w_in.device)
     bias = None if b_in is None and b_out is None else torch.empty(own + below, dtype=dtype, device=w_in.device)
     weights = (_matrix(w_in), packed(b_in), None if w_out is None else _matrix(w_out), packed(b_out))

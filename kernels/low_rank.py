@@ -108,7 +108,7 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
     """Gradients of the low-rank path from that of qkv: writes U, returns partial sums of dB, `[S, T, H, dh, r]`
     float32, for `sums` to add up.
 
-    dqkv: `[B, N, 3D]`; u: `[B, N, C]` in its dtype, laid out as `delta.low`, padding columns set to zero. Views;
+    dqkv: `[B, N, 3E]`; u: `[B, N, C]` in its dtype, laid out as `delta.low`, padding columns set to zero. Views;
     their last dimension is contiguous.
     """
     check_contiguous(dqkv=dqkv, u=u)

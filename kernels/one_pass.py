@@ -7,6 +7,7 @@ Every head reads all of x, so this is for short sequences and small batches, and
 """
 
 from collections import namedtuple
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -17,30 +18,29 @@ from fastheads.kernels.attention_fwd import attend, attend_chunks, out_of_head
 from fastheads.kernels.launch import architecture, check_contiguous, packed, strides
 from fastheads.kernels.tiles import ONE_PASS, row_for
 
-# W `[3D, D]`, bias `[3D]` or None; A `[T, H | 1, r, D]`, stride_h 0 where heads share it, B `[T, H, dh, r]`, scale s.
+# W `[3E, D]`, bias `[3E]` or None; A `[T, H | 1, r, D]`, stride_h 0 where heads share it, B `[T, H, dh, r]`, scale s.
 Weight = namedtuple("Weight", "p stride p_bias")
 Lora = namedtuple("Lora", "p stride_t stride_h stride_r p_up scale")
 
 
 @triton.jit
 def add_columns(
-    b_y, b_x, weight, lora, start, h, PART: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr
-):
+    b_y, b_x, weight, lora, start, width, h,
+    PART: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
     """y + x Wᵀ, tiles `[R, P]`, and T + x Aᵀ beside them, for some columns of x."""
-    D: tl.constexpr = HEAD.heads * HEAD.dim
-    EDGE: tl.constexpr = D % TILES.block_n != 0
     b_sums = ()
     p_w = weight.p + ((PART * HEAD.heads + h) * HEAD.dim).to(tl.int64) * weight.stride
     for i in tl.static_range(len(HEAD.pieces)):
         o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
         # [P, block_n]
-        b_w = heads.load_tile(p_w, o_d, weight.stride, HEAD.dim, start, TILES.block_n, D, EDGE)
+        b_w = heads.load_tile(p_w, o_d, weight.stride, HEAD.dim, start, TILES.block_n, width, EDGE)
         b_sums = b_sums + (tl.dot(b_x, tl.trans(b_w), b_y[i], input_precision=HEAD.precision),)
     if LOW.target_of[PART] >= 0:
         p_a = lora.p + LOW.target_of[PART] * lora.stride_t + h * lora.stride_h
         # [r, block_n]
         o_a = tl.arange(0, LOW.tile)
-        b_a = heads.load_tile(p_a, o_a, lora.stride_r, LOW.rank, start, TILES.block_n, D, EDGE)
+        b_a = heads.load_tile(p_a, o_a, lora.stride_r, LOW.rank, start, TILES.block_n, width, EDGE)
         b_sums = b_sums + (tl.dot(b_x, tl.trans(b_a), b_y[len(HEAD.pieces)], input_precision=HEAD.precision),)
     return b_sums
 
@@ -66,9 +66,9 @@ def add_rest(b_y, b_up, p_bias, dtype: tl.constexpr, h, PART: tl.constexpr, HEAD
 def project_rows(
     x, weight, lora, b_up, first, rows, width, h,
     PARTS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """The parts (of q 0, k 1, v 2) of one head for ROWS rows of x: for each a tuple of tiles `[R, P]`."""
-    D: tl.constexpr = HEAD.heads * HEAD.dim
     o_r = first + tl.arange(0, ROWS)
     b_ys = ()
     for j in tl.static_range(len(PARTS)):
@@ -76,10 +76,12 @@ def project_rows(
     # width is D, known at run time only: a loop of known length would be unrolled.
     for start in range(0, width, TILES.block_n):
         # [R, block_n]
-        b_x = heads.load_tile(x.p, o_r, x.stride, rows, start, TILES.block_n, D, D % TILES.block_n != 0)
+        b_x = heads.load_tile(x.p, o_r, x.stride, rows, start, TILES.block_n, width, EDGE)
         b_new = ()
         for j in tl.static_range(len(PARTS)):
-            b_new = b_new + (add_columns(b_ys[j], b_x, weight, lora, start, h, PARTS[j], TILES, HEAD, LOW),)
+            b_new = b_new + (
+                add_columns(b_ys[j], b_x, weight, lora, start, width, h, PARTS[j], TILES, HEAD, LOW, EDGE),
+            )
         b_ys = b_new
     b_out = ()
     for j in tl.static_range(len(PARTS)):
@@ -91,6 +93,7 @@ def project_rows(
 def one_pass_fwd_kernel(
     x, weight, lora, width, mask, p_gate, o, p_lse, pool, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h and lse_h of x `[N, D]`.
 
@@ -104,9 +107,8 @@ def one_pass_fwd_kernel(
     b_ks = ()
     b_vs = ()
     for c in tl.static_range(len(TILES.chunks)):
-        b_k, b_v = project_rows(
-            x_b, weight, lora, b_up, TILES.chunks[c][0], rows, width, h, (1, 2), TILES.chunks[c][1], TILES, HEAD, LOW
-        )
+        at: tl.constexpr = TILES.chunks[c]
+        b_k, b_v = project_rows(x_b, weight, lora, b_up, at[0], rows, width, h, (1, 2), at[1], TILES, HEAD, LOW, EDGE)
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
     full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
@@ -114,7 +116,7 @@ def one_pass_fwd_kernel(
     ROWS: tl.constexpr = (TILES.block_m, TILES.tail)
     for t in tl.static_range(2 if TILES.tail > 0 else 1):
         for start in range(bounds[t], bounds[t + 1], ROWS[t]):
-            b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), ROWS[t], TILES, HEAD, LOW)
+            b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), ROWS[t], TILES, HEAD, LOW, EDGE)
             attend_chunks(b_q[0], b_ks, b_vs, (), b_mask, out, start, rows, ROWS[t], TILES, HEAD, CAUSAL, POOL)
 
 
@@ -138,17 +140,17 @@ def one_pass_fwd(
 
     Args:
         x: `[B, N, D]`, fp16, bf16 or fp32; any strides, the last dimension contiguous.
-        w_in, b_in: `[3D, D]`, `[3D]` or None, in x's dtype; rows of any stride.
+        w_in, b_in: `[3E, D]`, `[3E]` or None, in x's dtype; rows of any stride.
         lora_A: `[T, H | 1, r, D]` in x's dtype, or None; its last dimension contiguous.
         lora_B: `[T, H, dh, r]` float32, or None.
         num_heads: H.
         parts: which of q (0), k (1), v (2) target t is, T of them.
         scale, gate, gate_form, mask, causal, pool: as in `attention_fwd`.
 
-    Returns o `[B, N, D]`, lse `[B, H, N]`, cls `[B, H, dh]` as `attention_fwd` does.
+    Returns o `[B, N, E]`, lse `[B, H, N]`, cls `[B, H, dh]` as `attention_fwd` does.
     """
     check_contiguous(x=x, w_in=w_in, lora_A=lora_A)
-    N, dh = x.shape[1], x.shape[2] // num_heads
+    N, dh = x.shape[1], w_in.shape[0] // 3 // num_heads
     tiles = row_for(ONE_PASS, architecture(x), dh, N, x.dtype).tiles(N)
     lora, low, head = None, heads.Low(), heads.head_of(num_heads, dh, x.dtype, gate_form)
     if lora_A is not None and lora_B is not None:
@@ -156,5 +158,5 @@ def one_pass_fwd(
         s_t, s_h, s_r = strides(lora_A, 0, 1, 2)
         lora = Lora(lora_A, s_t, 0 if low.shared else s_h, s_r, packed(lora_B), float(scale))
     inputs = (heads.as_rows(x), Weight(w_in, w_in.stride(0), packed(b_in)), lora, x.shape[2])
-    kernel = one_pass_fwd_kernel
-    return attend(kernel, 1, inputs, x, tiles, head, low, gate=gate, mask=mask, causal=causal, pool=pool)
+    more: Any = {"gate": gate, "mask": mask, "causal": causal, "pool": pool, "EDGE": x.shape[2] % tiles.block_n != 0}
+    return attend(one_pass_fwd_kernel, 1, inputs, x, tiles, head, low, **more)

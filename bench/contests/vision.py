@@ -32,7 +32,8 @@ class VisionCase:
     "attention" (without its projections).
 
     setting: a key of SETTINGS. ranks: of the layers that are run. tokens: of a layer; 0: the setting's.
-    closed: heads per layer whose gate is 0, where there are gates. to_images: a step's gradients go on to the images.
+    closed: heads per layer whose gate is 0, where there are gates, which then are frozen.
+    to_images: a step's gradients go on to the images.
     """
 
     kind: str
@@ -104,8 +105,9 @@ def trial(case: VisionCase, dress: Dress, maths: str) -> Trial:
     model = dress(case.model(), case.ranks)
     layers = [trained(block.attn, maths) for block in blocks_of(model)]
     for layer in layers if case.closed else ():
-        if "theta" in layer:
-            layer["theta"].data[: case.closed] = -torch.inf
+        theta = layer.pop("theta", None)
+        if theta is not None:
+            theta.requires_grad_(False)[: case.closed] = -torch.inf
     if case.kind == "inference":
         return _inference_trial(case, model)
     return (_block_trial if case.kind == "block" else _step_trial)(case, model, layers)

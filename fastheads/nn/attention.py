@@ -130,12 +130,18 @@ class HeadAttention:
             w_out = b_out = None
             if out_proj is not None and is_plain_linear(out_proj):
                 w_out, b_out, out_proj = out_proj.weight, out_proj.bias, None
+            lora_A, lora_B, heads = own.lora_A, own.lora_B, own.adding() if pool is None else None
+            if heads is not None:
+                lora["num_heads"], gate, gate_form = len(heads), own.gate(), ""
+                w_in, b_in, lora_A, lora_B, gate, mask, w_out = _of_heads(
+                    heads, own.num_heads, w_in, b_in, lora_A, lora_B, gate, mask, w_out
+                )
             o, _, cls = ops.head_attention(
                 x,
                 w_in,
                 b_in,
-                own.lora_A,
-                own.lora_B,
+                lora_A,
+                lora_B,
                 gate=gate,
                 gate_form=gate_form,
                 w_out=w_out,
@@ -146,6 +152,8 @@ class HeadAttention:
                 impl=own.impl,
                 **lora,
             )
+            if heads is not None and w_out is None:
+                o = _beside_zeros(o, heads, own.num_heads)
         if own.recorder is not None and cls is not None:
             own.recorder.add(own.layer, cls)
         return o if out_proj is None else out_proj(o), probabilities if need_weights else None
@@ -153,6 +161,35 @@ class HeadAttention:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
         return _rebuild, (cls.__bases__[0], cls.__bases__[1]), self.__dict__
+
+
+def _of_heads(
+    heads: Tensor,
+    num_heads: int,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    w_out: Tensor | None,
+) -> Any:
+    """The same arguments of `head_attention` for these heads alone; copies."""
+
+    def of(t: Tensor | None, dim: int) -> Tensor | None:
+        own = t is not None and t.dim() >= -dim and t.shape[dim] == num_heads
+        return t.index_select(dim, heads) if t is not None and own else t
+
+    w_in = w_in.unflatten(0, (3, num_heads, -1)).index_select(1, heads).flatten(0, 2)
+    b_in = None if b_in is None else b_in.view(3, num_heads, -1).index_select(1, heads).flatten()
+    w_out = None if w_out is None else w_out.unflatten(1, (num_heads, -1)).index_select(1, heads).flatten(1)
+    return w_in, b_in, of(lora_A, 1), of(lora_B, 1), of(gate, 0), of(mask, -3), w_out
+
+
+def _beside_zeros(o: Tensor, heads: Tensor, num_heads: int) -> Tensor:
+    """`[B, N, E]` of all heads, from these heads' `[B, N, …]` and zeros."""
+    each = o.unflatten(2, (len(heads), -1))
+    return o.new_zeros(*o.shape[:2], num_heads, each.shape[3]).index_copy(2, heads, each).flatten(2)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor | None) -> Tensor:

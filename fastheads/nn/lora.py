@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class HeadLoRA(nn.Module):
         self.gate_kind, self.impl, self.recompute = config.gate, impl, recompute
         self.enabled = True
         self.closed: Tensor | None = None  # [H] ones, zeros for heads that `masked` has closed
+        self._open: Tensor | None = None  # the others' indices
+        self._seen: tuple[object, Tensor | None] = None, None
         self.recorder: Recorder | None = None
         self.watch: FrozenWatch | None = None
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -72,6 +74,31 @@ class HeadLoRA(nn.Module):
             gate = GATES[self.gate_kind](self.theta)
         return self.closed if gate is None else gate if self.closed is None else gate * self.closed
 
+    def close(self, heads: Sequence[int], then: Tensor | None = None) -> None:
+        """Closes these heads beside those that are; none: what is closed is `then`."""
+        if heads:
+            like = next(self.parameters())
+            ones = torch.ones(self.num_heads, dtype=like.dtype, device=like.device)
+            then = ones if self.closed is None else self.closed.clone()
+            then[list(heads)] = 0
+        self.closed, self._open = then, None if then is None else _adding(then)
+        self._seen = None, None
+
+    def adding(self) -> Tensor | None:
+        """Indices of the heads that add something, int64; None where all may.
+
+        Out are those that `masked` closes and, where theta is frozen, those whose gate is exactly 0: looked up when
+        theta's storage or version changes (not what is written through `.data`), and never in a compiled graph.
+        """
+        theta = self.theta
+        if theta is None or theta.requires_grad or torch.compiler.is_compiling() or not _readable(theta):
+            return self._open
+        state = theta.data_ptr(), theta._version
+        if self._seen[0] != state:
+            with torch.no_grad():
+                self._seen = state, _adding(cast(Tensor, self.gate()))
+        return self._seen[1]
+
     def frozen(self) -> bool:
         """Whether it has parameters, and none of them is trained."""
         own = [p.requires_grad for p in self._parameters.values() if p is not None]
@@ -92,7 +119,18 @@ class HeadLoRA(nn.Module):
         return f"heads={self.num_heads}, rank={self.rank}, targets={self.targets}, gate={self.gate_kind}"
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "recorder": None}
+        return {**self.__dict__, "recorder": None, "_seen": (None, None)}
+
+
+def _readable(theta: Tensor) -> bool:
+    """Whether it has values and a version; a shard has its own values only."""
+    return type(theta) is nn.Parameter and not theta.is_meta and not theta.is_inference()
+
+
+def _adding(gate: Tensor) -> Tensor | None:
+    """Of gates `[H]`, as `HeadLoRA.adding`; of gates that all are 0 the first head stays."""
+    found = [h for h, g in enumerate(gate.tolist()) if g] or [0]
+    return gate.new_tensor(found, dtype=torch.int64) if len(found) < len(gate) else None
 
 
 class FrozenWatch:

@@ -27,7 +27,7 @@ Heads = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 def forward(
     layer: Layer, pool: int | Tensor | str | slice | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """o, lse, cls, and what `backward` reads: q, k and v `[B, N, 3D]`, T `[B, N, C]`, the heads where o is gated."""
+    """o, lse, cls, and what `backward` reads: q, k and v `[B, N, 3E]`, T `[B, N, C]`, the heads where o is gated."""
     projected, low = _project(layer)
     each = heads_of(projected, layer.num_heads)
     o, lse, cls, heads = attend(*each, gate=_gate(layer), mask=layer.mask, causal=layer.causal, pool=pool)
@@ -38,7 +38,7 @@ def kept_shapes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
     """Of what `forward` returns for `backward`."""
     B, N, D = layer.x.shape
     low = (0,) if layer.lora_A is None else (B, N, layer.lora_A.numel() // D)
-    return (B, N, 3 * D), low, (0,) if layer.gate is None else (B, N, D)
+    return (B, N, 3 * layer.width), low, (0,) if layer.gate is None else (B, N, layer.width)
 
 
 def backward(
@@ -115,18 +115,18 @@ def _few_tokens(x: Tensor, lora_A: Tensor) -> bool:
 
 def _folded(layer: Layer, gate: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """`W + s·B A` of q, k and v, formed in at least float32 and rounded once, and their biases; v's times the gates."""
-    D = layer.w_in.shape[1]
+    E, D = layer.width, layer.w_in.shape[1]
     lora_A, lora_B = layer.deltas()
     _, H, dh, _ = lora_B.shape
     wide = torch.promote_types(lora_B.dtype, layer.w_in.dtype)
     for part in range(3):
-        own = slice(part * D, (part + 1) * D)
+        own = slice(part * E, (part + 1) * E)
         weight, bias = layer.w_in[own], None if layer.b_in is None else layer.b_in[own]
         if part in layer.parts:
             t = layer.parts.index(part)
             down = lora_A[t].to(wide).expand(H, -1, -1)
             summed = torch.baddbmm(weight.to(wide).view(H, dh, D), lora_B[t].to(wide), down, alpha=layer.scale)
-            weight = summed.view(D, D)
+            weight = summed.view(E, D)
         if part == 2 and gate is not None:
             factors = gate.repeat_interleave(dh)
             weight, bias = weight * factors[:, None], None if bias is None else bias * factors
@@ -134,7 +134,7 @@ def _folded(layer: Layer, gate: Tensor | None) -> Iterator[tuple[Tensor, Tensor 
 
 
 def _project(layer: Layer) -> tuple[Tensor, Tensor | None]:
-    """q, k and v with their deltas, `[B, N, 3D]`, and `T = x Aᵀ`, `[B, N, C]`, of the dropped-out x."""
+    """q, k and v with their deltas, `[B, N, 3E]`, and `T = x Aᵀ`, `[B, N, C]`, of the dropped-out x."""
     x, w_in = layer.x, layer.w_in.to(layer.x.dtype)
     bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
     if layer.lora_A is None:
@@ -155,20 +155,20 @@ def _project(layer: Layer) -> tuple[Tensor, Tensor | None]:
 
 
 def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """`Uᵀ`, `U_h = dY_h B_h` not scaled, `[C, B·N]`, and `dB_h = s·dY_hᵀ T_h`. dy: of q, k and v, `[B·N, D]`.
+    """`Uᵀ`, `U_h = dY_h B_h` not scaled, `[C, B·N]`, and `dB_h = s·dY_hᵀ T_h`. dy: of q, k and v, `[B·N, E]`.
 
     Both transposed: products with r rows take a quarter of the time of those with r columns.
     """
     _, lora_B = layer.deltas()
     T, H, dh, r = lora_B.shape
-    M, D = dy[0].shape
+    M, E = dy[0].shape
     up, each = lora_B.to(low.dtype).mT, low.view(M, T, -1, r).permute(1, 2, 3, 0)  # [T, H or 1, r, M]
     u, dup = low.new_empty(each.shape), low.new_empty(T, H, r, dh)
     for part, own, b, out, db in zip(layer.parts, each, up, u, dup, strict=True):
         heads = dy[part].view(M, H, dh).transpose(0, 1)
         torch.baddbmm(db, own.expand(H, -1, -1), heads, beta=0, alpha=layer.scale, out=db)
         if layer.shared:
-            torch.mm(b.transpose(0, 1).reshape(r, D), dy[part].T, out=out[0])
+            torch.mm(b.transpose(0, 1).reshape(r, E), dy[part].T, out=out[0])
         else:
             torch.bmm(b, heads.mT, out=out)
     return u.view(-1, M), dup.mT.contiguous()
@@ -176,7 +176,7 @@ def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tens
 
 def _dx(dy: Sequence[Tensor], u: Tensor | None, layer: Layer) -> Tensor:
     """`dY W + s·U A`, `[B·N, D]`, of `Uᵀ`; in 16 bits as one product, so that it is rounded once."""
-    x, D, scale = layer.x, layer.x.shape[2], layer.scale
+    x, D, E, scale = layer.x, layer.x.shape[2], layer.width, layer.scale
     weight = layer.w_in.to(x.dtype)
     down = None if u is None or layer.lora_A is None else layer.lora_A.reshape(-1, D)
     if x.dtype.itemsize < 4:
@@ -184,9 +184,9 @@ def _dx(dy: Sequence[Tensor], u: Tensor | None, layer: Layer) -> Tensor:
             return torch.cat((*dy, u.T), 1) @ torch.cat((weight, (scale * down).to(x.dtype)))
         dx = torch.cat(tuple(dy), 1) @ weight
     else:
-        dx = dy[0] @ weight[:D]
+        dx = dy[0] @ weight[:E]
         for part in (1, 2):
-            dx.addmm_(dy[part], weight[part * D : (part + 1) * D])
+            dx.addmm_(dy[part], weight[part * E : (part + 1) * E])
     if u is None or down is None:
         return dx
     if layer.seed is None:
@@ -207,9 +207,9 @@ def _dropped(layer: Layer, x: Tensor) -> Tensor:
 
 
 def heads_of(qkv: Tensor, num_heads: int) -> Heads:
-    """q, k, v of `[B, N, 3D]`, views `[B, H, N, dh]`."""
-    B, N, D3 = qkv.shape
-    q, k, v = qkv.view(B, N, 3, num_heads, D3 // 3 // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    """q, k, v of `[B, N, 3E]`, views `[B, H, N, dh]`."""
+    B, N, E3 = qkv.shape
+    q, k, v = qkv.view(B, N, 3, num_heads, E3 // 3 // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
@@ -257,7 +257,7 @@ def attend(
     pool: int | str | slice | Tensor | None,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """o `[B, N, D]` gated, lse `[B, H, N]`, un-gated cls `[B, H, dh]` where asked for, un-gated heads `[B, N, D]` where
+    """o `[B, N, E]` gated, lse `[B, H, N]`, un-gated cls `[B, H, dh]` where asked for, un-gated heads `[B, N, E]` where
     they are not o; not `keep`: they need not live on.
 
     q, k, v: `[B, H, N, dh]`, any strides.
@@ -291,7 +291,7 @@ def attend_bwd(
     mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of q, k and v as `[B·N, D]`, and of the gates `[H]` where there are any. heads: un-gated."""
+    """The gradients of q, k and v as `[B·N, E]`, and of the gates `[H]` where there are any. heads: un-gated."""
     B, H, N, dh = q.shape
     mask, shift, causal = _additive(mask, causal, q)
     do, each = do.reshape(B, N, H, dh), heads.view(B, N, H, dh)

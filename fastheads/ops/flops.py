@@ -1,11 +1,12 @@
 """Floating-point operations of `fastheads::head_attention` and its gradients, for `torch.utils.flop_counter`.
 
 Counted is what the formulas ask for, as PyTorch counts its own attention on a GPU: two operations per multiplication in
-a product, softmax and gates free, scores computed again in the backward pass. With T targets, C rows of lora_A, rank r:
+a product, softmax and gates free, scores computed again in the backward pass. With E the width of all heads, T targets,
+C rows of lora_A, rank r:
 
-    forward   x W  2·BN·3D·D      T = x Aᵀ  2·BN·D·C      T Bᵀ  2·BN·T·D·r      attention  4·B·H·N²·dh
-              o W_out  2·BN·D·D, where that is the operator's
-    backward  for each gradient asked for as many as its products in `fused.backward`; attention 10·B·H·N²·dh
+    forward   x W  2·BN·3E·D      T = x Aᵀ  2·BN·D·C      T Bᵀ  2·BN·T·D·r      attention  4·B·N²·E
+              o W_out  2·BN·E·D, where that is the operator's
+    backward  for each gradient asked for as many as its products in `fused.backward`; attention 10·B·N²·E
 
 `register_flop_formula` is not used: its module imports Triton, and who imports fastheads has not asked for that.
 """
@@ -20,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
-def _products(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> tuple[int, int, int]:
+def _products(x: Tensor, w_in: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> tuple[int, int, int]:
     """Operations of x W, of T = x Aᵀ, and of T Bᵀ head by head."""
-    B, N, D = x.shape
-    projection = 2 * B * N * 3 * D * D
+    B, N, _ = x.shape
+    projection = 2 * B * N * w_in.numel()
     if lora_A is None or lora_B is None:
         return projection, 0, 0
     return projection, 2 * B * N * lora_A.numel(), 2 * B * N * lora_B.numel()
@@ -34,10 +35,10 @@ def _projection_out(x: Tensor, w_out: Tensor | None) -> int:
     return 0 if w_out is None else 2 * x.shape[0] * x.shape[1] * w_out.numel()
 
 
-def _score_product(x: Tensor) -> int:
+def _score_product(x: Tensor, w_in: Tensor) -> int:
     """Operations of q kᵀ, and of every other product of attention."""
-    B, N, D = x.shape
-    return 2 * B * N * N * D
+    B, N, _ = x.shape
+    return 2 * B * N * N * (w_in.shape[0] // 3)
 
 
 def forward_flops(
@@ -52,7 +53,7 @@ def forward_flops(
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
-    return sum(_products(x, lora_A, lora_B)) + 2 * _score_product(x) + _projection_out(x, w_out)
+    return sum(_products(x, w_in, lora_A, lora_B)) + 2 * _score_product(x, w_in) + _projection_out(x, w_out)
 
 
 def backward_flops(
@@ -76,9 +77,9 @@ def backward_flops(
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
-    projection, down, up = _products(x, lora_A, lora_B)
+    projection, down, up = _products(x, w_in, lora_A, lora_B)
     dx, dw, _, dA, dB, _ = needed
-    products = [5 * _score_product(x), _projection_out(x, w_out)]
+    products = [5 * _score_product(x, w_in), _projection_out(x, w_out)]
     products += [projection * (dx + dw)]  # dY W, dYᵀ x
     products += [up * ((dx or dA) + dB)]  # U = dY B, dYᵀ T
     products += [down * (dA + dx)]  # Uᵀ x, U A

@@ -47,8 +47,8 @@ def _rows(t: Tensor) -> Tensor:
 
 
 class Weights(NamedTuple):
-    """The weights of a layer's products. own: `[3D (+ R), D]`, W with the deltas where merged, and lora_A's rows below;
-    bias: `[3D (+ R)]`, zeros after b_in; out, out_bias: w_out and b_out."""
+    """The weights of a layer's products. own: `[3E (+ R), D]`, W with the deltas where merged, and lora_A's rows below;
+    bias: `[3E (+ R)]`, zeros after b_in; out, out_bias: w_out and b_out."""
 
     own: Tensor
     bias: Tensor | None
@@ -67,9 +67,11 @@ def _weights(layer: Layer, bias: bool = True) -> Weights:
     if not stored and (layer.lora_A is None or layer.impl == "one_pass"):
         return Weights(layer.w_in, b_in, layer.w_out, b_out)
     options = {**layer.low_rank, "shared": layer.shared, "merge": layer.merged, "dtype": x.dtype}
-    tensors = (layer.w_in, b_in, layer.lora_A, layer.lora_B, *((layer.w_out, b_out) if stored_out else (None, None)))
+    below = stored_out and layer.width == x.shape[2]
+    tensors = (layer.w_in, b_in, layer.lora_A, layer.lora_B, *((layer.w_out, b_out) if below else (None, None)))
     found = Weights(*_kernels().fold(*tensors, num_heads=layer.num_heads, **options))
-    return found if stored_out else found._replace(out=layer.w_out, out_bias=b_out)
+    w_out, b_out = (t if t is None else t.to(x.dtype) for t in (layer.w_out, b_out))
+    return found if below else found._replace(out=w_out, out_bias=b_out)
 
 
 def _dropped(layer: Layer, x: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def _dropped(layer: Layer, x: Tensor) -> Tensor:
 
 
 class _Product(NamedTuple):
-    """What the projection yields. whole: `[B, N, 3D (+ R)]`, q, k and v in its first `width` columns, and T in the
+    """What the projection yields. whole: `[B, N, 3E (+ R)]`, q, k and v in its first `width` columns, and T in the
     others where it was no product of its own, `apart`."""
 
     whole: Tensor
@@ -101,11 +103,11 @@ class _Product(NamedTuple):
 
 def _project(layer: Layer, weights: Weights, low_too: bool) -> _Product:
     """q, k, v, and `T = x Aᵀ` where there is a delta and somebody reads it (`low_too`, or the attention kernel)."""
-    x, D3, weight, bias = layer.x, layer.w_in.shape[0], weights.own, weights.bias
+    x, E3, weight, bias = layer.x, layer.w_in.shape[0], weights.own, weights.bias
     if layer.lora_A is None or (layer.seed is None and (low_too or not layer.merged)):
-        return _Product(F.linear(x, weight, bias), None, D3)
-    y = F.linear(x, weight[:D3], None if bias is None else bias[:D3])
-    return _Product(y, None if layer.seed is None else F.linear(_dropped(layer, x), weight[D3:]), D3)
+        return _Product(F.linear(x, weight, bias), None, E3)
+    y = F.linear(x, weight[:E3], None if bias is None else bias[:E3])
+    return _Product(y, None if layer.seed is None else F.linear(_dropped(layer, x), weight[E3:]), E3)
 
 
 def _low_rank(layer: Layer, low: Tensor, up: Tensor) -> Any:
@@ -154,7 +156,7 @@ def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
     """The operator on real tensors: o, lse, cls, and what its backward pass reads; None where nothing is kept.
 
     o is the gated heads, or with w_out their projection.
-    projected `[B, N, 3D (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
+    projected `[B, N, 3E (+ R)]`: q, k and v, and beside them `T = x Aᵀ` where one product makes both.
     low `[B, N, R]`: T, where it has a product of its own.
     heads: of a CPU alone, where these three are as `cpu.forward` has them.
     x_cast `[B, N, D]`: x in `dtype`, where it has another.
@@ -203,11 +205,11 @@ def infer(layer: Layer, pool: int | Tensor | str | slice | None) -> tuple[Tensor
 
 
 def _one_pass(layer: Layer, weights: Weights, pool: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, A, D3 = layer.x, layer.lora_A, layer.w_in.shape[0]
-    w_in, bias, low = weights.own[:D3], weights.bias, weights.own[D3:]
+    x, A, E3 = layer.x, layer.lora_A, layer.w_in.shape[0]
+    w_in, bias, low = weights.own[:E3], weights.bias, weights.own[E3:]
     if A is not None:
         A = low[: A.numel() // A.shape[-1]].view(A.shape) if len(low) else _rows(A.to(x.dtype))
-    inputs = (_rows(x), _rows(w_in), None if bias is None else bias[:D3], A, layer.lora_B)
+    inputs = (_rows(x), _rows(w_in), None if bias is None else bias[:E3], A, layer.lora_B)
     out: tuple[Tensor, Tensor, Tensor | None]
     out = _kernels().one_pass_fwd(*inputs, **layer.low_rank, **layer.attend, pool=pool)
     return out
@@ -228,11 +230,11 @@ def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     elif keep == "projections" and impl != "one_pass":
         R = 0 if layer.lora_A is None else _kernels().padded_rank(layer.lora_A.numel() // D)
         apart = layer.seed is not None and R > 0
-        kept = (B, N, 3 * D + (0 if apart else R)), (B, N, R) if apart else (0,), (0,)
+        kept = (B, N, 3 * layer.width + (0 if apart else R)), (B, N, R) if apart else (0,), (0,)
     return (
-        x.new_empty(B, N, D),
+        x.new_empty(B, N, layer.width if layer.w_out is None else layer.w_out.shape[0]),
         x.new_empty(B, layer.num_heads, N, dtype=wide),
-        x.new_empty((B, layer.num_heads, D // layer.num_heads) if pool else (0,), dtype=wide),
+        x.new_empty((B, layer.num_heads, layer.width // layer.num_heads) if pool else (0,), dtype=wide),
         *map(x.new_empty, kept),
         x.new_empty((B, N, D) if given.dtype != dtype and keep != "nothing" else (0,)),
     )
@@ -295,18 +297,18 @@ def _gradients(
     """`backward` by Triton's kernels; projected: None where nothing was kept."""
     if layer.impl == "one_pass":
         layer = layer._replace(impl="delta")
-    x, lora_A, lora_B, D3, R = layer.x, layer.lora_A, layer.lora_B, layer.w_in.shape[0], 0
+    x, lora_A, lora_B, E3, R = layer.x, layer.lora_A, layer.lora_B, layer.w_in.shape[0], 0
     weights = Weights(layer.w_in, None)  # as it is, where nothing reads it
     if projected is None or need["x"] or layer.w_out is not None:
         weights = _weights(layer, bias=projected is None)
     if weights.out is not None:
-        do = (do.flatten(0, 1) @ weights.out).view(x.shape)
-    product = _project(layer, weights, low_too=True) if projected is None else _Product(projected, low, D3)
+        do = (do.flatten(0, 1) @ weights.out).view(*x.shape[:2], layer.width)
+    product = _project(layer, weights, low_too=True) if projected is None else _Product(projected, low, E3)
     qkv, low = product.qkv, product.low
     if low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged)):
         R = low.shape[-1]
-    dboth = x.new_empty(*x.shape[:2], D3 + R)
-    dqkv, u = (dboth.narrow(-1, 0, D3), dboth.narrow(-1, D3, R)) if R else (dboth, None)
+    dboth = x.new_empty(*x.shape[:2], E3 + R)
+    dqkv, u = (dboth.narrow(-1, 0, E3), dboth.narrow(-1, E3, R)) if R else (dboth, None)
     _, dgate = _kernels().attention_bwd(do, qkv, lse, delta=_delta(layer, product), out=dqkv, **layer.attend)
     dup = None
     if u is not None and low is not None and lora_B is not None:
@@ -320,7 +322,7 @@ def _gradients(
     if need["x"]:
         grads["x"] = _dx(layer, dboth, dqkv, u, weights.own, dtype)
     if need["w_in"] or need["b_in"]:
-        rows = dqkv.reshape(-1, D3)
+        rows = dqkv.reshape(-1, E3)
         grads["w_in"] = rows.T @ x.flatten(0, 1) if need["w_in"] else None
         grads["b_in"] = rows.sum(0, dtype=lse.dtype) if need["b_in"] else None
     return grads
@@ -338,17 +340,17 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _dx(layer: Layer, dboth: Tensor, dqkv: Tensor, u: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """dx, for `dtype`, from dY and U, in one product with the weights of the forward pass where that has both."""
-    D3 = dqkv.shape[-1]
+    E3 = dqkv.shape[-1]
 
     def times(dy: Tensor, w: Tensor) -> Tensor:
         # As matrices: of a batch of rows that are strided `@` makes a product each.
         return _mm(dy.flatten(0, 1), w, dtype).view(layer.x.shape)
 
     if layer.lora_A is None or layer.merged:
-        return times(dqkv, weight.narrow(0, 0, D3))
+        return times(dqkv, weight.narrow(0, 0, E3))
     if u is None or layer.seed is None:
         return times(dboth, weight)
-    return times(dqkv, weight[:D3]) + _dropped(layer, u @ weight[D3:])
+    return times(dqkv, weight[:E3]) + _dropped(layer, u @ weight[E3:])
 
 
 def backward_shapes(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

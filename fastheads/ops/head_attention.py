@@ -178,7 +178,7 @@ def head_attention(
     Args, beside the reference's:
         gate_form: `""`: gate is the gates' values. `"softmax"` or `"sigmoid"`: it is theta `[H]`, of which
             `reference.GATES` says how gates are made; the kernels make them, and give theta's gradient.
-        w_out, b_out: `[D, D]`, `[D]` or None: the output projection; with it o is `o w_outᵀ + b_out`, the layer's
+        w_out, b_out: `[D, E]`, `[D]` or None: the output projection; with it o is `o w_outᵀ + b_out`, the layer's
             answer. The kernels cast it in the launch that casts w_in; a trained one is a linear layer of its own.
         recompute: keep x and lse for the backward pass, and compute the projections again there.
         impl: `"auto"` or the name of an implementation (`dispatch.NAMES`).
@@ -196,7 +196,7 @@ def head_attention(
         dtype=dtype,
         stored=w_in.dtype,
         num_heads=num_heads,
-        head_dim=x.shape[2] // num_heads,
+        head_dim=w_in.shape[0] // 3 // num_heads,
         rank=0 if lora_B is None else lora_B.shape[3],
         length=x.shape[1],
         dropout=dropout,
@@ -291,12 +291,13 @@ def _check(
     if x.dim() != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}; takes [batch, tokens, width]")
     B, N, D = x.shape
-    if num_heads < 1 or D % num_heads:
-        raise ValueError(f"num_heads: got {num_heads}; takes a divisor of the width {D}")
-    if w_in.shape != (3 * D, D):
+    E = w_in.shape[0] // 3
+    if w_in.shape != (3 * E, D):
         refuse("w_in", w_in, (3 * D, D))
-    if b_in is not None and b_in.shape != (3 * D,):
-        refuse("b_in", b_in, (3 * D,))
+    if num_heads < 1 or E % num_heads or not E:
+        raise ValueError(f"num_heads: got {num_heads}; takes a divisor of the width {E}")
+    if b_in is not None and b_in.shape != (3 * E,):
+        refuse("b_in", b_in, (3 * E,))
     wrong = [t for t in targets if t not in TARGETS]
     if wrong or len(set(targets)) != len(targets):
         raise ValueError(f"targets: got {tuple(targets)}; takes different ones of {', '.join(TARGETS)}")
@@ -304,14 +305,14 @@ def _check(
         raise ValueError(f"lora_{'B' if lora_B is None else 'A'}: got None beside the other; takes both or neither")
     if lora_A is not None and lora_B is not None:
         T, r = len(targets), lora_B.shape[-1]
-        if lora_B.shape != (T, num_heads, D // num_heads, r):
-            refuse("lora_B", lora_B, (T, num_heads, D // num_heads, r))
+        if lora_B.shape != (T, num_heads, E // num_heads, r):
+            refuse("lora_B", lora_B, (T, num_heads, E // num_heads, r))
         if lora_A.shape != (T, num_heads, r, D) and lora_A.shape != (T, 1, r, D):
             refuse("lora_A", lora_A, (T, num_heads, r, D), (T, 1, r, D))
     if gate is not None and gate.shape != (num_heads,):
         refuse("gate", gate, (num_heads,))
-    if w_out is not None and w_out.shape != (D, D):
-        refuse("w_out", w_out, (D, D))
+    if w_out is not None and w_out.shape != (D, E):
+        refuse("w_out", w_out, (D, E))
     if b_out is not None and (w_out is None or b_out.shape != (D,)):
         if w_out is None:
             raise ValueError("b_out: got one beside no w_out; takes both, or w_out alone")

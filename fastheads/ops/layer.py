@@ -30,6 +30,11 @@ class Layer(NamedTuple):
     impl: str
 
     @property
+    def width(self) -> int:
+        """E, of all heads together, which need not be x's."""
+        return self.w_in.shape[0] // 3
+
+    @property
     def attend(self) -> dict[str, Any]:
         """What every attention kernel takes beside q, k and v."""
         return {

@@ -17,7 +17,7 @@ TARGETS = ("q", "k", "v")
 class HeadAttentionOutput(NamedTuple):
     """What `head_attention` returns.
 
-    o: `[B, N, D]` gated head outputs, concatenated, before the output projection, in the dtype of the computation.
+    o: `[B, N, E]` gated head outputs, concatenated, before the output projection, in the dtype of the computation.
     lse: `[B, H, N]` log-sum-exp of the scaled, masked scores, at least float32.
     cls: `[B, H, dh]` un-gated head outputs of the pooled token, detached, at least float32; None where `pool` is None.
     """
@@ -28,7 +28,7 @@ class HeadAttentionOutput(NamedTuple):
 
 
 def up_matrix(lora_B: Tensor, targets: Sequence[str], scale: float, per_head: bool) -> Tensor:
-    """`[3D, T·(H|1)·r]`: every `s·B_h` at the rows of its target and head and the columns of its `A_h`.
+    """`[3E, T·(H|1)·r]`: every `s·B_h` at the rows of its target and head and the columns of its `A_h`.
 
     So that the delta of all targets and heads is one product, `Δ = up_matrix @ A` with A `[T·(H|1)·r, D]`.
     """
@@ -112,7 +112,7 @@ def attend(
 
 
 def gate_heads(heads: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`[B, H, N, dh]` heads, each times its gate, concatenated to `[B, N, D]` and rounded once to `dtype`."""
+    """`[B, H, N, dh]` heads, each times its gate, concatenated to `[B, N, E]` and rounded once to `dtype`."""
     if gate is not None:
         heads = heads * gate.to(heads.dtype).view(1, -1, 1, 1)
     return heads.transpose(1, 2).flatten(2).to(dtype)
@@ -160,7 +160,8 @@ def head_attention(
 
     Args:
         x: `[B, N, D]`.
-        w_in, b_in: `[3D, D]`, `[3D]` or None: query, key and value projection stacked, heads in order.
+        w_in, b_in: `[3E, D]`, `[3E]` or None: query, key and value projection stacked, heads in order; E = H·dh is D in
+            a whole layer.
         lora_A: `[T, H, r, D]`, or `[T, 1, r, D]` where all heads share the down-projection (plain LoRA).
         lora_B: `[T, H, dh, r]`, one slice per target, in the order of `targets`.
         num_heads: H.

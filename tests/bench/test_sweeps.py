@@ -159,4 +159,5 @@ def test_closed_heads_have_a_gate_of_zero():
     )
     assert bool((closed["dlora_A"][:, 0] == 0).all()) and bool((closed["dlora_A"][:, 1] != 0).any())
     assert bool((open_["dlora_A"][:, 0] != 0).any())
+    assert "dtheta" in open_ and "dtheta" not in closed
     assert all(bool(torch.isfinite(v).all()) for v in closed.values())

@@ -86,27 +86,33 @@ class Case:
     pool: Any = 0
     size: float = 0.3  # of lora_B
     seed: int = 0
+    left_out: int = 0  # further heads that x is as wide as
     neighbour: int = 0  # x is so many thousandths larger: as well conditioned, and rounded otherwise
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def D(self) -> int:
+        return (self.H + self.left_out) * self.dh
+
+    @property
+    def E(self) -> int:
+        """The width of all heads."""
         return self.H * self.dh
 
     def tensors(self, dtype: torch.dtype, stored: torch.dtype | None = None, device: str = "cpu") -> dict[str, Any]:
         """x in `dtype`, the base in `stored`, adapters and gates in at least float32: as a user holds them."""
         g = torch.Generator().manual_seed(self.seed)
         stored, wide = stored or dtype, torch.promote_types(dtype, torch.float32)
-        B, N, H, D, T = self.B, self.N, self.H, self.D, len(self.targets)
+        B, N, H, D, E, T = self.B, self.N, self.H, self.D, self.E, len(self.targets)
 
         def rand(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
             return (torch.randn(*shape, generator=g, dtype=torch.float64) * size).to(dtype).to(device)
 
         out: dict[str, Any] = dict.fromkeys(INPUTS)
         out["x"] = rand(B, N, D, size=1 + self.neighbour / 1000)
-        out["w_in"] = rand(3 * D, D, size=D**-0.5, dtype=stored)
+        out["w_in"] = rand(3 * E, D, size=D**-0.5, dtype=stored)
         if self.bias:
-            out["b_in"] = rand(3 * D, size=0.3, dtype=stored)
+            out["b_in"] = rand(3 * E, size=0.3, dtype=stored)
         if self.rank:
             out["lora_A"] = rand(T, 1 if self.shared else H, self.rank, D, size=D**-0.5, dtype=wide)
             out["lora_B"] = rand(T, H, self.dh, self.rank, size=self.size, dtype=wide)
@@ -120,9 +126,9 @@ class Case:
         return out
 
     def gradient(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-        """The incoming gradient `[B, N, D]`, of size one."""
+        """The incoming gradient `[B, N, E]`, of size one."""
         g = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn(self.B, self.N, self.D, generator=g, dtype=torch.float64).to(dtype).to(device)
+        return torch.randn(self.B, self.N, self.E, generator=g, dtype=torch.float64).to(dtype).to(device)
 
     def options(self, device: str = "cpu") -> dict[str, Any]:
         """The keywords of `head_attention` but for gate and impl; every query sees at least itself."""
@@ -176,7 +182,7 @@ def random_case(
     width: int = 384,
     most: int = 5,
 ) -> Case:
-    """The problem number `seed`; `width` bounds D, `most` the batch and the heads."""
+    """The problem number `seed`; `width` bounds E, `most` the batch and the heads."""
     r = random.Random(seed)
     dh = r.choice(head_dims)
     B, N, H = r.randint(1, min(3, most)), r.choice(lengths), r.randint(1, max(1, min(most, width // dh)))
@@ -201,6 +207,7 @@ def random_case(
         pool=r.choice(
             (None, 0, -1, "tokens", "mean", slice(0, None), slice(N - 1, None)) if N > 1 else (None, 0, -1, "tokens")
         ),
+        left_out=r.choice((0, 0, 0, 1, 2)),
         seed=seed,
     )
 

@@ -9,8 +9,9 @@ import torch
 from problems import DEVICE, DTYPES, GPU, close
 from processes import on_ranks
 from ranks import step_on_rank
-from standins import BOTH, TowerOf, clip, custom, fill_adapters, images, patched, relative, seeded, texts
+from standins import BOTH, TowerOf, attentions, clip, custom, fill_adapters, images, patched, relative, seeded, texts
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastheads
 from fastheads import HeadConfig
@@ -204,6 +205,42 @@ def test_every_form_computes_the_model_of_the_reference(impl):
     assert_same(found[1][0], found[0][0])
     assert_same(found[1][1], found[0][1])
     assert not GPU or device == "cuda" or impl == "cpu"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("impl", [*DTYPES, "reference"])
+def test_heads_closed_for_good_are_left_out_by_every_form(impl, shared):
+    device = "cpu" if impl in ("cpu", "reference") else DEVICE
+    model = patched(config=HeadConfig(layers=(-1,), per_head=not shared, gate="sigmoid"), impl=impl).to(device)
+    own = attentions(model)[-1].heads
+    own.theta.data[[0, 2]] = -torch.inf
+
+    def learned():
+        model.zero_grad()
+        out = model.encode_image(images(2).to(device))
+        out.square().sum().backward()
+        with fastheads.capture_heads(model) as heads:
+            model.encode_image(images(2).to(device))
+        return {"features": out.detach(), "heads": heads.features}, gradients(model)
+
+    def operations():
+        with FlopCounterMode(display=False) as counter:
+            model.encode_image(images(2).to(device)).sum().backward()
+        return counter.get_total_flops()
+
+    expected, all_heads = learned(), operations()
+    own.theta.requires_grad_(False)
+    found, half = learned(), operations()
+    assert expected[1].pop("visual.transformer.resblocks.2.attn.heads.theta")[[0, 2]].count_nonzero() == 0
+    assert_same(found[0], expected[0])
+    assert_same(found[1], expected[1])
+    rows, D = 2 * 17, 64
+    assert all_heads - half >= 2 * rows * D * D * (4 + 1) / 2  # half of W and W_out, and of the gradient through W_out
+    own.theta[2] = 0.0  # seen: it has another version
+    assert relative(model.encode_image(images(2).to(device)), found[0]["features"]) > 1e-4
+    own.theta.requires_grad_(True)
+    model.encode_image(images(2).to(device)).square().sum().backward()
+    assert own.theta.grad[[1, 2, 3]].count_nonzero() == 3
 
 
 def test_the_environment_chooses_for_a_model_that_left_it_open(monkeypatch):
