@@ -107,8 +107,10 @@ def one_pass_fwd_kernel(
     b_ks = ()
     b_vs = ()
     for c in tl.static_range(len(TILES.chunks)):
-        at: tl.constexpr = TILES.chunks[c]
-        b_k, b_v = project_rows(x_b, weight, lora, b_up, at[0], rows, width, h, (1, 2), at[1], TILES, HEAD, LOW, EDGE)
+        b_k, b_v = project_rows(
+            x_b, weight, lora, b_up, TILES.chunks[c][0], rows, width, h,
+            (1, 2), TILES.chunks[c][1], TILES, HEAD, LOW, EDGE,
+        )  # fmt: skip
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
     full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
