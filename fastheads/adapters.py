@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastheads.config import HeadConfig
 from fastheads.files import write_whole
-from fastheads.hosts.wrappers import refuse_peft, unwrap
+from fastheads.hosts import NAMES, find_tower
+from fastheads.hosts.wrappers import plain_names, refuse_peft, unwrap
 from fastheads.model import (
     adapter_state_dict,
     base_state_dict,
@@ -26,7 +27,7 @@ from fastheads.model import (
     replace_tensors,
     trained_beside,
 )
-from fastheads.model.base import base_hash, describe, differences, gathered
+from fastheads.model.base import attention_hash, base_hash, describe, differences, gathered
 from fastheads.nn import HeadLoRA
 from fastheads.patching import explain, patch, take_out
 
@@ -84,6 +85,7 @@ def save_adapter(
         "format_version": 1,
         "base_model": base or type(inner).__name__,
         "base_sha256": base_hash(inner, config.towers, without={*chosen, *beside}),
+        "attention_sha256": attention_hash(inner, config.towers),
         "base": describe(inner, config.towers),
         "host": type(attentions[0]).__bases__[0].name,  # type: ignore[attr-defined]
         "config": config.to_dict(),
@@ -185,6 +187,8 @@ def load_adapter(
 ) -> nn.Module:
     """Loads an adapter into a model, in place; patches an unpatched one first.
 
+    Another form of its base will do, where the attention's weights are the same: Hugging Face's or OpenCLIP's, or a
+    tower alone (an adapter that carries tensors of its base, which have other names there, is refused).
     Base tensors that were saved with the adapter (`modules_to_save`) take the place of the model's; `unpatch` brings
     those back, and `disabled` does not. Of tensors that were trained beside the adapter and not saved a UserWarning
     says which they are.
@@ -203,7 +207,15 @@ def load_adapter(
     inner = unwrap(model)
     refuse_peft(inner)
     saved, beside = about["modules_to_save"], about["trained_beside"]
-    if base_hash(inner, config.towers, without={*saved, *beside}) != about["base_sha256"]:
+    named = _named_as_in(inner, config.towers, tensors)
+    other_form = named.keys() != tensors.keys()
+    if other_form and saved:
+        raise ValueError(
+            f"directory: the adapter carries tensors of its base, which have other names in this model: "
+            f"{first_few(saved)}; load it into a model of the kind it was saved from ({about['base_model']})"
+        )
+    same = base_hash(inner, config.towers, without={*saved, *beside}) == about["base_sha256"]
+    if not same and not (other_form and attention_hash(inner, config.towers) == about.get("attention_sha256")):
         differing = differences(about["base"], describe(inner, config.towers))
         text = f"the adapter in {directory} was trained on another base ({about['base_model']}): " + (
             "; ".join(differing) or "this model's weights are not the ones it was saved with"
@@ -221,7 +233,7 @@ def load_adapter(
             f"directory: its config {config} is not the patched model's {original_of(inner).config}; unpatch first"
         )
     try:
-        _put(inner, tensors, saved)
+        _put(inner, named, saved)
     except Exception:
         if fresh:
             take_out(inner)
@@ -234,13 +246,33 @@ def load_adapter(
     return model
 
 
+def _named_as_in(model: nn.Module, towers: tuple[str, ...], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors under the names they have in `model`, by tower and layer; what has none keeps its own."""
+    names = {id(module): name for name, module in plain_names(model, model.named_modules()).items()}
+    found = {t: [names[id(attention)] for attention in find_tower(model, t).attentions] for t in towers}
+
+    def named(name: str) -> str:
+        where, _, part = name.rpartition(".heads.")
+        path = where.split(".")
+        of_image = path[0] in NAMES["visual"]
+        own = found["visual" if of_image else "text"] if len(towers) > 1 else found[towers[0]]
+        layer = next((int(at) for at in path if at.isdigit()), len(own))
+        return f"{own[layer]}.heads.{part}" if layer < len(own) else name
+
+    return {named(name): tensor for name, tensor in tensors.items()}
+
+
 def _put(model: nn.Module, tensors: dict[str, Tensor], saved: Sequence[str]) -> None:
     """Writes an adapter's tensors into a model patched alike. Raises ValueError where they don't fit, writing none."""
     own = adapter_state_dict(model)
     expected = own | {name: tensor for name, tensor in base_state_dict(model).items() if name in saved}
     wrong = sorted(set(expected) ^ set(tensors)) or [k for k in expected if expected[k].shape != tensors[k].shape]
     if wrong:
-        raise ValueError(f"directory: its tensors don't fit the model, first at {wrong[0]!r}")
+        theirs, ours = (tuple(of[wrong[0]].shape) if wrong[0] in of else "none" for of in (tensors, expected))
+        raise ValueError(
+            f"directory: its tensors don't fit the model, first at {wrong[0]!r} (the adapter has {theirs}, the model "
+            f"{ours}); takes an adapter of a model with as many layers and heads, and as wide"
+        )
     if any(hasattr(tensor, "full_tensor") for tensor in expected.values()):
         raise TypeError("model: is sharded by FSDP; load the adapter first, then shard")
     with torch.no_grad():

@@ -23,8 +23,11 @@ def folded_weights(attention: HeadAttention) -> list[tuple[Tensor, Tensor]]:
     """The host's weights that deltas and gates change, each with what it becomes, at least float32, not rounded.
 
     W_h ← W_h + s·B_h A_h        W_out[:, head h] ← g_h · W_out[:, head h]
+
+    Where the output projection isn't the host's, the gates scale the values' own rows and bias.
     """
-    own, stored, w_out = attention.heads, attention.weights(attention), attention.output(attention).weight
+    own, stored = attention.heads, attention.weights(attention)
+    output: Any = attention.output(attention)
     found: list[tuple[Tensor, Any]] = []
     with torch.no_grad(), torch.autocast(stored[0].device.type, enabled=False):
         if own.lora_A is not None and own.lora_B is not None:
@@ -34,8 +37,14 @@ def folded_weights(attention: HeadAttention) -> list[tuple[Tensor, Tensor]]:
             found += [(w, w.to(up.dtype) + part) for w, part in zip(stored, parts, strict=True)]
         gate = own.gate()
         if gate is not None:
-            assert isinstance(w_out, Tensor)
-            found.append((w_out, w_out.to(gate.dtype) * gate.repeat_interleave(w_out.shape[1] // own.num_heads)))
+            each = gate.repeat_interleave(stored[0].shape[1] // own.num_heads)
+            if output is not None:
+                found.append((output.weight, output.weight.to(gate.dtype) * each))
+            else:
+                value: Any = attention.value  # type: ignore[attr-defined]
+                new = found.pop()[1] if found else value.weight.to(gate.dtype)
+                found.append((value.weight, new * each[:, None]))
+                found += [(bias, bias.to(gate.dtype) * each) for bias in (value.bias,) if bias is not None]
     return found
 
 

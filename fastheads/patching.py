@@ -17,6 +17,7 @@ from fastheads.config import HeadConfig
 from fastheads.hosts import Host, Tower, find_tower, host_of
 from fastheads.hosts.wrappers import plain_names, refuse_foreign, refuse_wrapped, unwrap
 from fastheads.model import (
+    ADAPTER,
     first_few,
     forget,
     head_modules,
@@ -117,12 +118,13 @@ def _plan(
             if host is None:
                 raise TypeError(
                     f"model: layer {name} is a {type(module).__name__}; "
-                    "takes nn.MultiheadAttention, and the attention of OpenCLIP, timm, CLIP and SigLIP"
+                    "takes nn.MultiheadAttention, and the attention of OpenCLIP, timm, CLIP, SigLIP and BERT"
                 )
             reasons = host.refusals(module, gated=config.gate is not None)
             weights: tuple[Any, ...] = ()
             if not reasons:
-                weights = (*host.weights(module), getattr(host.output(module), "weight", None))
+                output = host.output(module)
+                weights = (*host.weights(module), *(() if output is None else (getattr(output, "weight", None),)))
             for part in weights:
                 if not isinstance(part, Tensor) or not part.is_floating_point() or part.dtype.itemsize < 2:
                     reasons.append("is quantised; patch takes float weights")
@@ -131,7 +133,7 @@ def _plan(
                 raise TypeError(f"model: layer {name} ({host.name}) {'; '.join(reasons)}")
             weight: Tensor = weights[0]
             dim = weight.shape[1]
-            num_heads: int = module.num_heads  # type: ignore[assignment]
+            num_heads = host.num_heads_of(module)
             choice = _choice(impl, module, host, tower, num_heads, rank, config.dropout)
             report = LayerReport(name, host.name, num_heads, dim // num_heads, rank, choice)
             options = {
@@ -169,7 +171,7 @@ def _choice(impl: str, module: Any, host: Host, tower: Tower, num_heads: int, ra
 def _report(model: nn.Module, layers: list[LayerReport], adapters: list[HeadLoRA]) -> PatchReport:
     gate = sum(own.theta.numel() for own in adapters if own.theta is not None)
     own_total = sum(p.numel() for own in adapters for p in own.parameters())
-    base = sum(p.numel() for name, p in model.named_parameters() if ".heads." not in name)
+    base = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(ADAPTER))
     return PatchReport(tuple(layers), own_total - gate, gate, base)
 
 

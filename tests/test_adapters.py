@@ -173,7 +173,10 @@ def test_what_differs_of_the_base_is_named(saved, change, named, others):
 def test_both_adapted_towers_are_described(tmp_path):
     fastheads.save_adapter(patched("clip", HeadConfig(towers=BOTH)), tmp_path)
     about = json.loads((tmp_path / CONFIG).read_text())["base"]
-    assert about["text"] == {"dtype": "float32", "activation": "GELU", "position embedding": "12 × 32", "layers": "2"}
+    assert about["text"] == {"dtype": "float32", "activation": "GELU", "position embedding": "12 × 32"} | {
+        "layers": "2",
+        "heads": "2",
+    }
     assert about["visual"]["image size"] == "32 × 32" and about["visual"]["layers"] == "3"
 
 

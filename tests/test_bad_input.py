@@ -113,10 +113,6 @@ def replace_visual(cls_name):
     return change
 
 
-def replace_text(model):
-    model.text = named("HFTextEncoder")
-
-
 def attention(make):
     def change(model):
         block(model).attn = make()
@@ -167,7 +163,6 @@ both("no visual", lambda: nn.Linear(2, 2), TypeError, "model", "Linear", "visual
 both("no text", with_(image_tower_alone), TypeError, "model", "text", config=inner())
 both("timm tower", with_(replace_visual("TimmModel")), TypeError, "visual", "TimmModel", "blocks[i].attn")
 both("ResNet tower", with_(replace_visual("ModifiedResNet")), TypeError, "visual", "ResNet")
-both("Hugging Face tower", with_(replace_text), TypeError, "text", "Hugging Face", config=inner())
 both("unknown tower", with_(replace_visual("Swin")), TypeError, "visual", "Swin", "resblocks")
 both("unknown attention", with_(attention(lambda: nn.Linear(64, 64))), TypeError, "visual.1", "Linear")
 both("block without attn", with_(lambda m: delattr(block(m), "attn")), TypeError, "visual", "attn")

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastheads.hosts.huggingface import HuggingFaceAttentionHost
+from fastheads.hosts.huggingface import BertSelfAttentionHost, HuggingFaceAttentionHost
 from fastheads.hosts.mha import MultiheadAttentionHost
 from fastheads.hosts.openclip import OpenClipAttentionHost
-from fastheads.hosts.timm import TimmAttentionHost
-from fastheads.hosts.towers import Tower, find_tower
+from fastheads.hosts.timm import TimmAttentionHost, TimmRelativeAttentionHost
+from fastheads.hosts.towers import NAMES, Tower, find_tower
+from fastheads.nn import HeadAttention
 
-HOSTS = (MultiheadAttentionHost, OpenClipAttentionHost, TimmAttentionHost, HuggingFaceAttentionHost)
+HOSTS = (
+    MultiheadAttentionHost,
+    OpenClipAttentionHost,
+    TimmAttentionHost,
+    TimmRelativeAttentionHost,
+    HuggingFaceAttentionHost,
+    BertSelfAttentionHost,
+)
 Host = (
     type[MultiheadAttentionHost]
     | type[OpenClipAttentionHost]
     | type[TimmAttentionHost]
+    | type[TimmRelativeAttentionHost]
     | type[HuggingFaceAttentionHost]
+    | type[BertSelfAttentionHost]
 )
 
-__all__ = ["HOSTS", "Host", "Tower", "find_tower", "host_of"]
+__all__ = ["HOSTS", "NAMES", "Host", "Tower", "find_tower", "host_of"]
 
 
 def host_of(module: nn.Module) -> Host | None:
-    """The host that knows this kind of attention module, or None."""
-    return next((host for host in HOSTS if host.matches(module)), None)
+    """The host that knows this kind of attention module, patched or not, or None."""
+    mine = [type(module).__bases__[0]] if isinstance(module, HeadAttention) else []
+    return next((host for host in HOSTS if host in mine or host.matches(module)), None)

@@ -1,4 +1,5 @@
-"""Host: Hugging Face's `CLIPAttention`, `SiglipAttention` and `Siglip2Attention`."""
+"""Hosts: Hugging Face's attention: `CLIPAttention`, `SiglipAttention`, `Siglip2Attention`; and of the text encoders in
+OpenCLIP's `HFTextEncoder`: `M2M100Attention`, and the self-attention of BERT, RoBERTa and XLM-R."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastheads.hosts.parts import mask_of, not_linear, other_scale, three_biases, three_weights
+from fastheads.hosts.parts import PROJECTIONS, mask_of, not_linear, other_scale, three_biases, three_weights
 from fastheads.nn import HeadAttention
 
 
@@ -14,45 +15,86 @@ class HuggingFaceAttentionHost(HeadAttention):
     """A patched attention of `transformers`: the same call, the same answer, plus heads' deltas and gates."""
 
     name = "Hugging Face attention"
+    classes: tuple[str, ...] = ("CLIPAttention", "SiglipAttention", "Siglip2Attention", "M2M100Attention")
+    parts: tuple[str, ...] = PROJECTIONS
 
-    @staticmethod
-    def matches(module: nn.Module) -> bool:
-        cls = type(module)
-        known = cls.__name__ in ("CLIPAttention", "SiglipAttention", "Siglip2Attention")
-        return known and cls.__module__.startswith("transformers.models.")
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        kind = type(module)
+        return kind.__name__ in cls.classes and kind.__module__.startswith("transformers.models.")
 
-    weights = staticmethod(three_weights)
-    bias = staticmethod(three_biases)
+    @classmethod
+    def weights(cls, module: Any) -> tuple[Tensor, ...]:
+        return three_weights(module, cls.parts)
 
-    @staticmethod
-    def refusals(module: Any, gated: bool) -> list[str]:
+    @classmethod
+    def bias(cls, module: Any) -> Tensor | None:
+        return three_biases(module, cls.parts)
+
+    @classmethod
+    def refusals(cls, module: Any, gated: bool) -> list[str]:
         """Why this module cannot be patched; empty where it can."""
-        strange = not_linear(module)
+        strange = not_linear(module, cls.parts)
         if strange:
             return strange
-        reasons, how = other_scale(module), module.config._attn_implementation
+        reasons, how = cls._other_shape(module), module.config._attn_implementation
         if how not in ("eager", "sdpa"):
             reasons.append(f"has attn_implementation={how!r}, whose masks are others; load the model with 'sdpa'")
+        if getattr(module, "is_decoder", False):
+            reasons.append("is a decoder's, which keeps keys and values; takes encoders")
         return reasons
 
-    @staticmethod
-    def extras(module: Any) -> tuple[str, ...]:
+    _other_shape = staticmethod(other_scale)
+
+    @classmethod
+    def extras(cls, module: Any) -> tuple[str, ...]:
         """What only the reference path covers."""
-        return ("attention dropout",) if module.dropout else ()
+        return ("attention dropout",) if cls.dropout_of(module) else ()
+
+    @staticmethod
+    def dropout_of(module: Any) -> float:
+        return float(module.dropout)
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """As the host's own forward; with `attn_implementation="eager"` it returns the probabilities too."""
         if not self.heads.enabled:
-            return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+        for name in ("cache", "past_key_values", "key_value_states"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: a patched layer does self-attention over what it is given; takes None")
         causal = bool(kwargs.get("is_causal", self.is_causal))
-        mask = mask_of(attention_mask, causal, hidden_states, self.num_heads)
         out, weights = self.attend(
             hidden_states,
-            mask,
-            self.out_proj,
+            mask_of(attention_mask, causal, hidden_states, self.heads.num_heads),
+            self.output(self),
             need_weights=self.config._attn_implementation == "eager",
-            attention_dropout=self.dropout if self.training else 0.0,
+            attention_dropout=self.dropout_of(self) if self.training else 0.0,
         )
         return out, None if weights is None else weights.to(out.dtype)
+
+
+class BertSelfAttentionHost(HuggingFaceAttentionHost):
+    """A patched self-attention of BERT, RoBERTa or XLM-R: the same call, the same answer, plus deltas and gates."""
+
+    name = "Hugging Face BERT"
+    classes = ("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention")
+    parts = ("query", "key", "value")
+
+    @staticmethod
+    def num_heads_of(module: Any) -> int:
+        return int(module.num_attention_heads)
+
+    @staticmethod
+    def output(module: Any) -> None:
+        """Lies in the module beside it: gates fold into `value`."""
+
+    @staticmethod
+    def _other_shape(module: Any) -> list[str]:
+        wide = module.all_head_size != module.query.in_features
+        return ["has heads that together are wider or narrower than the model"] if wide else []
+
+    @staticmethod
+    def dropout_of(module: Any) -> float:
+        return float(module.dropout.p)

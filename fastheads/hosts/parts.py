@@ -26,19 +26,20 @@ def not_linear(module: Any, names: tuple[str, ...] = PROJECTIONS) -> list[str]:
 
 def other_scale(module: Any) -> list[str]:
     """A reason against scores that are scaled otherwise than the operators do."""
-    if module.scale == module.head_dim**-0.5:
+    scale = getattr(module, "scale", None) or module.scaling
+    if scale == module.head_dim**-0.5:
         return []
-    return [f"scales its scores by {module.scale}, not by 1 / sqrt({module.head_dim})"]
+    return [f"scales its scores by {scale}, not by 1 / sqrt({module.head_dim})"]
 
 
-def three_weights(module: Any) -> tuple[Tensor, ...]:
+def three_weights(module: Any, names: tuple[str, ...] = PROJECTIONS) -> tuple[Tensor, ...]:
     """The weights `[D, D]` of its three projections."""
-    return tuple(getattr(module, name).weight for name in PROJECTIONS)
+    return tuple(getattr(module, name).weight for name in names)
 
 
-def three_biases(module: Any) -> Tensor | None:
+def three_biases(module: Any, names: tuple[str, ...] = PROJECTIONS) -> Tensor | None:
     """`[3D]` of its three projections, zeros for one without; None where none has a bias."""
-    parts = [getattr(module, name) for name in PROJECTIONS]
+    parts = [getattr(module, name) for name in names]
     if all(part.bias is None for part in parts):
         return None
     return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])

@@ -1,5 +1,6 @@
-"""Host: timm's attention: `Attention` of its plain vision transformers (ViT, DeiT, DINOv2, SigLIP's image tower), and
-those with rotary positions, `EvaAttention` and `AttentionRope` (EVA, DINOv3, Perception Encoder)."""
+"""Hosts: timm's attention: `Attention` of its plain vision transformers (ViT, DeiT, DINOv2, SigLIP's image tower), and
+those with rotary positions, `EvaAttention` and `AttentionRope` (EVA, DINOv3, Perception Encoder); those with a bias by
+relative position, BEiT's `Attention` and `RelPosAttention`."""
 
 from __future__ import annotations
 
@@ -86,6 +87,37 @@ class TimmAttentionHost(HeadAttention):
             o = self.norm(o) if present(self, "norm") else o
             o = self.proj(o if gate is None else o * gate(x).sigmoid())
         return self.proj_drop(o)
+
+
+class TimmRelativeAttentionHost(TimmAttentionHost):
+    """A patched attention of timm's whose scores have a bias by relative position: a mask per head, added."""
+
+    name = "timm relative"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        homes = {"Attention": "timm.models.beit", "RelPosAttention": "timm.models.vision_transformer_relpos"}
+        return type(module).__module__ == homes.get(type(module).__name__)
+
+    @staticmethod
+    def refusals(module: Any, gated: bool) -> list[str]:
+        """Why this module cannot be patched; empty where it can."""
+        strange = not_linear(module, ("qkv",))
+        if not strange and module.qkv.out_features != 3 * module.qkv.in_features:
+            return ["has heads that together are wider or narrower than the model"]
+        return strange
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As timm's own forward, with or without a bias that all layers share."""
+        if not self.heads.enabled:
+            return super().forward(x, *args, **kwargs)
+        (bias,) = (*args, *kwargs.values()) or (None,)
+        if getattr(self, "rel_pos", None) is not None:
+            bias = self.rel_pos.get_bias()
+        elif getattr(self, "relative_position_bias_table", None) is not None:
+            own = self._get_rel_pos_bias()
+            bias = own if bias is None else own + bias
+        return super().forward(x, attn_mask=bias)
 
 
 _WITH_ROPE = ("rope", "attn_mask", "is_causal")

@@ -10,19 +10,31 @@ from torch import Tensor, nn
 
 from fastheads.hosts.wrappers import unwrap
 
-REFUSED = {
-    "ModifiedResNet": "a ResNet tower (it has one attention layer, a pooling one)",
-    "HFTextEncoder": "a Hugging Face text tower",
-}
+REFUSED = {"ModifiedResNet": "a ResNet tower (it has one attention layer, a pooling one)"}
 # Under which names OpenCLIP's and Hugging Face's models keep a tower, and by what one is known that stands alone
 # (OpenCLIP's CLIP keeps the text tower's parts itself).
-_NAMES = {"visual": ("visual", "vision_model"), "text": ("text", "text_model")}
+NAMES = {"visual": ("visual", "vision_model"), "text": ("text", "text_model")}
 _ALONE = {
     "visual": ("conv1", "patch_embed", "trunk", "embeddings.patch_embedding"),
-    "text": ("token_embedding", "embeddings.token_embedding"),
+    "text": (
+        "token_embedding",
+        "embeddings.token_embedding",
+        "embeddings.word_embeddings",
+        "transformer.embeddings.word_embeddings",
+        "transformer.embed_tokens",
+    ),
 }
-# Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP, Hugging Face.
-_BLOCKS = {"transformer.resblocks": "attn", "blocks": "attn", "trunk.blocks": "attn", "encoder.layers": "self_attn"}
+# Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP; Hugging Face's CLIP,
+# and BERT; BERT and M2M-100 inside OpenCLIP.
+_BLOCKS = {
+    "transformer.resblocks": "attn",
+    "blocks": "attn",
+    "trunk.blocks": "attn",
+    "encoder.layers": "self_attn",
+    "encoder.layer": "attention.self",
+    "transformer.encoder.layer": "attention.self",
+    "transformer.layers": "self_attn",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,7 @@ def find_tower(model: nn.Module, name: str) -> Tower:
     Looks inside the tower's own wrappers, as `model.visual = torch.compile(model.visual)` makes one. Raises TypeError
     for a model without such a tower, and for towers that are no transformers.
     """
-    path = next((own for own in _NAMES[name] if getattr(model, own, None) is not None), "")
+    path = next((own for own in NAMES[name] if getattr(model, own, None) is not None), "")
     tower: Any = getattr(model, path) if path else model
     if not isinstance(tower, nn.Module) or not (path or any(_inside(model, part) is not None for part in _ALONE[name])):
         raise TypeError(
@@ -76,13 +88,14 @@ def find_tower(model: nn.Module, name: str) -> Tower:
         )
     where = next((blocks for blocks in _BLOCKS if _inside(tower, blocks) is not None), "")
     blocks: Any = list(_inside(tower, where)) if where else []
-    found = [getattr(unwrap(block), _BLOCKS[where], None) for block in blocks]
-    attentions = tuple(unwrap(attention) for attention in found if isinstance(attention, nn.Module))
+    found = [_inside(block, _BLOCKS[where]) for block in blocks]
+    attentions = tuple(attention for attention in found if isinstance(attention, nn.Module))
     if not attentions or len(attentions) < len(found):
         trunk, known = _inside(tower, "trunk"), ", ".join(f"{at}[i].{attn}" for at, attn in _BLOCKS.items())
         what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
         raise TypeError(f"model: its {name} tower ({what}) keeps no attention where it is looked for: {known}")
-    about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, _of_timm)
+    abouts = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}
+    about = abouts.get(where, _of_timm if where in ("blocks", "trunk.blocks") else _of_encoder)
     return Tower(name, path, tower, attentions, **about(tower, name))
 
 
@@ -121,3 +134,9 @@ def _of_huggingface(tower: Any, name: str) -> dict[str, Any]:
     # 2 is what old configurations of CLIP say, whose end token is the largest
     pool = "last" if eos is None else "argmax" if eos == 2 else "eos"
     return {"pool": pool, "embedding": tower.embeddings.token_embedding, "eos": eos}
+
+
+def _of_encoder(tower: Any, name: str) -> dict[str, Any]:
+    """Of OpenCLIP's `HFTextEncoder`, whose mean leaves padding out, or of such an encoder alone."""
+    pooler = type(getattr(tower, "pooler", None)).__name__
+    return {"pool": "none" if pooler in ("MeanPooler", "MaxPooler", "NoneType") else "first"}

@@ -1,6 +1,7 @@
 """What is known of a patched model: its layers and adapters, what it remembers of the original, its base."""
 
 from fastheads.model.patched import (
+    ADAPTER,
     adapter_state_dict,
     base_state_dict,
     first_few,
@@ -21,6 +22,7 @@ from fastheads.model.patched import (
 )
 
 __all__ = [
+    "ADAPTER",
     "adapter_state_dict",
     "base_state_dict",
     "first_few",

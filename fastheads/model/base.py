@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.hosts import find_tower
+from fastheads.hosts import find_tower, host_of
 from fastheads.hosts.wrappers import plain_names
-from fastheads.model.patched import is_patched, original_of
+from fastheads.model.patched import ADAPTER, is_patched, original_of
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -19,9 +19,14 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def _content(tensor: Tensor) -> memoryview:
+    return gathered(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _activations(module: nn.Module) -> list[str]:
     # OpenCLIP gives "ViT-B-16" plain GELU also with weights that were trained with QuickGELU
-    return sorted({type(m).__name__ for m in module.modules() if "GELU" in type(m).__name__})
+    kinds = {type(m).__name__ for m in module.modules() if "GELU" in type(m).__name__}
+    return sorted(kind.removesuffix("Activation") for kind in kinds)  # as Hugging Face calls them
 
 
 def _parameters(model: nn.Module, tower: str) -> Iterator[tuple[str, str, Tensor]]:
@@ -30,7 +35,7 @@ def _parameters(model: nn.Module, tower: str) -> Iterator[tuple[str, str, Tensor
     module, prefix = where.module, f"{where.path}." if where.path else ""
     replaced = original_of(model).tensors if is_patched(model) else {}
     for name, p in sorted(plain_names(module, module.named_parameters()).items()):
-        if ".heads." not in name and not (tower == "text" and name.startswith("visual.")):
+        if not name.endswith(ADAPTER) and not (tower == "text" and name.startswith("visual.")):
             yield name, prefix + name, replaced.get(prefix + name, p.detach()).to(p.dtype)
 
 
@@ -45,7 +50,22 @@ def base_hash(model: nn.Module, towers: tuple[str, ...], without: Collection[str
         for name, whole_name, p in _parameters(model, tower):
             if whole_name not in without:
                 digest.update(f"{tower} {name} {tuple(p.shape)} {p.dtype}".encode())
-                digest.update(gathered(p).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(_content(p))
+    return digest.hexdigest()
+
+
+def attention_hash(model: nn.Module, towers: tuple[str, ...]) -> str:
+    """SHA-256 over the adapted towers' attention weights as they are now, and what they are: the same whatever they are
+    called, so for OpenCLIP's and Hugging Face's form of one model."""
+    digest = hashlib.sha256()
+    for name in towers:
+        tower = find_tower(model, name)
+        digest.update(f"{name} {_activations(tower.module)}".encode())
+        for attention in tower.attentions:
+            host: Any = host_of(attention)
+            digest.update(f"{host and host.num_heads_of(attention)}".encode())
+            for weight in () if host is None else host.weights(attention):
+                digest.update(_content(weight.detach()))
     return digest.hexdigest()
 
 
@@ -63,7 +83,9 @@ def describe(model: nn.Module, towers: tuple[str, ...]) -> dict[str, dict[str, s
         positions = getattr(module, "positional_embedding", None)
         if isinstance(positions, Tensor):
             about["position embedding"] = " × ".join(map(str, positions.shape))
-        found[tower] = about | {"layers": str(len(find_tower(model, tower).attentions))}
+        attentions: Any = find_tower(model, tower).attentions
+        heads = sorted({host.num_heads_of(a) for a in attentions if (host := host_of(a)) is not None})
+        found[tower] = about | {"layers": str(len(attentions)), "heads": ", ".join(map(str, heads))}
     return found
 
 

@@ -14,7 +14,7 @@ from fastheads.config import HeadConfig
 from fastheads.hosts.wrappers import is_peft, plain_names, plain_state, refuse_peft, unwrap
 from fastheads.nn import HeadAttention, HeadLoRA
 
-ADAPTER = "attn.heads."  # in the name of every adapter's tensor
+ADAPTER = (".heads.lora_A", ".heads.lora_B", ".heads.theta")  # how the names of adapters' tensors end
 _STATE = "_fastheads"
 
 Fingerprint = tuple[torch.dtype, torch.Size, int]
@@ -99,7 +99,7 @@ def remember(model: nn.Module, config: HeadConfig) -> None:
 
 
 def _prints(model: nn.Module) -> dict[str, Fingerprint | None]:
-    return {name: fingerprint(tensor) for name, tensor in plain_state(model).items() if ADAPTER not in name}
+    return {name: fingerprint(tensor) for name, tensor in plain_state(model).items() if not name.endswith(ADAPTER)}
 
 
 def _loaded(model: nn.Module, keys: Any) -> None:
@@ -197,7 +197,7 @@ def gates(model: nn.Module) -> Tensor | dict[str, Tensor]:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters' tensors alone, under the unwrapped model's names (`….attn.heads.lora_A` …)."""
     patched_attentions(model)
-    return {name: tensor for name, tensor in plain_state(model).items() if ADAPTER in name}
+    return {name: tensor for name, tensor in plain_state(model).items() if name.endswith(ADAPTER)}
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -207,4 +207,4 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     are as they are now.
     """
     patched_attentions(model)
-    return {name: tensor for name, tensor in plain_state(model).items() if ADAPTER not in name}
+    return {name: tensor for name, tensor in plain_state(model).items() if not name.endswith(ADAPTER)}

@@ -45,6 +45,11 @@ class HeadAttention:
     training: bool
 
     @staticmethod
+    def num_heads_of(module: Any) -> int:
+        """How many heads the module has."""
+        return int(module.num_heads)
+
+    @staticmethod
     def weights(module: Any) -> tuple[Tensor, ...]:
         """The host's own weights of q, k and v: one `[3D, D]`, or three `[D, D]`."""
         return (module.in_proj_weight,)
@@ -55,8 +60,8 @@ class HeadAttention:
         return module.in_proj_bias
 
     @staticmethod
-    def output(module: Any) -> nn.Module:
-        """The host's own output projection."""
+    def output(module: Any) -> nn.Module | None:
+        """The host's own output projection; None where it lies outside, and gates fold into the rows of `value`."""
         return module.out_proj
 
     def attend(

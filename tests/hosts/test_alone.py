@@ -5,9 +5,11 @@ import pickle
 
 import pytest
 import torch
-from standins import EMBED, clip, disturb, fill_adapters, images, relative, same, seeded, vit
+from standins import EMBED, MODELS, clip, disturb, fill_adapters, images, relative, same, seeded, vit
+from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 import fastheads
 
@@ -17,6 +19,9 @@ ALONE = {
     "timm_registers": lambda: vit(reg_tokens=2),
     "timm_no_class_token": lambda: vit(class_token=False, global_pool="map"),
     "timm_mean_beside_registers": lambda: vit(reg_tokens=2, global_pool="avg"),
+    "beit": lambda: vit(Beit, qkv_bias=True, use_rel_pos_bias=True, use_shared_rel_pos_bias=True, init_values=0.1),
+    "relative": lambda: vit(VisionTransformerRelPos, init_values=None, qk_norm=True, rel_pos_type="bias"),
+    "relative_shared": lambda: vit(VisionTransformerRelPos, init_values=None, class_token=True, shared_rel_pos=True),
     "eva_parts": lambda: vit(Eva, qkv_fused=False, use_rot_pos_emb=True, global_pool="token"),
 }
 
@@ -62,6 +67,19 @@ def test_an_adapter_is_saved_and_loaded(make, tmp_path):
         fastheads.load_adapter(disturb(make().eval()), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["clip", "timm"])
+def test_an_adapter_of_a_tower_alone_is_one_of_the_whole_model_and_back(name, tmp_path):
+    whole, tower = MODELS[name](), MODELS[name]().visual
+    alone = tower.trunk if name == "timm" else tower
+    fastheads.patch(alone)
+    fastheads.save_adapter(fill_adapters(alone), tmp_path / "alone")
+    fastheads.load_adapter(whole, tmp_path / "alone")
+    assert torch.equal(whole.visual(images()), tower(images()))
+    fastheads.save_adapter(whole, tmp_path / "whole")
+    back = fastheads.load_adapter(MODELS[name]().visual, tmp_path / "whole")
+    assert torch.equal(back(images()), tower(images()))
+
+
 def test_an_adapter_of_another_tower_is_refused(tmp_path):
     fastheads.save_adapter(trained(vit), tmp_path)
     with pytest.raises((TypeError, ValueError), match="base|layers|tower"):
@@ -82,6 +100,7 @@ def test_captured_heads_are_the_pooled_tokens(name):
         model(images())
     gated = heads.features[-1] * heads.gates[-1].view(1, 4, 1)
     means = {"timm_no_class_token": 0, "timm_mean_beside_registers": 3}  # over the tokens from this one on
+    means |= {"beit": 1, "relative": 0, "relative_shared": 1}
     pooled = seen[0][:, means[name] :].mean(1) if name in means else seen[0][:, 0]
     assert relative(gated.flatten(1), pooled) < 1e-5
 

@@ -2,10 +2,14 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
-from standins import disturb, fill_adapters, images, relative, same, seeded, texts
+from open_clip.hf_model import HFTextEncoder
+from open_clip.model import CustomTextCLIP
+from standins import assert_unchanged, disturb, fill_adapters, images, relative, same, seeded, snapshot, texts
+from standins import clip as openclip
 
 import fastheads
 from fastheads import HeadConfig
@@ -201,3 +205,213 @@ def test_what_cannot_be_patched_says_why_and_changes_nothing():
     text = clip().text_model
     with pytest.raises(TypeError, match="no visual tower"):
         fastheads.patch(text)
+
+
+# ------------------------------------------------------------------------------------------- text encoders
+
+ENCODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODER |= {"max_position_embeddings": 20, "vocab_size": 50, "pad_token_id": 0, "eos_token_id": 49}
+M2M = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_layers": 1}
+M2M |= {"max_position_embeddings": 20, "vocab_size": 50, "pad_token_id": 0}
+KINDS = {
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**ENCODER)),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**ENCODER)),
+    "xlm-roberta": lambda: transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**ENCODER)),
+    "m2m_100": lambda: transformers.M2M100Model(transformers.M2M100Config(**M2M)).encoder,
+}
+
+
+def encoder(kind, alone=False, pooler="cls_pooler"):
+    """Such an encoder alone, or as OpenCLIP keeps it."""
+    with seeded(0):
+        transformer = disturb(KINDS[kind]())
+        if alone:
+            return transformer.eval()
+        model = openclip(CustomTextCLIP)
+        config = transformers.BertConfig(**ENCODER)
+        model.text = HFTextEncoder("", 24, config, pooler, "linear")
+        model.text.config, model.text.transformer = transformer.config, transformer
+    return model.eval()
+
+
+def states(model):
+    """`[B, N, D]`, or features `[B, E]`; what stands for padding left out."""
+    if hasattr(model, "encode_text"):
+        return model.encode_text(texts())
+    return model(input_ids=texts(), attention_mask=(texts() != 0).long()).last_hidden_state[texts() != 0]
+
+
+def freed(model):
+    """A pass that takes gradients, with what dropout there is off."""
+    return states(model.train().apply(lambda m: setattr(m, "p", 0.0) if isinstance(m, torch.nn.Dropout) else None))
+
+
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+@pytest.mark.parametrize(("kind", "alone"), [*((k, False) for k in KINDS), *((k, True) for k in list(KINDS)[:3])])
+def test_text_encoders_start_unpatch_and_merge(kind, alone, how):
+    model = encoder(kind, alone).requires_grad_(False)
+    (model if alone else model.text.transformer).set_attn_implementation(how)
+    before, expected = copy.deepcopy(model.state_dict()), states(model)
+    config = HeadConfig(targets=("q", "v"), towers=("text",))
+    report = fastheads.patch(model, config)
+    assert [layer.num_heads for layer in report.layers] == [4, 4]
+    assert relative(states(model), expected) < 1e-5
+    with fastheads.disabled(model):
+        assert torch.equal(states(model), expected)
+    fill_adapters(model)
+    adapted = states(model)
+    assert relative(adapted, expected) > 1e-3
+    assert torch.equal(states(pickle.loads(pickle.dumps(model))), adapted)
+    merged = fastheads.merge(copy.deepcopy(model))
+    assert merged.state_dict().keys() == before.keys()
+    assert relative(states(merged), adapted) < 1e-5
+    fastheads.unpatch(model)
+    assert same(model.state_dict(), before) and torch.equal(states(model), expected)
+
+
+@pytest.mark.parametrize("kind", ["xlm-roberta", "m2m_100"])
+def test_a_text_encoders_adapters_are_trained_saved_and_captured(kind, tmp_path):
+    model = encoder(kind)
+    fastheads.patch(model, HeadConfig(towers=("text",)))
+    fill_adapters(model)
+    merged = fastheads.merge(copy.deepcopy(model))
+    freed(model).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in fastheads.lora_parameters(model) + fastheads.gate_parameters(model))
+    model.eval()
+    with fastheads.capture_heads(model) as heads:
+        states(model)
+    seen = []
+    last = merged.text.transformer
+    last = last.layers[-1].self_attn.out_proj if kind == "m2m_100" else last.encoder.layer[-1].attention.output.dense
+    last.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    states(merged)
+    gates = 1 if kind == "m2m_100" else heads.gates[-1].view(1, 4, 1)  # where they are folded
+    assert relative((heads.features[-1] * gates).flatten(1), seen[0][:, 0]) < 1e-5
+    fastheads.save_adapter(model, tmp_path)
+    other = fastheads.load_adapter(encoder(kind), tmp_path)
+    assert torch.equal(states(other), states(model))
+
+
+def test_text_encoders_that_cannot_be_patched_or_captured_say_why():
+    decoder = transformers.BertModel(transformers.BertConfig(**ENCODER, is_decoder=True))
+    with pytest.raises(TypeError, match="decoder's"):
+        fastheads.patch(decoder, HeadConfig(towers=("text",)))
+    model = encoder("xlm-roberta", pooler="mean_pooler")
+    fastheads.patch(model, HeadConfig(towers=("text",)))
+    with pytest.raises(ValueError, match="pools no token"), fastheads.capture_heads(model):
+        pass
+    layer = model.text.transformer.encoder.layer[0].attention.self
+    with pytest.raises(ValueError, match="cache: a patched layer"):
+        layer(torch.randn(1, 3, 64), cache=object())
+
+
+# ------------------------------------------------------------------------- one adapter, two forms of its base
+
+NAMES = {  # OpenCLIP's, Hugging Face's
+    "transformer.resblocks": "encoder.layers",
+    ".attn.": ".self_attn.",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1": "embeddings.patch_embedding",
+    "token_embedding": "embeddings.token_embedding",
+    "ln_pre": "pre_layrnorm",
+    "ln_post": "post_layernorm",
+    "ln_final": "final_layer_norm",
+}
+
+
+def of(model):
+    """Hugging Face's form of `standins.clip()`, or of one like it."""
+    words = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "hidden_act": "gelu"}
+    blocks = model.visual.transformer.resblocks
+    shape = {"num_hidden_layers": len(blocks), "num_attention_heads": blocks[0].attn.num_heads}
+    shape |= {"intermediate_size": 128, "hidden_act": "gelu"}
+    config = transformers.CLIPConfig(text_config=TEXT | words, vision_config=VISION | shape, projection_dim=24)
+    state = {}
+    for name, weight in model.state_dict().items():
+        if name in ("visual.proj", "text_projection"):
+            state[f"{name.replace('.proj', '_projection')}.weight"] = weight.T
+        elif name == "logit_scale":
+            state[name] = weight
+        else:
+            tower, name = ("vision" if name.startswith("visual.") else "text"), name.removeprefix("visual.")
+            for theirs, ours in NAMES.items():
+                name = name.replace(theirs, ours)
+            parts = weight.chunk(3) if "in_proj" in name else (weight,)
+            for part, own in zip("qkv", parts, strict=False):
+                state[f"{tower}_model.{name.replace('in_proj_', f'{part}_proj.')}"] = own
+    other = transformers.CLIPModel(config).eval()
+    other.load_state_dict(state)
+    return other
+
+
+def embedded(model, tower):
+    """`[B, E]`, whichever form it has."""
+    if isinstance(model, transformers.CLIPModel):
+        return getattr(model, f"{tower}_projection")(features(model, tower))
+    return model.encode_image(images()) if tower == "visual" else model.encode_text(texts())
+
+
+@pytest.mark.parametrize("towers", [BOTH, ("text", "visual"), ("visual",), ("text",)], ids="-".join)
+def test_an_adapter_carries_over_to_the_other_form_and_back(towers, tmp_path):
+    config = HeadConfig(targets=("q", "k", "v"), towers=towers)
+    model = openclip().eval()
+    fastheads.patch(model, config)
+    fill_adapters(model)
+    fastheads.save_adapter(model, tmp_path / "openclip")
+    other = of(openclip())
+    assert all(relative(embedded(other, t), embedded(openclip(), t)) < 1e-5 for t in BOTH)
+    fastheads.load_adapter(other, tmp_path / "openclip")
+    assert all(relative(embedded(other, t), embedded(model, t)) < 1e-5 for t in BOTH)
+    assert all(relative(embedded(other, t), embedded(openclip(), t)) > 1e-3 for t in towers)
+    fastheads.save_adapter(other, tmp_path / "huggingface")
+    back = fastheads.load_adapter(openclip().eval(), tmp_path / "huggingface")
+    assert same(fastheads.adapter_state_dict(back), fastheads.adapter_state_dict(model))
+    if len(towers) == 1:
+        alone = of(openclip()).vision_model if towers == ("visual",) else of(openclip()).text_model
+        fastheads.load_adapter(alone, tmp_path / "openclip")
+        assert torch.equal(features(alone, towers[0]), features(other, towers[0]))
+        fastheads.save_adapter(alone, tmp_path / "alone")
+        back = fastheads.load_adapter(openclip().eval(), tmp_path / "alone")
+        assert same(fastheads.adapter_state_dict(back), fastheads.adapter_state_dict(model))
+
+
+def test_an_adapter_carries_over_to_the_other_form_in_16_bits_and_back(tmp_path):
+    model = openclip().eval()
+    fastheads.patch(model)
+    fastheads.save_adapter(fill_adapters(model), tmp_path / "float32")
+    for dtype in (torch.bfloat16, torch.float16):
+        half = of(openclip()).to(dtype)
+        with pytest.warns(UserWarning, match=f"float32, here {str(dtype)[6:]}"):
+            fastheads.load_adapter(half, tmp_path / "float32", check_base=False)
+        out = half.visual_projection(half.vision_model(pixel_values=images().to(dtype)).pooler_output)
+        assert relative(out, embedded(model, "visual")) < 0.02 < relative(out, embedded(openclip(), "visual"))
+        fastheads.save_adapter(half, tmp_path / "half")
+        with pytest.warns(UserWarning, match=f"{str(dtype)[6:]}, here float32"):
+            back = fastheads.load_adapter(openclip(), tmp_path / "half", check_base=False)
+        assert same(fastheads.adapter_state_dict(back), fastheads.adapter_state_dict(model))
+
+
+def test_what_does_not_carry_over_says_so_and_changes_nothing(tmp_path):
+    model = openclip()
+    fastheads.patch(model, HeadConfig())
+    fastheads.save_adapter(fill_adapters(model), tmp_path / "plain")
+    fastheads.save_adapter(model, tmp_path / "carrying", modules_to_save=["ln_post"])
+    wider = of(openclip(vision={"head_width": 32}))
+    for other, folder, check, why in (
+        (of(openclip()), "carrying", True, r"other names.*ln_post.*kind it was saved from"),
+        (of(openclip(seed=1)), "plain", True, "another base.*weights"),
+        (of(openclip(layers=2)), "plain", True, "layers 3, here 2"),
+        (of(openclip(layers=2)), "plain", False, r"don't fit.*as many layers"),
+        (wider, "plain", True, "heads 4, here 2"),
+        (wider, "plain", False, r"don't fit.*\(2, 4, .*\(2, 2, .*as many layers and heads"),
+    ):
+        before = snapshot(other)
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=why):
+            warnings.simplefilter("ignore")
+            fastheads.load_adapter(other, tmp_path / folder, check_base=check)
+        assert_unchanged(other, before)
