@@ -253,10 +253,12 @@ def _named_as_in(model: nn.Module, towers: tuple[str, ...], tensors: dict[str, T
 
     def named(name: str) -> str:
         where, _, part = name.rpartition(".heads.")
+        if any(where in own for own in found.values()):
+            return name
         path = where.split(".")
         of_image = path[0] in NAMES["visual"]
         own = found["visual" if of_image else "text"] if len(towers) > 1 else found[towers[0]]
-        layer = next((int(at) for at in path if at.isdigit()), len(own))
+        layer = next((int(at) for at in reversed(path) if at.isdigit()), len(own))
         return f"{own[layer]}.heads.{part}" if layer < len(own) else name
 
     return {named(name): tensor for name, tensor in tensors.items()}

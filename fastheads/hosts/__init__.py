@@ -7,7 +7,7 @@ from torch import nn
 from fastheads.hosts.huggingface import BertSelfAttentionHost, HuggingFaceAttentionHost
 from fastheads.hosts.mha import MultiheadAttentionHost
 from fastheads.hosts.openclip import OpenClipAttentionHost
-from fastheads.hosts.timm import TimmAttentionHost, TimmRelativeAttentionHost
+from fastheads.hosts.timm import FastVitAttentionHost, TimmAttentionHost, TimmRelativeAttentionHost
 from fastheads.hosts.towers import NAMES, Tower, find_tower
 from fastheads.nn import HeadAttention
 
@@ -16,6 +16,7 @@ HOSTS = (
     OpenClipAttentionHost,
     TimmAttentionHost,
     TimmRelativeAttentionHost,
+    FastVitAttentionHost,
     HuggingFaceAttentionHost,
     BertSelfAttentionHost,
 )
@@ -24,6 +25,7 @@ Host = (
     | type[OpenClipAttentionHost]
     | type[TimmAttentionHost]
     | type[TimmRelativeAttentionHost]
+    | type[FastVitAttentionHost]
     | type[HuggingFaceAttentionHost]
     | type[BertSelfAttentionHost]
 )

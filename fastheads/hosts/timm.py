@@ -1,6 +1,6 @@
 """Hosts: timm's attention: `Attention` of its plain vision transformers (ViT, DeiT, DINOv2, SigLIP's image tower), and
 those with rotary positions, `EvaAttention` and `AttentionRope` (EVA, DINOv3, Perception Encoder); those with a bias by
-relative position, BEiT's `Attention` and `RelPosAttention`."""
+relative position, BEiT's `Attention` and `RelPosAttention`; and FastViT's, of images."""
 
 from __future__ import annotations
 
@@ -118,6 +118,22 @@ class TimmRelativeAttentionHost(TimmAttentionHost):
             own = self._get_rel_pos_bias()
             bias = own if bias is None else own + bias
         return super().forward(x, attn_mask=bias)
+
+
+class FastVitAttentionHost(TimmAttentionHost):
+    """A patched attention of timm's FastViT (MobileCLIP's last stage), over images `[B, D, height, width]`."""
+
+    name = "timm FastViT"
+
+    @staticmethod
+    def matches(module: nn.Module) -> bool:
+        return type(module).__name__ == "Attention" and type(module).__module__ == "timm.models.fastvit"
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As timm's own forward."""
+        if not self.heads.enabled:
+            return super().forward(x, *args, **kwargs)
+        return super().forward(x.flatten(2).mT).mT.reshape(x.shape)
 
 
 _WITH_ROPE = ("rope", "attn_mask", "is_causal")

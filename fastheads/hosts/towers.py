@@ -15,7 +15,7 @@ REFUSED = {"ModifiedResNet": "a ResNet tower (it has one attention layer, a pool
 # (OpenCLIP's CLIP keeps the text tower's parts itself).
 NAMES = {"visual": ("visual", "vision_model"), "text": ("text", "text_model")}
 _ALONE = {
-    "visual": ("conv1", "patch_embed", "trunk", "embeddings.patch_embedding"),
+    "visual": ("conv1", "patch_embed", "trunk", "stages", "embeddings.patch_embedding"),
     "text": (
         "token_embedding",
         "embeddings.token_embedding",
@@ -24,12 +24,14 @@ _ALONE = {
         "transformer.embed_tokens",
     ),
 }
-# Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP; Hugging Face's CLIP,
-# and BERT; BERT and M2M-100 inside OpenCLIP.
+# Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP, and there the last of
+# FastViT's stages; Hugging Face's CLIP, and BERT; BERT and M2M-100 inside OpenCLIP.
 _BLOCKS = {
     "transformer.resblocks": "attn",
     "blocks": "attn",
     "trunk.blocks": "attn",
+    "trunk.stages": "token_mixer",
+    "stages": "token_mixer",
     "encoder.layers": "self_attn",
     "encoder.layer": "attention.self",
     "transformer.encoder.layer": "attention.self",
@@ -88,15 +90,29 @@ def find_tower(model: nn.Module, name: str) -> Tower:
         )
     where = next((blocks for blocks in _BLOCKS if _inside(tower, blocks) is not None), "")
     blocks: Any = list(_inside(tower, where)) if where else []
+    if where.endswith("stages"):
+        blocks = [b for stage in blocks for b in _inside(stage, "blocks") or () if type(b).__name__ == "AttentionBlock"]
     found = [_inside(block, _BLOCKS[where]) for block in blocks]
     attentions = tuple(attention for attention in found if isinstance(attention, nn.Module))
     if not attentions or len(attentions) < len(found):
-        trunk, known = _inside(tower, "trunk"), ", ".join(f"{at}[i].{attn}" for at, attn in _BLOCKS.items())
+        trunk = _inside(tower, "trunk")
         what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
-        raise TypeError(f"model: its {name} tower ({what}) keeps no attention where it is looked for: {known}")
+        raise TypeError(f"model: its {name} tower ({what}) {_why_none(tower)}")
     abouts = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}
-    about = abouts.get(where, _of_timm if where in ("blocks", "trunk.blocks") else _of_encoder)
+    timms = ("blocks", "trunk.blocks", "stages", "trunk.stages")
+    about = abouts.get(where, _of_timm if where in timms else _of_encoder)
     return Tower(name, path, tower, attentions, **about(tower, name))
+
+
+def _why_none(tower: nn.Module) -> str:
+    """Why no attention was found."""
+    kinds = {type(module).__name__ for module in tower.modules()}
+    if any("WindowAttention" in kind for kind in kinds):
+        return "attends in windows; takes attention over all tokens"
+    if not any("Attention" in kind or "Block" in kind and "Attn" in kind for kind in kinds):
+        return "has no attention, so no heads to adapt"
+    known = ", ".join(f"{at}[i].{attention}" for at, attention in _BLOCKS.items())
+    return f"keeps no attention where it is looked for: {known}"
 
 
 def _inside(module: Any, path: str) -> Any:

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastheads.model import gate_parameters, gates, is_patched, lora_parameters
 from fastheads.patching import patch
@@ -152,7 +153,7 @@ def fit(
 
     if progress.step == 0:
         _record_gates(progress, inner)
-    inner.train()
+    _train_mode(inner)
     loader = problem.training_loader(recipe, start=progress.step, process=accelerator.process_index)
     record_every = max(1, recipe.steps // 200)
     began = time.perf_counter() - progress.seconds
@@ -202,6 +203,14 @@ def _record(progress: _Progress, model: nn.Module, step: int, values: dict[str, 
         progress.history.setdefault(name, []).append(value)
     if with_gates:
         _record_gates(progress, model)
+
+
+def _train_mode(model: nn.Module) -> None:
+    """For training; frozen batch norms keep their statistics (convolutional towers have some)."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
 
 
 def _record_gates(progress: _Progress, model: nn.Module) -> None:

@@ -8,10 +8,19 @@ import torch
 from standins import EMBED, MODELS, clip, disturb, fill_adapters, images, relative, same, seeded, vit
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.fastvit import FastVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
 import fastheads
+
+
+def fastvit():
+    """Three layers that attend, over 4 × 4 tokens, behind one that doesn't."""
+    options = {"layers": (1, 3), "embed_dims": (16, 128), "mlp_ratios": (1, 1), "downsamples": (False, True)}
+    with seeded(0):
+        return disturb(FastVit(**options, token_mixers=("repmixer", "attention"), num_classes=5))
+
 
 ALONE = {
     "openclip": lambda: clip().visual,
@@ -22,6 +31,7 @@ ALONE = {
     "beit": lambda: vit(Beit, qkv_bias=True, use_rel_pos_bias=True, use_shared_rel_pos_bias=True, init_values=0.1),
     "relative": lambda: vit(VisionTransformerRelPos, init_values=None, qk_norm=True, rel_pos_type="bias"),
     "relative_shared": lambda: vit(VisionTransformerRelPos, init_values=None, class_token=True, shared_rel_pos=True),
+    "fastvit": fastvit,
     "eva_parts": lambda: vit(Eva, qkv_fused=False, use_rot_pos_emb=True, global_pool="token"),
 }
 
@@ -91,8 +101,8 @@ def test_captured_heads_are_the_pooled_tokens(name):
     model = trained(ALONE[name])
     with fastheads.capture_heads(model) as heads, torch.no_grad():
         model(images())
-    assert heads.features.shape == (3, 3, 4, 16)
     last = [m for m in model.modules() if hasattr(m, "heads")][-1]
+    assert heads.features.shape == (3, 3, 4, last.weights(last)[0].shape[1] // 4)
     seen = []
     out = last.output(last)
     out.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
@@ -100,7 +110,7 @@ def test_captured_heads_are_the_pooled_tokens(name):
         model(images())
     gated = heads.features[-1] * heads.gates[-1].view(1, 4, 1)
     means = {"timm_no_class_token": 0, "timm_mean_beside_registers": 3}  # over the tokens from this one on
-    means |= {"beit": 1, "relative": 0, "relative_shared": 1}
+    means |= {"beit": 1, "relative": 0, "relative_shared": 1, "fastvit": 0}
     pooled = seen[0][:, means[name] :].mean(1) if name in means else seen[0][:, 0]
     assert relative(gated.flatten(1), pooled) < 1e-5
 
@@ -114,7 +124,9 @@ def test_a_tower_that_pools_no_token_says_so():
 
 def test_what_is_no_plain_transformer_is_refused():
     swin = SwinTransformer(img_size=32, patch_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4)
-    for model, why in ((swin, r"blocks\[i\]\.attn"), (torch.nn.Linear(2, 2), "no visual tower")):
+    none = FastVit(layers=(1,), embed_dims=(16,), mlp_ratios=(1,), token_mixers=("repmixer",), downsamples=(False,))
+    refused = {swin: "in windows", none: "no heads to adapt", torch.nn.Linear(2, 2): "no visual tower"}
+    for model, why in refused.items():
         with pytest.raises(TypeError, match=why):
             fastheads.patch(model)
     assert vit()(images()).shape == (3, EMBED)

@@ -211,3 +211,10 @@ def test_the_best_weights_come_with_their_running_statistics(resnet, monkeypatch
     recipe = dataclasses.replace(ONE_STEP, steps=3, evaluate_every=1)
     assert fit(base, METHODS["fine-tune"], problem, recipe)["selected_step"] == 1
     assert base.visual.bn1.num_batches_tracked == 1
+
+
+def test_frozen_batch_norms_keep_their_statistics(base, problem):
+    norm = torch.nn.BatchNorm2d(base.visual.conv1.out_channels)
+    base.visual.conv1 = torch.nn.Sequential(base.visual.conv1, norm)
+    fit(base, METHODS["ha-lora"], problem, ONE_STEP)
+    assert norm.num_batches_tracked == 0
