@@ -97,19 +97,19 @@ def find_tower(model: nn.Module, name: str) -> Tower:
     if not attentions or len(attentions) < len(found):
         trunk = _inside(tower, "trunk")
         what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
-        raise TypeError(f"model: its {name} tower ({what}) {_why_none(tower)}")
+        raise TypeError(f"model: its {name} tower ({what}) {_why_none(tower, found)}")
     abouts = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}
     timms = ("blocks", "trunk.blocks", "stages", "trunk.stages")
     about = abouts.get(where, _of_timm if where in timms else _of_encoder)
     return Tower(name, path, tower, attentions, **about(tower, name))
 
 
-def _why_none(tower: nn.Module) -> str:
-    """Why no attention was found."""
+def _why_none(tower: nn.Module, found: list[Any]) -> str:
+    """Why no attention was found, or not in every block; found: a block's, or None."""
     kinds = {type(module).__name__ for module in tower.modules()}
     if any("WindowAttention" in kind for kind in kinds):
         return "attends in windows; takes attention over all tokens"
-    if not any("Attention" in kind or "Block" in kind and "Attn" in kind for kind in kinds):
+    if not found and not any("Attention" in kind for kind in kinds):
         return "has no attention, so no heads to adapt"
     known = ", ".join(f"{at}[i].{attention}" for at, attention in _BLOCKS.items())
     return f"keeps no attention where it is looked for: {known}"
