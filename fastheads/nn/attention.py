@@ -180,12 +180,10 @@ class HeadAttention:
 
 def _as_one(own: HeadLoRA, weights: tuple[Tensor, ...]) -> Tensor:
     """`[3D, D]`: the memory in which frozen weights lie together, or a copy of them."""
-    if own.joined is None or torch.compiler.is_compiling() or any([w.requires_grad for w in weights]):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or reference.transformed()
+    if own.joined is None or traced or any([w.requires_grad for w in weights]):
         return torch.cat(weights)
-    plain = _PLAIN_WEIGHTS.issuperset(map(type, weights))
-    if plain and not ops.unwatched(*weights):
-        return torch.cat(weights)
-    if not (plain and lie_in(own.joined, weights)):
+    if not (_PLAIN_WEIGHTS.issuperset(map(type, weights)) and lie_in(own.joined, weights)):
         own.joined = None  # they lie elsewhere now (sharded, assigned), and it would be held for nobody
         return torch.cat(weights)
     return own.joined
