@@ -226,6 +226,7 @@ def patch(
         adapter.watch = watch
         plan.module.heads = adapter.train(plan.module.training)
         plan.module.__class__ = head_class(plan.host, type(plan.module))
+        _as_any(plan.module).join()
     return report
 
 

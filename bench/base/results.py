@@ -27,7 +27,7 @@ PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "peft", "xformers", "
 class Row:
     """One contender on one case.
 
-    group: "attention", "block", "model step", "mmd", "inference", or "… sweep". case: the problem in words.
+    group: "attention", "block", "model step", "mmd", "inference", "hosts", or "… sweep". case: the problem in words.
     status: "ok", "wrong" (it ran, and its numbers are not those of the mathematics it stands for) or "not run".
     why: for "wrong" what is wrong, for "not run" the reason.
     error, allowed: largest error against float64, relative to the largest value, and what the numerics rule allows.

@@ -22,6 +22,7 @@ TINY = {
     "attention": ("sdpa", "triton"),
     "mmd": ("auto", "triton", "DomainBed"),
     "inference": ("stock", "patched", "merged"),
+    "hosts": ("stock", "auto"),
 }
 
 

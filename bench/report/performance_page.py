@@ -20,6 +20,7 @@ TITLES = {
     "model step": "A training step of the image tower, without the optimiser",
     "mmd": "The MMD between domains, loss and gradient",
     "inference": "Image features, without gradients",
+    "hosts": "Other libraries' attention, patched, beside its own stock self",
 }
 MOST = 8  # wins in the table; losses are all there
 NO_GPU = (

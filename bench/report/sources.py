@@ -13,7 +13,7 @@ from bench.roofline.chips import chip_of
 from bench.roofline.costs import shares_of
 from bench.roofline.passes import PATHS
 
-GROUPS = ("attention", "block", "model step", "mmd", "inference")
+GROUPS = ("attention", "block", "model step", "mmd", "inference", "hosts")
 
 
 class Source(NamedTuple):

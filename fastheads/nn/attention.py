@@ -14,10 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastheads import ops, reference
+from fastheads.nn.joined import laid_together, lie_in
 from fastheads.nn.lora import HeadLoRA
 
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, type(None))
+_PLAIN_WEIGHTS = {Tensor, nn.Parameter}
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -51,7 +53,7 @@ class HeadAttention:
 
     @staticmethod
     def weights(module: Any) -> tuple[Tensor, ...]:
-        """The host's own weights of q, k and v: one `[3D, D]`, or three `[D, D]`."""
+        """The host's own weights of q, k and v: one `[3D, D]`, or three `[D, D]` (see `join`)."""
         return (module.in_proj_weight,)
 
     @staticmethod
@@ -114,7 +116,7 @@ class HeadAttention:
         }
         probabilities = None
         stored, b_in = self.weights(self), self.bias(self)
-        w_in = stored[0] if len(stored) == 1 else torch.cat(stored)
+        w_in = stored[0] if len(stored) == 1 else _as_one(own, stored)
         if need_weights or norms or score_scale is not None or head_scale is not None or attention_dropout:
             q, k, v = reference.project(x, w_in, b_in, own.lora_A, own.lora_B, **lora)
             if norms:
@@ -163,9 +165,33 @@ class HeadAttention:
             own.recorder.add(own.layer, cls)
         return o if out_proj is None else out_proj(o), probabilities if need_weights else None
 
+    def join(self) -> None:
+        """Lays three frozen weights together in memory; where that can't be, a call copies them into one."""
+        self.heads.joined = laid_together(self.weights(self))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.join()
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         cls = type(self)
         return _rebuild, (cls.__bases__[0], cls.__bases__[1]), self.__dict__
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.join()
+
+
+def _as_one(own: HeadLoRA, weights: tuple[Tensor, ...]) -> Tensor:
+    """`[3D, D]`: the memory in which frozen weights lie together, or a copy of them."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or reference.transformed()
+    if own.joined is None or traced or any([w.requires_grad for w in weights]):
+        return torch.cat(weights)
+    if not (_PLAIN_WEIGHTS.issuperset(map(type, weights)) and lie_in(own.joined, weights)):
+        own.joined = None  # they lie elsewhere now (sharded, assigned), and it would be held for nobody
+        return torch.cat(weights)
+    return own.joined
 
 
 def _of_heads(

@@ -53,6 +53,7 @@ class HeadLoRA(nn.Module):
         self._open: Tensor | None = None  # the others' indices
         self._seen: tuple[object, Tensor | None] = None, None
         self.recorder: Recorder | None = None
+        self.joined: Tensor | None = None  # the host's three weights, where they lie together (`HeadAttention.join`)
         self.watch: FrozenWatch | None = None
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
         T = len(config.targets)
@@ -119,7 +120,7 @@ class HeadLoRA(nn.Module):
         return f"heads={self.num_heads}, rank={self.rank}, targets={self.targets}, gate={self.gate_kind}"
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "recorder": None, "_seen": (None, None)}
+        return {**self.__dict__, "recorder": None, "joined": None, "_seen": (None, None)}
 
 
 def _readable(theta: Tensor) -> bool:

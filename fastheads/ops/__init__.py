@@ -11,7 +11,7 @@ Both operators are told in the same order:
 """
 
 from fastheads.ops.dispatch import NAMES, Choice, Problem, asked_for, choose, surroundings
-from fastheads.ops.head_attention import head_attention
+from fastheads.ops.head_attention import head_attention, unwatched
 from fastheads.ops.mmd import kernel_sums, mmd_fused, mmd_small
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "mmd_fused",
     "mmd_small",
     "surroundings",
+    "unwatched",
 ]

@@ -16,7 +16,7 @@ from fastheads.ops.dispatch import Problem, choose, looked_at, surroundings
 from fastheads.ops.flops import tell_counters
 from fastheads.reference import GATES, TARGETS, HeadAttentionOutput
 
-__all__ = ["HeadAttentionOutput", "head_attention"]
+__all__ = ["HeadAttentionOutput", "head_attention", "unwatched"]
 
 # gate_form: "" where gate holds the gates' values, else it is theta, and the form what makes gates of it.
 # pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean" (over pool_token and those after it).
@@ -55,7 +55,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _INPUTS = 11  # of the operator that are tensors, or None; they come first
 
 
-def _unwatched(*tensors: Tensor | None) -> bool:
+def unwatched(*tensors: Tensor | None) -> bool:
     """Whether nobody asks what runs here: a compiler, a tracer, a transform, a mode, a tensor's own class.
 
     Then the functions behind the operators are called without them: a trip through the dispatcher and back takes as
@@ -106,7 +106,7 @@ class _HeadAttention(torch.autograd.Function):
         if do is None:
             return (None,) * (2 + _INPUTS)
         needed, saved = ctx.needs_input_grad[2:8], ctx.saved_tensors
-        if torch.is_grad_enabled() or not _unwatched(do, *saved):
+        if torch.is_grad_enabled() or not unwatched(do, *saved):
             grads = _BACKWARD(do, *saved, list(needed), *ctx.settings)
             grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         else:
@@ -247,7 +247,7 @@ def _by_operator(
     wide = dtype if dtype == torch.float64 else torch.float32
     tensors = (x, w_in, b_in, *[t if t is None or t.dtype == wide else t.to(wide) for t in adapters[:3]], *adapters[3:])
     backward = _trained(*tensors[:6])
-    if settings[-1] == "cpu" and not (backward or dropout) and x.numel() and _unwatched(*tensors):
+    if settings[-1] == "cpu" and not (backward or dropout) and x.numel() and unwatched(*tensors):
         # The way through the dispatcher costs as much as a short sequence's attention.
         layer = fused.Layer._make((x.to(dtype), *tensors[1:], None, *settings))
         return HeadAttentionOutput(*fused.infer(layer, pool))
@@ -258,7 +258,7 @@ def _by_operator(
     token = pool if isinstance(pool, int) else mean.start if mean else 0
     keep = ("inputs" if recompute else "projections") if backward else "nothing"
     others: Any = (kind, token, keep, dtype, *settings)
-    if not _unwatched(*given):
+    if not unwatched(*given):
         o, lse, cls, *_ = _FORWARD(*given, *others)
     elif backward:
         o, lse, cls = _HeadAttention.apply(None, others, *given)

@@ -81,14 +81,15 @@ def _peft_merged(model: Any, ranks: Sequence[int]) -> Any:
     return model
 
 
-def _missing(package: str) -> str:
+def missing(package: str) -> str:
+    """Why what needs this package cannot run; empty where it can."""
     return "" if importlib.util.find_spec(package) is not None else f"{package} is not installed"
 
 
 def xformers_why_not(case: Any) -> str:
     """Why xformers' attention cannot run here; empty where it can. It imports, with a warning, where it can't."""
-    if missing := _missing("xformers"):
-        return missing
+    if why := missing("xformers"):
+        return why
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -103,7 +104,7 @@ def xformers_why_not(case: Any) -> str:
 
 
 CLIP_LORA = "the backward pass reads a weight from which the delta was taken again"
-PEFT: dict[str, Any] = {"fault": "PEFT adds out_proj's delta twice", "why_not": lambda case: _missing("peft")}
+PEFT: dict[str, Any] = {"fault": "PEFT adds out_proj's delta twice", "why_not": lambda case: missing("peft")}
 PLAIN = tower("plain", "plain-PyTorch HA-LoRA", "ha-lora", modules(attentions.Plain))
 WITH_XFORMERS = modules(attentions.XFormers)
 XFORMERS = tower("xformers", "plain, with xformers' attention", "ha-lora", WITH_XFORMERS, why_not=xformers_why_not)
