@@ -135,23 +135,32 @@ def _folded(layer: Layer, gate: Tensor | None) -> Iterator[tuple[Tensor, Tensor 
 
 def _project(layer: Layer) -> tuple[Tensor, Tensor | None]:
     """q, k and v with their deltas, `[B, N, 3E]`, and `T = x Aᵀ`, `[B, N, C]`, of the dropped-out x."""
-    x, w_in = layer.x, layer.w_in.to(layer.x.dtype)
-    bias = None if layer.b_in is None else layer.b_in.to(x.dtype)
+    x, bias = layer.x, None if layer.b_in is None else layer.b_in.to(layer.x.dtype)
     if layer.lora_A is None:
-        return F.linear(x, w_in, bias), None
+        return F.linear(x, layer.w_in.to(x.dtype), bias), None
     lora_A, lora_B = layer.deltas()
     T, H, dh, r = lora_B.shape
     low = F.linear(_dropped(layer, x), lora_A.reshape(-1, x.shape[2]).to(x.dtype))
     if x.dtype.itemsize < 4:
         names = [TARGETS[part] for part in layer.parts]
-        up = up_matrix(lora_B, names, layer.scale, per_head=not layer.shared).to(x.dtype)
-        return F.linear(torch.cat((x, low), -1), torch.cat((w_in, up), 1), bias), low
-    y, up = F.linear(x, w_in, bias), lora_B.to(x.dtype).mT
+        up = up_matrix(lora_B, names, layer.scale, per_head=not layer.shared)
+        return F.linear(torch.cat((x, low), -1), _cast(1, layer.w_in, up, x.dtype), bias), low
+    y, up = F.linear(x, layer.w_in.to(x.dtype), bias), lora_B.to(x.dtype).mT
     heads = y.view(-1, 3, H, dh).permute(1, 2, 0, 3)  # [3, H, M, dh]
     each = low.view(-1, T, low.shape[2] // T // r, r).permute(1, 2, 0, 3)  # [T, H or 1, M, r]
     for t, part in enumerate(layer.parts):
         heads[part].baddbmm_(each[t].expand(H, -1, -1), up[t], alpha=layer.scale)
     return y, low
+
+
+def _cast(dim: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """b behind a, in `dtype`: cast on the way, without a copy of a between."""
+    shape = list(a.shape)
+    shape[dim] += b.shape[dim]
+    out = torch.empty(shape, dtype=dtype)
+    out.narrow(dim, 0, a.shape[dim]).copy_(a)
+    out.narrow(dim, a.shape[dim], b.shape[dim]).copy_(b)
+    return out
 
 
 def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -177,11 +186,11 @@ def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tens
 def _dx(dy: Sequence[Tensor], u: Tensor | None, layer: Layer) -> Tensor:
     """`dY W + s·U A`, `[B·N, D]`, of `Uᵀ`; in 16 bits as one product, so that it is rounded once."""
     x, D, E, scale = layer.x, layer.x.shape[2], layer.width, layer.scale
-    weight = layer.w_in.to(x.dtype)
     down = None if u is None or layer.lora_A is None else layer.lora_A.reshape(-1, D)
+    if x.dtype.itemsize < 4 and u is not None and down is not None and layer.seed is None:
+        return torch.cat((*dy, u.T), 1) @ _cast(0, layer.w_in, scale * down, x.dtype)
+    weight = layer.w_in.to(x.dtype)
     if x.dtype.itemsize < 4:
-        if u is not None and down is not None and layer.seed is None:
-            return torch.cat((*dy, u.T), 1) @ torch.cat((weight, (scale * down).to(x.dtype)))
         dx = torch.cat(tuple(dy), 1) @ weight
     else:
         dx = dy[0] @ weight[:E]
