@@ -89,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif left < part.least:
             say(f"{part.name}: no time left of {given.minutes:g} minutes")
         else:
-            say(f"{part.name}, at most {min(part.seconds, left):.0f} s")
-            outcomes[part.name] = outcome = run.run(part, min(part.seconds, left))
+            most = left if part is parts[-1] else min(part.seconds, left)  # the last has whatever is over
+            say(f"{part.name}, at most {most:.0f} s")
+            outcomes[part.name] = outcome = run.run(part, most)
             if outcome.status != "done":
                 say(f"  {outcome.status}: {outcome.why}")
         text = summary(run.collect(where, outcomes))

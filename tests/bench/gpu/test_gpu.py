@@ -178,11 +178,13 @@ def test_a_part_that_is_complete_is_known_from_its_file(run, tmp_path):
 
 
 def test_what_is_there_is_written_after_every_part(tmp_path, monkeypatch):
-    """A run that is killed in its second part leaves the results of its first."""
+    """A run that is killed in its second part leaves the results of its first. The last has what time is over."""
     good, killed = Part("good", "python", 9, 1, ("0", "")), Part("killed", "python", 9, 1, ("0", ""))
+    limits = []
 
     class Killed(Sleeping):
         def run(self, part: Part, limit: float) -> Outcome:
+            limits.append(limit)
             if part is killed:
                 raise KeyboardInterrupt
             return super().run(part, limit)
@@ -191,6 +193,7 @@ def test_what_is_there_is_written_after_every_part(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "Run", Killed)
     with pytest.raises(KeyboardInterrupt):
         main(["--out", str(tmp_path), "--rehearse"])
+    assert limits[0] == 9 and 400 < limits[1] < 535
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert {name: part["status"] for name, part in parts.items()} == {"good": "done", "killed": "left out"}
     assert "| killed | left out |" in (tmp_path / "summary.md").read_text()
