@@ -117,9 +117,9 @@ class HeadAttention:
         probabilities = None
         stored, b_in = self.weights(self), self.bias(self)
         w_in = stored[0] if len(stored) == 1 else _as_one(own, stored)
-        if need_weights or norms or score_scale is not None or head_scale is not None or attention_dropout:
+        if need_weights or norms is not None or score_scale is not None or head_scale is not None or attention_dropout:
             q, k, v = reference.project(x, w_in, b_in, own.lora_A, own.lora_B, **lora)
-            if norms:
+            if norms is not None:
                 q, k = norms(q, k)
             if mask is None and not (need_weights or attention_dropout):
                 each = _flash(q, k, v, score_scale)

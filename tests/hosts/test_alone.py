@@ -11,6 +11,7 @@ from timm.models.eva import Eva
 from timm.models.fastvit import FastVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from torch.utils.checkpoint import checkpoint
 
 import fastheads
 
@@ -64,6 +65,40 @@ def test_start_gradients_unpatch_and_merge(make):
     fastheads.unpatch(model)
     assert type(model) is type(stock) and same(model.state_dict(), stock.state_dict())
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:merge. rounding")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", ALONE.values(), ids=ALONE)
+def test_in_16_bits(make, dtype):
+    stock, x, step = make().eval().to(dtype), images().to(dtype), torch.finfo(dtype).eps
+    expected = stock(x)
+    model = copy.deepcopy(stock)
+    fastheads.patch(model)
+    assert model(x).dtype == dtype and relative(model(x), expected) < 8 * step
+    adapted = fill_adapters(model)(x)
+    exact = copy.deepcopy(model).double()(x.double())
+    assert relative(adapted, exact) < 8 * step and relative(adapted, expected) > 4 * relative(adapted, exact)
+    assert relative(fastheads.merge(copy.deepcopy(model))(x), exact) < 8 * step
+    fastheads.unpatch(model)
+    assert same(model.state_dict(), stock.state_dict()) and torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("make", ALONE.values(), ids=ALONE)
+def test_one_graph_and_the_same_gradients_when_checkpointed(make):
+    model, x = trained(make), images()
+    wanted = gradients(model, model)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert relative(torch.compile(model, fullgraph=True, backend="eager")(x), model(x)) < 1e-5
+    for name, grad in gradients(model, lambda x: checkpoint(model, x, use_reentrant=False)).items():
+        assert relative(grad, wanted[name]) < 1e-5, name
+
+
+def gradients(model, run):
+    model.zero_grad()
+    run(images()).square().mean().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("make", ALONE.values(), ids=ALONE)
