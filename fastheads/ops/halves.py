@@ -135,8 +135,7 @@ def head_attention_in_halves(
         between=("norms, positions or a scale",),
     )
     name = choose(impl, problem).name
-    # on a CPU all is PyTorch's, so a mode may look
-    if not x.numel() or not (unwatched(x, *tensors) or (name == "cpu" and plain(x, *tensors))):
+    if not x.numel() or not _ours(name, x, *tensors):
         name = "reference"
     wide = torch.promote_types(dtype, torch.float32)
     x = x.to(dtype)
@@ -162,6 +161,13 @@ def head_attention_in_halves(
     inputs = (q.to(dtype), k.to(dtype), v, None if gate is None else gate.to(wide), mask)
     o, cls = _Attend.apply({"num_heads": num_heads, "gate_form": gate_form, "causal": False}, pool, name, *inputs)
     return o, cls if cls is None or factor is None else cls * factor.detach().unsqueeze(-1), None
+
+
+def _ours(name: str, *tensors: Tensor | None) -> bool:
+    """Whether functions that are no operators can compute it. On a CPU what they do is PyTorch's: a mode may see it."""
+    if name != "cpu":
+        return unwatched(*tensors)
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and plain(*tensors)
 
 
 def _plainly(
