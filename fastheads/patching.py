@@ -163,7 +163,8 @@ def _choice(impl: str, module: Any, host: Host, tower: Tower, num_heads: int, ra
         head_dim=weight.shape[1] // num_heads,
         rank=rank,
         dropout=bool(rank and dropout),
-        extras=host.extras(module) + ("rotary positions",) * tower.rotary + ops.surroundings(),
+        extras=host.extras(module) + ops.surroundings(),
+        between=host.between(module) + ("rotary positions",) * tower.rotary,
     )
     return ops.choose(impl, problem)
 

@@ -37,14 +37,17 @@ class HuggingFaceAttentionHost(HeadAttention):
         strange = not_linear(module, cls.parts)
         if strange:
             return strange
-        reasons, how = cls._other_shape(module), module.config._attn_implementation
+        reasons, how = cls.too_wide(module), module.config._attn_implementation
         if how not in ("eager", "sdpa"):
             reasons.append(f"has attn_implementation={how!r}, whose masks are others; load the model with 'sdpa'")
         if getattr(module, "is_decoder", False):
             reasons.append("is a decoder's, which keeps keys and values; takes encoders")
         return reasons
 
-    _other_shape = staticmethod(other_scale)
+    @staticmethod
+    def too_wide(module: Any) -> list[str]:
+        """A reason against heads of another width than the model's."""
+        return []
 
     @classmethod
     def extras(cls, module: Any) -> tuple[str, ...]:
@@ -54,6 +57,17 @@ class HuggingFaceAttentionHost(HeadAttention):
     @staticmethod
     def dropout_of(module: Any) -> float:
         return float(module.dropout)
+
+    @classmethod
+    def scale_of(cls, module: Any) -> float | None:
+        """What its scores are scaled by, where it isn't 1/√dh."""
+        head_dim = len(cls.weights(module)[0]) // cls.num_heads_of(module)
+        return other_scale(getattr(module, "scale", None) or module.scaling, head_dim)
+
+    @classmethod
+    def between(cls, module: Any) -> tuple[str, ...]:
+        """What it does between projection and output."""
+        return () if cls.scale_of(module) is None else ("scale",)
 
     def forward(
         self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -70,6 +84,7 @@ class HuggingFaceAttentionHost(HeadAttention):
             mask_of(attention_mask, causal, hidden_states, self.heads.num_heads),
             self.output(self),
             need_weights=self.config._attn_implementation == "eager",
+            score_scale=self.scale_of(self),
             attention_dropout=self.dropout_of(self) if self.training else 0.0,
         )
         return out, None if weights is None else weights.to(out.dtype)
@@ -91,7 +106,7 @@ class BertSelfAttentionHost(HuggingFaceAttentionHost):
         """Lies in the module beside it: gates fold into `value`."""
 
     @staticmethod
-    def _other_shape(module: Any) -> list[str]:
+    def too_wide(module: Any) -> list[str]:
         wide = module.all_head_size != module.query.in_features
         return ["has heads that together are wider or narrower than the model"] if wide else []
 

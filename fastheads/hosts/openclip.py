@@ -44,9 +44,12 @@ class OpenClipAttentionHost(HeadAttention):
     @staticmethod
     def extras(module: Any) -> tuple[str, ...]:
         """What only the reference path covers."""
-        names = ("ln_q", "ln_k", "logit_scale", "head_scale")
-        found = [n for n in names if present(module, n)]
-        return (*found, "attention dropout") if module.attn_drop.p else tuple(found)
+        return ("attention dropout",) if module.attn_drop.p else ()
+
+    @staticmethod
+    def between(module: Any) -> tuple[str, ...]:
+        """What it does between projection and output."""
+        return tuple(n for n in ("ln_q", "ln_k", "logit_scale", "head_scale") if present(module, n))
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the host's own forward, for self-attention."""

@@ -24,12 +24,9 @@ def not_linear(module: Any, names: tuple[str, ...] = PROJECTIONS) -> list[str]:
     ]
 
 
-def other_scale(module: Any) -> list[str]:
-    """A reason against scores that are scaled otherwise than the operators do."""
-    scale = getattr(module, "scale", None) or module.scaling
-    if scale == module.head_dim**-0.5:
-        return []
-    return [f"scales its scores by {scale}, not by 1 / sqrt({module.head_dim})"]
+def other_scale(scale: float, head_dim: int) -> float | None:
+    """A scale of scores, where it isn't 1/√dh, as the operators have it."""
+    return None if scale == head_dim**-0.5 else float(scale)
 
 
 def three_weights(module: Any, names: tuple[str, ...] = PROJECTIONS) -> tuple[Tensor, ...]:

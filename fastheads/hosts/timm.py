@@ -58,7 +58,6 @@ class TimmAttentionHost(HeadAttention):
             reasons.append("has fewer heads of keys than of queries")
         elif module.num_heads * module.head_dim != D or module.proj.weight.shape[1] != D:
             reasons.append("has heads that together are wider or narrower than the model")
-        reasons += other_scale(module)
         if gated and present(module, "norm"):
             reasons.append("has a norm between the heads and proj, so gates would not fold; use gate=None")
         return reasons
@@ -66,8 +65,13 @@ class TimmAttentionHost(HeadAttention):
     @staticmethod
     def extras(module: Any) -> tuple[str, ...]:
         """What only the reference path covers."""
+        return ("attention dropout",) if module.attn_drop.p else ()
+
+    @staticmethod
+    def between(module: Any) -> tuple[str, ...]:
+        """What it does between projection and output."""
         found = [name for name in ("q_norm", "k_norm") if present(module, name)]
-        return (*found, "attention dropout") if module.attn_drop.p else tuple(found)
+        return (*found, "scale") if _scale(module) is not None else tuple(found)
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As timm's own forward; boolean masks True = keep, as in `scaled_dot_product_attention`."""
@@ -81,8 +85,8 @@ class TimmAttentionHost(HeadAttention):
             norms = lambda q, k: _placed(self, self.q_norm(q), self.k_norm(k), rope)  # noqa: E731
         gate = getattr(self, "gate", None)
         inner = gate is not None or present(self, "norm")
-        dropout = self.attn_drop.p if self.training else 0.0
-        o, _ = self.attend(x, mask, None if inner else self.proj, norms=norms, attention_dropout=dropout)
+        options = {"score_scale": _scale(self), "attention_dropout": self.attn_drop.p if self.training else 0.0}
+        o, _ = self.attend(x, mask, None if inner else self.proj, norms=norms, **options)
         if inner:
             o = self.norm(o) if present(self, "norm") else o
             o = self.proj(o if gate is None else o * gate(x).sigmoid())
@@ -134,6 +138,10 @@ class FastVitAttentionHost(TimmAttentionHost):
         if not self.heads.enabled:
             return super().forward(x, *args, **kwargs)
         return super().forward(x.flatten(2).mT).mT.reshape(x.shape)
+
+
+def _scale(module: Any) -> float | None:
+    return other_scale(module.scale, module.proj.weight.shape[1] // module.num_heads)
 
 
 _WITH_ROPE = ("rope", "attn_mask", "is_causal")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -66,6 +65,11 @@ class HeadAttention:
         """The host's own output projection; None where it lies outside, and gates fold into the rows of `value`."""
         return module.out_proj
 
+    @staticmethod
+    def between(module: Any) -> tuple[str, ...]:
+        """What it does between projection and output, in words."""
+        return ()
+
     def attend(
         self,
         x: Tensor,
@@ -74,19 +78,19 @@ class HeadAttention:
         *,
         need_weights: bool = False,
         norms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        score_scale: Tensor | None = None,
+        score_scale: float | Tensor | None = None,
         head_scale: Tensor | None = None,
         attention_dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor | None]:
         """Gated heads `[B, N, D]` of x `[B, N, D]`, out_proj of them where one is given, and the probabilities
         `[B, H, N, N]` where asked for.
 
-        mask: broadcasts to `[B, H, N, N]`, additive or True = masked. `norms` (of q and k), `score_scale`,
-        `head_scale` and `attention_dropout` are what only the reference path covers. A profiler sees it by the layer's
-        name, `fastheads::visual.3`.
+        mask: broadcasts to `[B, H, N, N]`, additive or True = masked. The keywords are `ops.Between`'s. A profiler sees
+        it by the layer's name, `fastheads::visual.3`.
         """
         own = self.heads
-        options: Any = (x, mask, out_proj, need_weights, norms, score_scale, head_scale, attention_dropout)
+        between = ops.Between(norms, score_scale, head_scale, attention_dropout, need_weights)
+        options: Any = (x, mask, out_proj, between)
         if not torch.compiler.is_compiling() and torch.autograd._profiler_enabled():
             with torch.autograd.profiler.record_function(f"fastheads::{own.tower}.{own.layer}"):
                 return self._attend(own, *options)
@@ -98,11 +102,7 @@ class HeadAttention:
         x: Tensor,
         mask: Tensor | None,
         out_proj: nn.Module | None,
-        need_weights: bool,
-        norms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        score_scale: Tensor | None,
-        head_scale: Tensor | None,
-        attention_dropout: float,
+        between: ops.Between,
     ) -> tuple[Tensor, Tensor | None]:
         if self.training and own.frozen() and torch.is_grad_enabled() and own.watch is not None:
             own.watch.warn()
@@ -115,25 +115,26 @@ class HeadAttention:
             "dropout_p": dropout_p,
         }
         probabilities = None
+        gate: Tensor | None = own.theta if own.closed is None else own.gate()
+        gate_form = own.gate_kind or "" if own.closed is None else ""
         stored, b_in = self.weights(self), self.bias(self)
         w_in = stored[0] if len(stored) == 1 else _as_one(own, stored)
-        if need_weights or norms is not None or score_scale is not None or head_scale is not None or attention_dropout:
-            q, k, v = reference.project(x, w_in, b_in, own.lora_A, own.lora_B, **lora)
-            if norms is not None:
-                q, k = norms(q, k)
-            if mask is None and not (need_weights or attention_dropout):
-                each = _flash(q, k, v, score_scale)
-            else:
-                each, _, probabilities = reference.attend(
-                    q, k, v, mask=mask, score_scale=score_scale, attention_dropout=attention_dropout
-                )
-            if head_scale is not None:
-                each = each * head_scale
-            o = reference.gate_heads(each, own.gate(), v.dtype)
-            cls = None if pool is None else reference.pool_heads(reference.widened(each.detach()), pool)
+        if between.something:
+            o, cls, probabilities = ops.head_attention_in_halves(
+                x,
+                w_in,
+                b_in,
+                own.lora_A,
+                own.lora_B,
+                between,
+                gate=gate,
+                gate_form=gate_form,
+                mask=mask,
+                pool=pool,
+                impl=own.impl,
+                **lora,
+            )
         else:
-            gate: Tensor | None = own.theta if own.closed is None else own.gate()
-            gate_form = own.gate_kind or "" if own.closed is None else ""
             w_out = b_out = None
             if out_proj is not None and is_plain_linear(out_proj):
                 w_out, b_out, out_proj = out_proj.weight, out_proj.bias, None
@@ -163,7 +164,7 @@ class HeadAttention:
                 o = _beside_zeros(o, heads, own.num_heads)
         if own.recorder is not None and cls is not None:
             own.recorder.add(own.layer, cls)
-        return o if out_proj is None else out_proj(o), probabilities if need_weights else None
+        return o if out_proj is None else out_proj(o), probabilities if between.need_weights else None
 
     def join(self) -> None:
         """Lays three frozen weights together in memory; where that can't be, a call copies them into one."""
@@ -221,15 +222,6 @@ def _beside_zeros(o: Tensor, heads: Tensor, num_heads: int) -> Tensor:
     """`[B, N, E]` of all heads, from these heads' `[B, N, …]` and zeros."""
     each = o.unflatten(2, (len(heads), -1))
     return o.new_zeros(*o.shape[:2], num_heads, each.shape[3]).index_copy(2, heads, each).flatten(2)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor | None) -> Tensor:
-    """Heads `[B, H, N, dh]` by PyTorch's own attention, which keeps no probabilities; in v's dtype, q's and k's norms
-    may have another."""
-    scale = None
-    if score_scale is not None:
-        q, scale = q * score_scale, 1.0
-    return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=scale)
 
 
 @functools.cache

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastheads.ops.layer import Layer
-from fastheads.reference import GATES, TARGETS, pool_heads, up_matrix
+from fastheads.ops.layer import Layer, cast_together
+from fastheads.reference import GATES, pool_heads
 
 # Forming W' reads and writes 2 D² numbers: for fewer than about FEW · D / (columns of T) tokens, 640 at ViT-B's
 # published ranks, inference is faster without. Measured between 400 and 800 on one core.
@@ -28,7 +28,7 @@ def forward(
     layer: Layer, pool: int | Tensor | str | slice | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """o, lse, cls, and what `backward` reads: q, k and v `[B, N, 3E]`, T `[B, N, C]`, the heads where o is gated."""
-    projected, low = _project(layer)
+    projected, low = project(layer)
     each = heads_of(projected, layer.num_heads)
     o, lse, cls, heads = attend(*each, gate=_gate(layer), mask=layer.mask, causal=layer.causal, pool=pool)
     return o, lse, cls, projected, low, heads
@@ -51,9 +51,8 @@ def backward(
     need: dict[str, bool],
 ) -> dict[str, Any]:
     """The gradients that are needed, in the notation of `fused.backward`. projected and heads: None where not kept."""
-    x, D = layer.x, layer.x.shape[2]
     if projected is None:
-        projected, low = _project(layer)
+        projected, low = project(layer)
     each, gate = heads_of(projected, layer.num_heads), _gate(layer)
     options: dict[str, Any] = {"mask": layer.mask, "causal": layer.causal}
     if heads is None:
@@ -62,6 +61,13 @@ def backward(
     grads: dict[str, Any] = {}
     if gate is not None and dgate is not None and need["gate"]:
         grads["gate"] = _theta_gradient(gate, dgate, layer.gate_form)
+    return grads | project_bwd(dy, layer, low, need)
+
+
+def project_bwd(dy: Sequence[Tensor], layer: Layer, low: Tensor | None, need: dict[str, bool]) -> dict[str, Any]:
+    """`backward` from the gradients of q, k and v on, each `[B·N, E]`."""
+    x, D = layer.x, layer.x.shape[2]
+    grads: dict[str, Any] = {}
     rows, u = x.reshape(-1, D), None
     if low is not None and (need["x"] or need["lora_A"] or need["lora_B"]):
         u, grads["lora_B"] = _low_rank_bwd(dy, low, layer)
@@ -73,7 +79,7 @@ def backward(
     if need["w_in"]:
         grads["w_in"] = torch.cat([d.T @ rows for d in dy])
     if need["b_in"]:
-        grads["b_in"] = torch.cat([d.sum(0, dtype=lse.dtype) for d in dy])
+        grads["b_in"] = torch.cat([d.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) for d in dy])
     return grads
 
 
@@ -98,7 +104,7 @@ def infer(layer: Layer, pool: int | Tensor | str | slice | None) -> tuple[Tensor
     """`forward` where no backward pass will come and nothing is dropped: o, lse, cls."""
     gate, x, H = _gate(layer), layer.x, layer.num_heads
     if layer.lora_A is None or layer.w_in.dtype.itemsize < 4 or _few_tokens(x, layer.lora_A):
-        q, k, v = heads_of(_project(layer)[0], H)
+        q, k, v = heads_of(project(layer)[0], H)
     else:
         folded = gate if pool is None else None
         each = (F.linear(x, weight, bias) for weight, bias in _folded(layer, folded))
@@ -133,7 +139,7 @@ def _folded(layer: Layer, gate: Tensor | None) -> Iterator[tuple[Tensor, Tensor 
         yield weight.to(layer.x.dtype), None if bias is None else bias.to(layer.x.dtype)
 
 
-def _project(layer: Layer) -> tuple[Tensor, Tensor | None]:
+def project(layer: Layer) -> tuple[Tensor, Tensor | None]:
     """q, k and v with their deltas, `[B, N, 3E]`, and `T = x Aᵀ`, `[B, N, C]`, of the dropped-out x."""
     x, bias = layer.x, None if layer.b_in is None else layer.b_in.to(layer.x.dtype)
     if layer.lora_A is None:
@@ -142,25 +148,13 @@ def _project(layer: Layer) -> tuple[Tensor, Tensor | None]:
     T, H, dh, r = lora_B.shape
     low = F.linear(_dropped(layer, x), lora_A.reshape(-1, x.shape[2]).to(x.dtype))
     if x.dtype.itemsize < 4:
-        names = [TARGETS[part] for part in layer.parts]
-        up = up_matrix(lora_B, names, layer.scale, per_head=not layer.shared)
-        return F.linear(torch.cat((x, low), -1), _cast(1, layer.w_in, up, x.dtype), bias), low
+        return layer.in_one_product(low, layer.w_in, bias), low
     y, up = F.linear(x, layer.w_in.to(x.dtype), bias), lora_B.to(x.dtype).mT
     heads = y.view(-1, 3, H, dh).permute(1, 2, 0, 3)  # [3, H, M, dh]
     each = low.view(-1, T, low.shape[2] // T // r, r).permute(1, 2, 0, 3)  # [T, H or 1, M, r]
     for t, part in enumerate(layer.parts):
         heads[part].baddbmm_(each[t].expand(H, -1, -1), up[t], alpha=layer.scale)
     return y, low
-
-
-def _cast(dim: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """b behind a, in `dtype`: cast on the way, without a copy of a between."""
-    shape = list(a.shape)
-    shape[dim] += b.shape[dim]
-    out = torch.empty(shape, dtype=dtype)
-    out.narrow(dim, 0, a.shape[dim]).copy_(a)
-    out.narrow(dim, a.shape[dim], b.shape[dim]).copy_(b)
-    return out
 
 
 def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -188,7 +182,7 @@ def _dx(dy: Sequence[Tensor], u: Tensor | None, layer: Layer) -> Tensor:
     x, D, E, scale = layer.x, layer.x.shape[2], layer.width, layer.scale
     down = None if u is None or layer.lora_A is None else layer.lora_A.reshape(-1, D)
     if x.dtype.itemsize < 4 and u is not None and down is not None and layer.seed is None:
-        return torch.cat((*dy, u.T), 1) @ _cast(0, layer.w_in, scale * down, x.dtype)
+        return torch.cat((*dy, u.T), 1) @ cast_together(0, layer.w_in, scale * down, x.dtype)
     weight = layer.w_in.to(x.dtype)
     if x.dtype.itemsize < 4:
         dx = torch.cat(tuple(dy), 1) @ weight

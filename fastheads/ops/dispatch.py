@@ -28,7 +28,8 @@ class Problem:
     device: "cpu", "cuda" …; index: which of them, None for the current one. dtype: what it computes in (autocast's,
     where that is on); stored: the base weight's.
     length: tokens, None where it is not known before the call. dropout: of the low-rank path's input.
-    `extras` names what the fused operator does not cover ("ln_q", "attention dropout" …): the reference path does.
+    `extras` names what the fused operator does not cover ("attention dropout" …): the reference path does.
+    `between` names what a host does between projection and attention, or to the scores ("ln_q", "rotary positions" …).
     """
 
     device: str
@@ -40,6 +41,7 @@ class Problem:
     length: int | None = None
     dropout: bool = False
     extras: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
     index: int | None = None
 
 
@@ -59,6 +61,7 @@ class Implementation:
     max_length: int | None = None
     on_chip: int | None = None  # bytes that a head's keys and values may take
     dropout: bool = True
+    halves: bool = True  # whether something can come between projection and attention
     kernels: bool = False
     forward_tolerance: float = 2.0
     backward_tolerance: float = 3.0
@@ -88,6 +91,8 @@ class Implementation:
                 reasons.append(f"keeps keys and values on chip, where {problem.length} tokens do not fit")
         if problem.dropout and not self.dropout:
             reasons.append("has no LoRA dropout")
+        if problem.between and not self.halves:
+            reasons.append(f"projects and attends in one kernel, with nothing between: {', '.join(problem.between)}")
         return reasons
 
 
@@ -109,6 +114,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
             max_length=LONGEST_ON_CHIP,
             on_chip=96 * 1024,
             dropout=False,
+            halves=False,
             kernels=True,
         ),
         Implementation("cpu", ("cpu",), _CPU, (1, 2**31), max_rank=2**31),

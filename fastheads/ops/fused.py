@@ -270,9 +270,16 @@ def backward(do: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
             grads = cpu.backward(do, layer, lse, projected, low, heads, need)
         else:
             grads = _gradients(do, layer, lse, projected, low, need, dtype)
+    return _answers(grads, inputs, need, dtype)
+
+
+def _answers(
+    grads: dict[str, Any], inputs: Sequence[Tensor | None], need: dict[str, bool], dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """The gradients of GRADIENTS' first inputs, each in its input's dtype, that of x, the first, in `dtype`."""
     return tuple(
-        None if like is None or not need[name] else _as(grads[name], dtype if like is x else like.dtype)
-        for name, like in zip(GRADIENTS, inputs, strict=True)
+        None if like is None or not need[name] else _as(grads[name], dtype if like is inputs[0] else like.dtype)
+        for name, like in zip(GRADIENTS, inputs, strict=False)
     )
 
 
@@ -297,7 +304,7 @@ def _gradients(
     """`backward` by Triton's kernels; projected: None where nothing was kept."""
     if layer.impl == "one_pass":
         layer = layer._replace(impl="delta")
-    x, lora_A, lora_B, E3, R = layer.x, layer.lora_A, layer.lora_B, layer.w_in.shape[0], 0
+    x, E3 = layer.x, layer.w_in.shape[0]
     weights = Weights(layer.w_in, None)  # as it is, where nothing reads it
     if projected is None or need["x"] or layer.w_out is not None:
         weights = _weights(layer, bias=projected is None)
@@ -305,16 +312,38 @@ def _gradients(
         do = (do.flatten(0, 1) @ weights.out).view(*x.shape[:2], layer.width)
     product = _project(layer, weights, low_too=True) if projected is None else _Product(projected, low, E3)
     qkv, low = product.qkv, product.low
+    dqkv, dboth = _room_for_gradients(layer, low, need)
+    _, dgate = _kernels().attention_bwd(do, qkv, lse, delta=_delta(layer, product), out=dqkv, **layer.attend)
+    return _from_dy(layer, weights, dqkv, dboth, low, dgate if need["gate"] else None, need, dtype)
+
+
+def _room_for_gradients(layer: Layer, low: Tensor | None, need: dict[str, bool]) -> tuple[Tensor, Tensor]:
+    """dY `[B, N, 3E]`, not written yet, and beside it U's columns, where it will be needed: `[B, N, 3E (+ R)]`."""
+    E3, R = layer.w_in.shape[0], 0
     if low is not None and (need["lora_A"] or need["lora_B"] or (need["x"] and not layer.merged)):
         R = low.shape[-1]
-    dboth = x.new_empty(*x.shape[:2], E3 + R)
-    dqkv, u = (dboth.narrow(-1, 0, E3), dboth.narrow(-1, E3, R)) if R else (dboth, None)
-    _, dgate = _kernels().attention_bwd(do, qkv, lse, delta=_delta(layer, product), out=dqkv, **layer.attend)
+    dboth = layer.x.new_empty(*layer.x.shape[:2], E3 + R)
+    return dboth.narrow(-1, 0, E3) if R else dboth, dboth
+
+
+def _from_dy(
+    layer: Layer,
+    weights: Weights,
+    dqkv: Tensor,
+    dboth: Tensor,
+    low: Tensor | None,
+    dgate: Tensor | None,
+    need: dict[str, bool],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The gradients from dY on; those of the gates are partial sums, and None where nobody needs them."""
+    x, lora_A, lora_B, E3 = layer.x, layer.lora_A, layer.lora_B, dqkv.shape[-1]
+    u = None if dboth is dqkv else dboth.narrow(-1, E3, dboth.shape[-1] - E3)
     dup = None
     if u is not None and low is not None and lora_B is not None:
         dup = _kernels().low_rank_bwd(dqkv, _low_rank(layer, low, lora_B), u)
     grads: dict[str, Any] = {}
-    parts = dgate if need["gate"] else None, dup if need["lora_B"] else None
+    parts = dgate, dup if need["lora_B"] else None
     grads["gate"], grads["lora_B"] = _kernels().sums(*parts, gate=layer.gate, gate_form=layer.gate_form)
     if u is not None and lora_A is not None and need["lora_A"]:
         u_rows = u.flatten(0, 1).narrow(1, 0, lora_A.numel() // lora_A.shape[-1])
@@ -324,7 +353,7 @@ def _gradients(
     if need["w_in"] or need["b_in"]:
         rows = dqkv.reshape(-1, E3)
         grads["w_in"] = rows.T @ x.flatten(0, 1) if need["w_in"] else None
-        grads["b_in"] = rows.sum(0, dtype=lse.dtype) if need["b_in"] else None
+        grads["b_in"] = rows.sum(0, dtype=torch.float32) if need["b_in"] else None
     return grads
 
 
@@ -360,3 +389,75 @@ def backward_shapes(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         x.new_empty(0) if like is None or not need else like.new_empty(like.shape, dtype=dtype if like is x else None)
         for like, need in zip(arguments[: len(GRADIENTS)], needed, strict=True)
     )
+
+
+# ------------------------------------------------------------------------------------------------------ in halves
+
+
+def project(layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """q, k and v `[B, N, 3E]` with their deltas in them, and T, where something comes between them and attention."""
+    with _plainly(layer.x):
+        if layer.impl == "cpu":
+            return cpu.project(layer)
+        weights = _weights(layer)
+        if layer.lora_A is None or layer.merged:
+            product = _project(layer, weights, low_too=True)
+            return product.qkv, product.low
+        E3, bias = layer.w_in.shape[0], weights.bias
+        low = F.linear(_dropped(layer, layer.x), weights.own[E3:])
+        return layer.in_one_product(low, weights.own[:E3], None if bias is None else bias[:E3]), low
+
+
+def project_backward(
+    dy: Sequence[Tensor], layer: Layer, low: Tensor | None, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, w_in, b_in, lora_A and lora_B from those of q, k and v `[B, H, N, dh]`; see `backward`."""
+    x, need = layer.x, dict(zip(GRADIENTS, (*needed, False), strict=True))
+    with _plainly(x):
+        if layer.impl == "cpu":
+            rows = [d.transpose(1, 2).reshape(-1, layer.width) for d in dy]
+            grads = cpu.project_bwd(rows, layer, low, need)
+        else:
+            dqkv, dboth = _room_for_gradients(layer, low, need)
+            for part, d in zip(cpu.heads_of(dqkv, layer.num_heads), dy, strict=True):
+                part.copy_(d)
+            weights = _weights(layer, bias=False) if need["x"] else Weights(layer.w_in, None)
+            grads = _from_dy(layer, weights, dqkv, dboth, low, None, need, x.dtype)
+    inputs = (x, layer.w_in, layer.b_in, layer.lora_A, layer.lora_B)
+    return _answers(grads, inputs, need, x.dtype)
+
+
+def attend(
+    impl: str, qkv: Sequence[Tensor], pool: int | Tensor | str | slice | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]]:
+    """Gated heads `[B, N, E]` of q, k and v `[B, H, N, dh]`, the pooled token's, and what `attend_backward` reads.
+
+    options: of the attention kernels, as `Layer.attend` has them; on a CPU gate has the gates' values.
+    """
+    q, k, v = qkv
+    with _plainly(q):
+        if impl == "cpu":
+            own = {name: options[name] for name in ("gate", "mask", "causal")}
+            o, lse, cls, heads = cpu.attend(q, k, v, **own, pool=pool)
+            return o, cls, (lse, q, k, v, o if heads is None else heads)
+        joined = torch.stack([t.transpose(1, 2) for t in (q, k, v)], 2).flatten(2)
+        o, lse, cls = _kernels().attention_fwd(joined, **options, pool=pool)
+        return o, cls, (lse, joined)
+
+
+def attend_backward(
+    impl: str, do: Tensor, kept: Sequence[Any], options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k and v `[B, H, N, dh]`, and of gate; see `backward`."""
+    lse, *qkv = kept
+    with _plainly(do):
+        if impl == "cpu":
+            q, k, v, heads = qkv
+            own = {name: options[name] for name in ("gate", "mask", "causal")}
+            *dy, dgate = cpu.attend_bwd(do, q, k, v, lse, heads, **own)
+            B, H, N, dh = q.shape
+            dq, dk, dv = (d.view(B, N, H, dh).transpose(1, 2) for d in dy)
+            return dq, dk, dv, dgate
+        dqkv, dgates = _kernels().attention_bwd(do, *qkv, lse, **options)
+        dgate, _ = _kernels().sums(dgates, None, gate=options["gate"], gate_form=options["gate_form"])
+        return *cpu.heads_of(dqkv, options["num_heads"]), dgate

@@ -67,6 +67,11 @@ def unwatched(*tensors: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack():
         tell_counters()
         return False
+    return plain(*tensors)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are tensors, the first of them no batch, and nothing but them."""
     batched = torch._C._dispatch_keys(cast(Tensor, tensors[0])).has(_BATCHED)
     return not batched and _PLAIN.issuperset(map(type, tensors))
 

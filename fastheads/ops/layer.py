@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastheads.reference import TARGETS, up_matrix
 
 
 class Layer(NamedTuple):
@@ -64,3 +68,20 @@ class Layer(NamedTuple):
         """lora_A and lora_B, where there are any."""
         assert self.lora_A is not None and self.lora_B is not None
         return self.lora_A, self.lora_B
+
+    def in_one_product(self, low: Tensor, w_in: Tensor, b_in: Tensor | None) -> Tensor:
+        """`[x, T] [W, s·B]ᵀ + b`, rounded once; b_in in x's dtype."""
+        _, lora_B = self.deltas()
+        up = up_matrix(lora_B, [TARGETS[part] for part in self.parts], self.scale, per_head=not self.shared)
+        both = torch.cat((self.x, low[..., : up.shape[1]]), -1)
+        return F.linear(both, cast_together(1, w_in, up, self.x.dtype), b_in)
+
+
+def cast_together(dim: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """b behind a, in `dtype`: cast on the way, without a copy of a between."""
+    shape = list(a.shape)
+    shape[dim] += b.shape[dim]
+    out = a.new_empty(shape, dtype=dtype)
+    out.narrow(dim, 0, a.shape[dim]).copy_(a)
+    out.narrow(dim, a.shape[dim], b.shape[dim]).copy_(b)
+    return out

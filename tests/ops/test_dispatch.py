@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from problems import BF16, F16, F32, F64, Case
-from standins import clip, custom, features
+from standins import attentions, clip, features
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastheads
@@ -259,13 +259,19 @@ def test_the_report_follows_a_cast_to_16_bits():
 
 
 def test_layers_with_extras_run_on_the_reference_and_the_report_says_so():
-    model = custom(qk_norm=True)
+    def dropping():
+        model = clip()
+        for attention in attentions(model):
+            attention.dropout = 0.1
+        return model
+
+    model = dropping()
     report = fastheads.patch(model, HeadConfig(), impl="cpu")
     assert all(layer.choice.name == "reference" for layer in report.layers)
-    assert "cpu: does not cover ln_q" in str(report)
+    assert "cpu: does not cover attention dropout" in str(report)
     features(model).sum().backward()
-    with pytest.raises(ValueError, match=r"strict: 3 layers fall back.*ln_q"):
-        fastheads.patch(custom(qk_norm=True), HeadConfig(), strict=True)
+    with pytest.raises(ValueError, match=r"strict: 3 layers fall back.*attention dropout"):
+        fastheads.patch(dropping(), HeadConfig(), strict=True)
 
 
 def test_a_model_can_be_patched_for_each_name_that_runs_here():

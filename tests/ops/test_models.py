@@ -9,7 +9,7 @@ import torch
 from problems import DEVICE, DTYPES, GPU, close
 from processes import on_ranks
 from ranks import step_on_rank
-from standins import BOTH, TowerOf, attentions, clip, custom, fill_adapters, images, patched, relative, seeded, texts
+from standins import BOTH, TowerOf, attentions, clip, fill_adapters, images, patched, relative, seeded, texts
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -260,8 +260,10 @@ def test_the_environment_chooses_for_a_model_that_left_it_open(monkeypatch):
         model.encode_image(images())
 
 
-def test_extras_fall_back_to_the_reference_and_still_learn():
-    model = custom(qk_norm=True)
+def test_attention_dropout_falls_back_to_the_reference_and_still_learns():
+    model = clip()
+    for attention in attentions(model):
+        attention.dropout = 0.1
     with seeded(1):
         report = fastheads.patch(model, HeadConfig(), impl="auto")
     assert {layer.choice.name for layer in report.layers} == {"reference"}
