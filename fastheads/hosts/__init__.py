@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastheads.hosts.huggingface import BertSelfAttentionHost, HuggingFaceAttentionHost
+from fastheads.hosts.huggingface import BertSelfAttentionHost, HuggingFaceAttentionHost, T5SelfAttentionHost
 from fastheads.hosts.mha import MultiheadAttentionHost
 from fastheads.hosts.openclip import OpenClipAttentionHost
 from fastheads.hosts.timm import TimmAttentionHost, TimmRelativeAttentionHost
@@ -18,6 +18,7 @@ HOSTS = (
     TimmRelativeAttentionHost,
     HuggingFaceAttentionHost,
     BertSelfAttentionHost,
+    T5SelfAttentionHost,
 )
 Host = (
     type[MultiheadAttentionHost]
@@ -26,6 +27,7 @@ Host = (
     | type[TimmRelativeAttentionHost]
     | type[HuggingFaceAttentionHost]
     | type[BertSelfAttentionHost]
+    | type[T5SelfAttentionHost]
 )
 
 __all__ = ["HOSTS", "NAMES", "Host", "Tower", "find_tower", "host_of"]

@@ -25,7 +25,7 @@ _ALONE = {
     ),
 }
 # Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP; Hugging Face's CLIP,
-# and BERT; BERT and M2M-100 inside OpenCLIP.
+# and BERT; BERT, M2M-100 and T5 inside OpenCLIP.
 _BLOCKS = {
     "transformer.resblocks": "attn",
     "blocks": "attn",
@@ -34,6 +34,7 @@ _BLOCKS = {
     "encoder.layer": "attention.self",
     "transformer.encoder.layer": "attention.self",
     "transformer.layers": "self_attn",
+    "transformer.block": "layer.0.SelfAttention",
 }
 
 
