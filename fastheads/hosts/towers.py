@@ -24,17 +24,18 @@ _ALONE = {
         "transformer.embed_tokens",
     ),
 }
-# Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP; Hugging Face's CLIP,
-# and BERT; BERT, M2M-100 and T5 inside OpenCLIP.
+# Where a tower keeps its blocks, and a block its attention: OpenCLIP, Hugging Face's CLIP; timm, timm inside OpenCLIP;
+# BERT, and BERT, M2M-100 and T5 inside OpenCLIP.
+_BOTH = {"transformer.resblocks": "attn", "encoder.layers": "self_attn"}
 _BLOCKS = {
-    "transformer.resblocks": "attn",
-    "blocks": "attn",
-    "trunk.blocks": "attn",
-    "encoder.layers": "self_attn",
-    "encoder.layer": "attention.self",
-    "transformer.encoder.layer": "attention.self",
-    "transformer.layers": "self_attn",
-    "transformer.block": "layer.0.SelfAttention",
+    "visual": _BOTH | {"blocks": "attn", "trunk.blocks": "attn"},
+    "text": _BOTH
+    | {
+        "encoder.layer": "attention.self",
+        "transformer.encoder.layer": "attention.self",
+        "transformer.layers": "self_attn",
+        "transformer.block": "layer.0.SelfAttention",
+    },
 }
 
 
@@ -87,16 +88,17 @@ def find_tower(model: nn.Module, name: str) -> Tower:
             f"model: its {name} tower is {kind}, which fastheads does not patch yet; "
             "takes transformers of OpenCLIP's own (ViT-B-32, ViT-B-16, ViT-L-14 …), timm's, CLIP and SigLIP"
         )
-    where = next((blocks for blocks in _BLOCKS if _inside(tower, blocks) is not None), "")
+    places = _BLOCKS[name]
+    where = next((blocks for blocks in places if _inside(tower, blocks) is not None), "")
     blocks: Any = list(_inside(tower, where)) if where else []
-    found = [_inside(block, _BLOCKS[where]) for block in blocks]
+    found = [_inside(block, places[where]) for block in blocks]
     attentions = tuple(attention for attention in found if isinstance(attention, nn.Module))
     if not attentions or len(attentions) < len(found):
-        trunk, known = _inside(tower, "trunk"), ", ".join(f"{at}[i].{attn}" for at, attn in _BLOCKS.items())
+        trunk, known = _inside(tower, "trunk"), ", ".join(f"{at}[i].{attn}" for at, attn in places.items())
         what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
         raise TypeError(f"model: its {name} tower ({what}) keeps no attention where it is looked for: {known}")
-    abouts = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}
-    about = abouts.get(where, _of_timm if where in ("blocks", "trunk.blocks") else _of_encoder)
+    other = _of_timm if name == "visual" else _of_encoder
+    about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, other)
     return Tower(name, path, tower, attentions, **about(tower, name))
 
 

@@ -278,6 +278,23 @@ def test_text_encoders_start_unpatch_and_merge(kind, alone, how):
     assert same(model.state_dict(), before) and torch.equal(states(model), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_encoders_in_16_bits(kind, dtype):
+    """The start as near to float32 as stock's own; merged, as near as rounding once more is."""
+    exact = states(encoder(kind))
+    model = encoder(kind).requires_grad_(False)
+    model.text.to(dtype)
+    stock = states(model)
+    fastheads.patch(model, HeadConfig(towers=("text",)))
+    assert relative(states(model), exact) <= 2 * relative(stock, exact)
+    adapted = states(fill_adapters(model))
+    with pytest.warns(UserWarning, match="rounding"):
+        merged = fastheads.merge(copy.deepcopy(model))
+    assert relative(states(merged), adapted) < 2 * relative(stock, exact) < relative(adapted, stock)
+    assert torch.equal(states(fastheads.unpatch(model)), stock)
+
+
 def test_a_text_encoders_gradients_are_those_of_dense_float64_weights():
     """Gates too: those of the columns of the projection that lies beside the attention."""
     names = ["query", "key", "value"], lambda module: f"{module.removesuffix('.self')}.output.dense"
@@ -339,12 +356,12 @@ NAMES = {  # OpenCLIP's, Hugging Face's
 }
 
 
-def of(model):
+def of(model, hidden_act="gelu"):
     """Hugging Face's form of `standins.clip()`, or of one like it."""
-    words = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "hidden_act": "gelu"}
+    words = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "hidden_act": hidden_act}
     blocks = model.visual.transformer.resblocks
     shape = {"num_hidden_layers": len(blocks), "num_attention_heads": blocks[0].attn.num_heads}
-    shape |= {"intermediate_size": 128, "hidden_act": "gelu"}
+    shape |= {"intermediate_size": 128, "hidden_act": hidden_act}
     config = transformers.CLIPConfig(text_config=TEXT | words, vision_config=VISION | shape, projection_dim=24)
     state = {}
     for name, weight in model.state_dict().items():
@@ -420,6 +437,7 @@ def test_what_does_not_carry_over_says_so_and_changes_nothing(tmp_path):
     for other, folder, check, why in (
         (of(openclip()), "carrying", True, r"other names.*ln_post.*kind it was saved from"),
         (of(openclip(seed=1)), "plain", True, "another base.*weights"),
+        (of(openclip(), "quick_gelu"), "plain", True, "another base.*activation GELU, here QuickGELU"),
         (of(openclip(layers=2)), "plain", True, "layers 3, here 2"),
         (of(openclip(layers=2)), "plain", False, r"don't fit.*as many layers"),
         (wider, "plain", True, "heads 4, here 2"),
