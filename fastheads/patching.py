@@ -118,7 +118,7 @@ def _plan(
             if host is None:
                 raise TypeError(
                     f"model: layer {name} is a {type(module).__name__}; "
-                    "takes nn.MultiheadAttention, and the attention of OpenCLIP, timm, CLIP, SigLIP and BERT"
+                    "takes nn.MultiheadAttention, and the attention of OpenCLIP, timm, CLIP, SigLIP, BERT and T5"
                 )
             reasons = host.refusals(module, gated=config.gate is not None)
             weights: tuple[Any, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastheads.hosts.huggingface import BertSelfAttentionHost, HuggingFaceAttentionHost
+from fastheads.hosts.huggingface import BertSelfAttentionHost, HuggingFaceAttentionHost, T5SelfAttentionHost
 from fastheads.hosts.mha import MultiheadAttentionHost
 from fastheads.hosts.openclip import OpenClipAttentionHost
 from fastheads.hosts.timm import FastVitAttentionHost, TimmAttentionHost, TimmRelativeAttentionHost
@@ -19,6 +19,7 @@ HOSTS = (
     FastVitAttentionHost,
     HuggingFaceAttentionHost,
     BertSelfAttentionHost,
+    T5SelfAttentionHost,
 )
 Host = (
     type[MultiheadAttentionHost]
@@ -28,6 +29,7 @@ Host = (
     | type[FastVitAttentionHost]
     | type[HuggingFaceAttentionHost]
     | type[BertSelfAttentionHost]
+    | type[T5SelfAttentionHost]
 )
 
 __all__ = ["HOSTS", "NAMES", "Host", "Tower", "find_tower", "host_of"]

@@ -24,18 +24,24 @@ _ALONE = {
         "transformer.embed_tokens",
     ),
 }
-# Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP, and there the last of
-# FastViT's stages; Hugging Face's CLIP, and BERT; BERT and M2M-100 inside OpenCLIP.
+# Where a tower keeps its blocks, and a block its attention: OpenCLIP, Hugging Face's CLIP; timm, timm inside OpenCLIP,
+# and there the last of FastViT's stages; BERT, and BERT, M2M-100 and T5 inside OpenCLIP.
+_BOTH = {"transformer.resblocks": "attn", "encoder.layers": "self_attn"}
 _BLOCKS = {
-    "transformer.resblocks": "attn",
-    "blocks": "attn",
-    "trunk.blocks": "attn",
-    "trunk.stages": "token_mixer",
-    "stages": "token_mixer",
-    "encoder.layers": "self_attn",
-    "encoder.layer": "attention.self",
-    "transformer.encoder.layer": "attention.self",
-    "transformer.layers": "self_attn",
+    "visual": _BOTH
+    | {
+        "blocks": "attn",
+        "trunk.blocks": "attn",
+        "stages": "token_mixer",
+        "trunk.stages": "token_mixer",
+    },
+    "text": _BOTH
+    | {
+        "encoder.layer": "attention.self",
+        "transformer.encoder.layer": "attention.self",
+        "transformer.layers": "self_attn",
+        "transformer.block": "layer.0.SelfAttention",
+    },
 }
 
 
@@ -88,30 +94,30 @@ def find_tower(model: nn.Module, name: str) -> Tower:
             f"model: its {name} tower is {kind}, which fastheads does not patch yet; "
             "takes transformers of OpenCLIP's own (ViT-B-32, ViT-B-16, ViT-L-14 …), timm's, CLIP and SigLIP"
         )
-    where = next((blocks for blocks in _BLOCKS if _inside(tower, blocks) is not None), "")
+    places = _BLOCKS[name]
+    where = next((blocks for blocks in places if _inside(tower, blocks) is not None), "")
     blocks: Any = list(_inside(tower, where)) if where else []
     if where.endswith("stages"):
         blocks = [b for stage in blocks for b in _inside(stage, "blocks") or () if type(b).__name__ == "AttentionBlock"]
-    found = [_inside(block, _BLOCKS[where]) for block in blocks]
+    found = [_inside(block, places[where]) for block in blocks]
     attentions = tuple(attention for attention in found if isinstance(attention, nn.Module))
     if not attentions or len(attentions) < len(found):
         trunk = _inside(tower, "trunk")
         what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
-        raise TypeError(f"model: its {name} tower ({what}) {_why_none(tower, found)}")
-    abouts = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}
-    timms = ("blocks", "trunk.blocks", "stages", "trunk.stages")
-    about = abouts.get(where, _of_timm if where in timms else _of_encoder)
+        raise TypeError(f"model: its {name} tower ({what}) {_why_none(tower, found, places)}")
+    other = _of_timm if name == "visual" else _of_encoder
+    about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, other)
     return Tower(name, path, tower, attentions, **about(tower, name))
 
 
-def _why_none(tower: nn.Module, found: list[Any]) -> str:
+def _why_none(tower: nn.Module, found: list[Any], places: dict[str, str]) -> str:
     """Why no attention was found, or not in every block; found: a block's, or None."""
     kinds = {type(module).__name__ for module in tower.modules()}
     if any("WindowAttention" in kind for kind in kinds):
         return "attends in windows; takes attention over all tokens"
     if not found and not any("Attention" in kind for kind in kinds):
         return "has no attention, so no heads to adapt"
-    known = ", ".join(f"{at}[i].{attention}" for at, attention in _BLOCKS.items())
+    known = ", ".join(f"{at}[i].{attention}" for at, attention in places.items())
     return f"keeps no attention where it is looked for: {known}"
 
 

@@ -99,20 +99,25 @@ def test_start_unpatch_and_merge(name, how, tmp_path):
 @pytest.mark.parametrize("tower", BOTH)
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_gradients_are_those_of_dense_float64_weights(name, tower):
+    assert_gradients(MODELS[name], tower, [f"{part}_proj" for part in "qkv"], lambda module: f"{module}.out_proj")
+
+
+def assert_gradients(make, tower, parts, out_proj):
+    """parts: an attention's projections; out_proj: name of an attention → that of its output projection."""
     config = HeadConfig(rank=3, targets=("q", "k", "v"), towers=(tower,))
-    model, stock = MODELS[name]().double(), MODELS[name]().double()
+    model, stock = make().double(), make().double()
     fastheads.patch(model, config)
     fill_adapters(model)
     adapters = {k: v.detach().clone().requires_grad_() for k, v in fastheads.adapter_state_dict(model).items()}
     dense = {}
-    for attention, module_name in zip(attentions(stock, tower), adapters_of(adapters), strict=True):
-        theta, A, B = (adapters[f"{module_name}.heads.{part}"] for part in ("theta", "lora_A", "lora_B"))
-        gate = 4 * theta.exp() / theta.exp().sum()
-        for t, part in enumerate("qkv"):
+    for module in adapters_of(adapters):
+        theta, A, B = (adapters[f"{module}.heads.{part}"] for part in ("theta", "lora_A", "lora_B"))
+        for t, part in enumerate(parts):
             delta = torch.cat([B[t, h] @ A[t, h] for h in range(4)])
-            dense[f"{module_name}.{part}_proj.weight"] = getattr(attention, f"{part}_proj").weight.detach() + delta
-        columns = gate.repeat_interleave(16)
-        dense[f"{module_name}.out_proj.weight"] = attention.out_proj.weight.detach() * columns
+            dense[f"{module}.{part}.weight"] = stock.get_parameter(f"{module}.{part}.weight").detach() + delta
+        columns = (4 * theta.exp() / theta.exp().sum()).repeat_interleave(16)
+        name = f"{out_proj(module)}.weight"
+        dense[name] = stock.get_parameter(name).detach() * columns
     wrapped = TowerOf(stock, tower)
     expected = torch.func.functional_call(wrapped, {f"model.{k}": v for k, v in dense.items()}, (run_inputs(tower),))
     out = TowerOf(model, tower)(run_inputs(tower))
@@ -140,7 +145,8 @@ class TowerOf(torch.nn.Module):
     def forward(self, x):
         if self.tower == "visual":
             return self.model.vision_model(pixel_values=x).pooler_output
-        return self.model.text_model(input_ids=x, attention_mask=(x != 0).long()).pooler_output
+        owner = getattr(self.model, "text_model", self.model)
+        return owner(input_ids=x, attention_mask=(x != 0).long()).pooler_output
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -213,11 +219,14 @@ ENCODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "
 ENCODER |= {"max_position_embeddings": 20, "vocab_size": 50, "pad_token_id": 0, "eos_token_id": 49}
 M2M = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_layers": 1}
 M2M |= {"max_position_embeddings": 20, "vocab_size": 50, "pad_token_id": 0}
+T5 = {"d_model": 64, "d_kv": 16, "num_heads": 4, "num_layers": 2, "d_ff": 96, "vocab_size": 50, "pad_token_id": 0}
+T5 |= {"is_encoder_decoder": False, "use_cache": False}
 KINDS = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**ENCODER)),
     "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**ENCODER)),
     "xlm-roberta": lambda: transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**ENCODER)),
     "m2m_100": lambda: transformers.M2M100Model(transformers.M2M100Config(**M2M)).encoder,
+    "mt5": lambda: transformers.MT5EncoderModel(transformers.MT5Config(**T5)).encoder,
 }
 
 
@@ -267,6 +276,29 @@ def test_text_encoders_start_unpatch_and_merge(kind, alone, how):
     assert relative(states(merged), adapted) < 1e-5
     fastheads.unpatch(model)
     assert same(model.state_dict(), before) and torch.equal(states(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_encoders_in_16_bits(kind, dtype):
+    """The start as near to float32 as stock's own; merged, as near as rounding once more is."""
+    exact = states(encoder(kind))
+    model = encoder(kind).requires_grad_(False)
+    model.text.to(dtype)
+    stock = states(model)
+    fastheads.patch(model, HeadConfig(towers=("text",)))
+    assert relative(states(model), exact) <= 2 * relative(stock, exact)
+    adapted = states(fill_adapters(model))
+    with pytest.warns(UserWarning, match="rounding"):
+        merged = fastheads.merge(copy.deepcopy(model))
+    assert relative(states(merged), adapted) < 2 * relative(stock, exact) < relative(adapted, stock)
+    assert torch.equal(states(fastheads.unpatch(model)), stock)
+
+
+def test_a_text_encoders_gradients_are_those_of_dense_float64_weights():
+    """Gates too: those of the columns of the projection that lies beside the attention."""
+    names = ["query", "key", "value"], lambda module: f"{module.removesuffix('.self')}.output.dense"
+    assert_gradients(lambda: encoder("xlm-roberta", alone=True), "text", *names)
 
 
 @pytest.mark.parametrize("kind", ["xlm-roberta", "m2m_100"])
@@ -324,12 +356,12 @@ NAMES = {  # OpenCLIP's, Hugging Face's
 }
 
 
-def of(model):
+def of(model, hidden_act="gelu"):
     """Hugging Face's form of `standins.clip()`, or of one like it."""
-    words = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "hidden_act": "gelu"}
+    words = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128, "hidden_act": hidden_act}
     blocks = model.visual.transformer.resblocks
     shape = {"num_hidden_layers": len(blocks), "num_attention_heads": blocks[0].attn.num_heads}
-    shape |= {"intermediate_size": 128, "hidden_act": "gelu"}
+    shape |= {"intermediate_size": 128, "hidden_act": hidden_act}
     config = transformers.CLIPConfig(text_config=TEXT | words, vision_config=VISION | shape, projection_dim=24)
     state = {}
     for name, weight in model.state_dict().items():
@@ -405,6 +437,7 @@ def test_what_does_not_carry_over_says_so_and_changes_nothing(tmp_path):
     for other, folder, check, why in (
         (of(openclip()), "carrying", True, r"other names.*ln_post.*kind it was saved from"),
         (of(openclip(seed=1)), "plain", True, "another base.*weights"),
+        (of(openclip(), "quick_gelu"), "plain", True, "another base.*activation GELU, here QuickGELU"),
         (of(openclip(layers=2)), "plain", True, "layers 3, here 2"),
         (of(openclip(layers=2)), "plain", False, r"don't fit.*as many layers"),
         (wider, "plain", True, "heads 4, here 2"),
