@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastheads.config import HeadConfig
 from fastheads.files import write_whole
 from fastheads.hosts import NAMES, find_tower
-from fastheads.hosts.wrappers import plain_names, refuse_peft, unwrap
+from fastheads.hosts.wrappers import plain_names, plain_state, refuse_peft, unwrap
 from fastheads.model import (
     adapter_state_dict,
     base_state_dict,
@@ -188,7 +188,7 @@ def load_adapter(
     """Loads an adapter into a model, in place; patches an unpatched one first.
 
     Another form of its base will do, where the attention's weights are the same: Hugging Face's or OpenCLIP's, or a
-    tower alone (an adapter that carries tensors of its base, which have other names there, is refused).
+    tower alone (an adapter that carries tensors of its base which have other names there is refused).
     Base tensors that were saved with the adapter (`modules_to_save`) take the place of the model's; `unpatch` brings
     those back, and `disabled` does not. Of tensors that were trained beside the adapter and not saved a UserWarning
     says which they are.
@@ -209,10 +209,11 @@ def load_adapter(
     saved, beside = about["modules_to_save"], about["trained_beside"]
     named = _named_as_in(inner, config.towers, tensors)
     other_form = named.keys() != tensors.keys()
-    if other_form and saved:
+    lost = [name for name in saved if name not in plain_state(inner)] if other_form else []
+    if lost:
         raise ValueError(
             f"directory: the adapter carries tensors of its base, which have other names in this model: "
-            f"{first_few(saved)}; load it into a model of the kind it was saved from ({about['base_model']})"
+            f"{first_few(lost)}; load it into a model of the kind it was saved from ({about['base_model']})"
         )
     same = base_hash(inner, config.towers, without={*saved, *beside}) == about["base_sha256"]
     if not same and not (other_form and attention_hash(inner, config.towers) == about.get("attention_sha256")):

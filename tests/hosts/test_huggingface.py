@@ -400,7 +400,7 @@ def test_an_adapter_carries_over_to_the_other_form_and_back(towers, tmp_path):
     fastheads.load_adapter(other, tmp_path / "openclip")
     assert all(relative(embedded(other, t), embedded(model, t)) < 1e-5 for t in BOTH)
     assert all(relative(embedded(other, t), embedded(openclip(), t)) > 1e-3 for t in towers)
-    fastheads.save_adapter(other, tmp_path / "huggingface")
+    fastheads.save_adapter(other, tmp_path / "huggingface", modules_to_save=["logit_scale"])
     back = fastheads.load_adapter(openclip().eval(), tmp_path / "huggingface")
     assert same(fastheads.adapter_state_dict(back), fastheads.adapter_state_dict(model))
     if len(towers) == 1:
@@ -432,10 +432,15 @@ def test_what_does_not_carry_over_says_so_and_changes_nothing(tmp_path):
     model = openclip()
     fastheads.patch(model, HeadConfig())
     fastheads.save_adapter(fill_adapters(model), tmp_path / "plain")
-    fastheads.save_adapter(model, tmp_path / "carrying", modules_to_save=["ln_post"])
+    fastheads.save_adapter(model, tmp_path / "carrying", modules_to_save=["ln_post", "logit_scale"])
     wider = of(openclip(vision={"head_width": 32}))
     for other, folder, check, why in (
-        (of(openclip()), "carrying", True, r"other names.*ln_post.*kind it was saved from"),
+        (
+            of(openclip()),
+            "carrying",
+            True,
+            r"other names.*: visual.ln_post.weight, visual.ln_post.bias; .*kind it was saved from",
+        ),
         (of(openclip(seed=1)), "plain", True, "another base.*weights"),
         (of(openclip(), "quick_gelu"), "plain", True, "another base.*activation GELU, here QuickGELU"),
         (of(openclip(layers=2)), "plain", True, "layers 3, here 2"),
