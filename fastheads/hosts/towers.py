@@ -82,8 +82,10 @@ def find_tower(model: nn.Module, name: str) -> Tower:
         trunk, known = _inside(tower, "trunk"), ", ".join(f"{at}[i].{attn}" for at, attn in _BLOCKS.items())
         what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
         raise TypeError(f"model: its {name} tower ({what}) keeps no attention where it is looked for: {known}")
-    about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, _of_timm)
-    return Tower(name, path, tower, attentions, **about(tower, name))
+    about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, _of_timm)(tower, name)
+    if where == "encoder.layers" and hasattr(model, "classifier"):  # Hugging Face's head takes the mean of the patches
+        about |= {"pool": "mean", "prefix": int(about["pool"] == "first")}
+    return Tower(name, path, tower, attentions, **about)
 
 
 def _inside(module: Any, path: str) -> Any:
