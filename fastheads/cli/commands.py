@@ -91,6 +91,14 @@ def _check_towers(args: argparse.Namespace, contexts: Mapping[str, float]) -> No
             explain(model, config)
 
 
+def _transforms(model: nn.Module) -> Any:
+    """(training, evaluation) transforms of the model's own."""
+    from fastheads.train import models
+
+    with _as_options():
+        return models.transforms(model)
+
+
 def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
     from fastheads.adapters import AnotherBaseError, load_adapter
 
@@ -167,7 +175,6 @@ def _train(args: argparse.Namespace) -> None:
 
 def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], DomainFolders]:
     """All of `train` but its output."""
-    from fastheads.train import models
     from fastheads.train.data.images import UnreadableImageError
     from fastheads.train.evaluation import make_problem
     from fastheads.train.experiment import is_main_process, run_experiment
@@ -214,7 +221,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
     data.check_sources(args, folders, targets)
     with phase(f"loading {args.model}"):
         model, tokenizer = _load_model(args, len(folders.classes))
-        transforms = models.transforms(model)
+        transforms = _transforms(model)
     problem_of = lambda target, seed: make_problem(  # noqa: E731
         model,
         tokenizer,
@@ -260,7 +267,6 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _scores(args: argparse.Namespace, bars: Bars) -> None:
     from fastheads.hosts.vision import head_of
     from fastheads.losses.context import class_text_weights
-    from fastheads.train import models
     from fastheads.train.data.batches import evaluation_loader
     from fastheads.train.evaluation import image_features, score_logits
     from fastheads.train.progress import phase
@@ -282,7 +288,7 @@ def _scores(args: argparse.Namespace, bars: Bars) -> None:
             f"--adapter, --pretrained: {args.model} has no head for the {len(folders.classes)} classes of {args.data}; "
             "takes an adapter that train wrote for them, or a checkpoint of train or merge"
         )
-    transform = models.transforms(model)[1]
+    transform = _transforms(model)[1]
     for name in args.domain or folders.domains:
         loader = evaluation_loader(folders, name, None, transform, args.batch_size, workers=args.workers)
         features, labels = image_features(model, loader, f"evaluating {name}")

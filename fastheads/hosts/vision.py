@@ -59,4 +59,5 @@ def checkpoint_blocks(model: nn.Module, wanted: bool = True) -> None:
     if hasattr(inner, "set_grad_checkpointing"):
         inner.set_grad_checkpointing(wanted)
     elif wanted:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        newer = getattr(inner, "activation_checkpointing_enable", None)
+        (newer or inner.gradient_checkpointing_enable)({"use_reentrant": False})

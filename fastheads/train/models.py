@@ -221,15 +221,30 @@ def _load_timm(name: str, weights: str | None, classes: int, size: int | None) -
 # --------------------------------------------------------------------------------------------- Hugging Face
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """`silent`, and without transformers' own progress bars."""
+    from transformers.utils import logging as own
+
+    shown = own.is_progress_bar_enabled()
+    own.disable_progress_bar()
+    try:
+        with silent():
+            yield
+    finally:
+        if shown:
+            own.enable_progress_bar()
+
+
 def _huggingface(folder: str, classes: int) -> tuple[Any, Any]:
-    """transformers, and a folder's config for so many classes. Raises ImportError and ValueError in words."""
+    """transformers, and a folder's config for so many classes. Raises ValueError in words."""
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise ValueError(f"model: {folder} has no config.json; takes a folder that transformers' save_pretrained wrote")
     try:
         import transformers
     except ImportError as e:
-        raise ImportError(f"model: {folder} is a Hugging Face folder, which needs: pip install 'fastheads[hf]'") from e
+        raise ValueError(f"model: {folder} is a Hugging Face folder, which needs: pip install 'fastheads[hf]'") from e
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
         transformers.AutoModelForImageClassification._model_mapping[type(config)]
@@ -252,10 +267,8 @@ def _load_huggingface(folder: str, weights: str | None, classes: int, size: int 
         raise ValueError(f"pretrained: got {weights!r}, but {folder} is a folder that holds its own weights")
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
         raise ValueError(f"model: {folder} has no weights; bring the model.safetensors that belongs to its config.json")
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        with silent():
+        with _without_bars():
             model, info = transformers.AutoModelForImageClassification.from_pretrained(
                 path,
                 config=config,
@@ -266,9 +279,6 @@ def _load_huggingface(folder: str, weights: str | None, classes: int, size: int 
     except Exception as e:
         reason = textwrap.shorten(str(e) or type(e).__name__, 300, placeholder=" …")
         raise ValueError(f"model: the weights in {folder} do not fit its config.json: {reason}") from e
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
     keys = [*info["missing_keys"], *info["mismatched_keys"]]
     other = {key if isinstance(key, str) else key[0] for key in keys}
     foreign = sorted(name for name in other if not name.startswith("classifier."))
@@ -294,7 +304,8 @@ def save(model: nn.Module, path: Path) -> Path:
 
 
 def _save_huggingface(model: Any, folder: Path) -> Path:
-    model.save_pretrained(folder)
+    with _without_bars():
+        model.save_pretrained(folder)
     processor = Path(model.config._name_or_path) / PROCESSOR
     if processor.is_file() and not (folder / PROCESSOR).exists():
         shutil.copy(processor, folder)
@@ -305,7 +316,8 @@ def how_to_load(name: str, model: nn.Module, path: Path, size: int | None) -> st
     """The call that loads what `save` wrote, in the library it is for."""
     head = head_of(model)
     if head is None:
-        return f"open_clip.create_model({name!r}, pretrained={str(path)!r})"
+        options = f", force_image_size={size}" if size else ""
+        return f"open_clip.create_model({name!r}, pretrained={str(path)!r}{options})"
     if _is_folder(name):
         return f"transformers.{type(model).__name__}.from_pretrained({str(path)!r})"
     options = f"num_classes={head.out_features}" + (f", img_size={size}" if size else "")

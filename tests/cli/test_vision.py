@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 
 import pytest
 import timm
@@ -125,6 +126,13 @@ def test_bad_input_is_one_line(case, trained, tmp_path, monkeypatch):
     for word in words:
         assert word in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_hugging_faces_asks_for_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text("{}")
+    code, out, err = run("inspect", "--model", tmp_path)
+    assert (code, out) == (2, "") and "--model" in err and "pip install 'fastheads[hf]'" in err
 
 
 def test_weights_that_cannot_be_downloaded_are_named(monkeypatch):

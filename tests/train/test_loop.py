@@ -86,7 +86,7 @@ def test_linear_probe_learns_the_sources(base, problem):
 
 
 def test_a_head_is_a_logistic_regression_on_the_features_as_they_are(vit, vit_problem):
-    """By the conditions of the least loss, in float64: C · ∂loss/∂w = −w for one of the strengths C, and ∂loss/∂b = 0."""
+    """By the conditions of the least loss, in float64: C · ∂loss/∂w = −w for one of the strengths, and ∂loss/∂b = 0."""
     head = fit_head(vit, vit_problem, RECIPE)
     x, y = (
         torch.cat(parts)
