@@ -217,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="leave one domain out of a folder of images, adapt, test on it",
-        description="Adapts an OpenCLIP model on all domains but one and tests it on that one (DomainBed's protocol: "
+        description="Adapts a model on all domains but one and tests it on that one (DomainBed's protocol: "
         "the checkpoint is chosen on the sources' held-out images). A killed run goes on when started again.",
         epilog="example: fastheads train --model ViT-B-16 --pretrained openai --data data/PACS --target sketch",
     )
@@ -288,8 +288,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         help="accuracy of a model, with or without an adapter, on each domain",
-        description="Zero-shot accuracy on each domain of a folder: of a base model, a merged one, or one with an "
-        "adapter.",
+        description="Accuracy on each domain of a folder, zero-shot or by a linear head: of a base model, a merged one, "
+        "or one with an adapter.",
     )
     _model_options(evaluate, pretrained=OWN)
     _data_options(evaluate)
@@ -298,9 +298,10 @@ def parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser(
         "merge",
-        help="fold an adapter into the weights: a stock OpenCLIP checkpoint",
+        help="fold an adapter into the weights: a stock checkpoint",
         description="Folds an adapter's deltas and gates into its base model and writes a checkpoint with stock keys, "
-        "for open_clip.create_model(NAME, pretrained=FILE).",
+        "for open_clip.create_model(NAME, pretrained=FILE), timm.create_model(NAME, checkpoint_path=FILE), or, as a "
+        "folder of that name without its ending, for Hugging Face's from_pretrained.",
     )
     _model_options(merge, pretrained=OWN)
     _adapter_options(merge, required=True)

@@ -112,10 +112,8 @@ def run_method(
     if method.trains == "probe":
         began = time.perf_counter()
         probe = fit_head(model, problem, recipe) or fit_probe(model, problem, recipe)
-        run["seconds"], run["trainable_parameters"] = (
-            time.perf_counter() - began,
-            probe.weight.numel() + len(probe.bias),
-        )
+        run["seconds"] = time.perf_counter() - began
+        run["trainable_parameters"] = probe.weight.numel() + len(probe.bias)
     elif method.trains != "nothing":
         run |= fit(model, method, problem, recipe, out=out, precision=precision, report=report)
         run["trainable_parameters"] = sum(p.numel() for p in trainable(model).values())

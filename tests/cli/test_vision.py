@@ -106,6 +106,10 @@ BAD = {
     "unknown tag": ("inspect --model timm:test_vit --pretrained openai", ["--pretrained", "r160_in1k", "a file"]),
     "a file of another model": ("inspect --model timm:test_vit3 --pretrained VIT", ["--pretrained", "does not fit"]),
     "no head": ("EVALUATE --pretrained VIT", ["--adapter, --pretrained", "no head for the 2 classes"]),
+    "an adapter of another size": (
+        "EVALUATE --pretrained VIT --image-size 48 --adapter ADAPTER",
+        ["--adapter", "position embedding 1 × 5 × 64, here 1 × 10 × 64"],
+    ),
     "a fixed head of text": ("train --model fastheads-demo DATA --fixed-head", ["--fixed-head", "by text"]),
     "a folder that is no model": ("inspect --model ./", ["--model", "config.json"]),
 }
@@ -118,6 +122,7 @@ def test_bad_input_is_one_line(case, trained, tmp_path, monkeypatch):
         "TRAIN": [*trained.train, "--out", "out"],
         "EVALUATE": ["evaluate", *trained.model, *trained.data],
         "DATA": trained.data,
+        "ADAPTER": [trained.out / "hap/adapter"],
         "VIT": [trained.root / "vit.safetensors"],
     }
     monkeypatch.chdir(tmp_path)
