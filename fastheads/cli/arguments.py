@@ -288,8 +288,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         help="accuracy of a model, with or without an adapter, on each domain",
-        description="Accuracy on each domain of a folder, zero-shot or by a linear head: of a base model, a merged one, "
-        "or one with an adapter.",
+        description="Accuracy on each domain of a folder, zero-shot or by a linear head: of a base model, a merged "
+        "one, or one with an adapter.",
     )
     _model_options(evaluate, pretrained=OWN)
     _data_options(evaluate)
