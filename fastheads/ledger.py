@@ -221,13 +221,17 @@ def _checkpoints() -> Iterator[None]:
         setattr(torch.amp, "autocast", before)  # noqa: B010
 
 
-# Of OpenCLIP's blocks and timm's: where they stand, and what is made inside a part of one belongs to
-BLOCKS = ("resblocks", "blocks")
+# Of OpenCLIP's blocks, timm's and Hugging Face's: where they stand, and what is made inside a part of one belongs to
+BLOCKS = ("resblocks", "blocks", "layers")
 PARTS = {"attn": "attention", "mlp": "MLP", "ln_1": "attention", "ln_2": "MLP", "norm1": "attention", "norm2": "MLP"}
+PARTS |= {"self_attn": "attention", "layer_norm1": "attention", "layer_norm2": "MLP"}
 
 
 def _part(name: str) -> str | None:
-    """The part of the model that a module's tensors are told under; None: that of the module around it."""
+    """The part of the model that a module's tensors are told under; None: that of the module around it.
+
+    A model without a text tower is "visual" itself.
+    """
     path = name.split(".")
     if path[0] != "visual":
         return "text tower" if name in ("text", "transformer", "token_embedding", "ln_final") else None
@@ -255,7 +259,7 @@ def _told_apart(model: nn.Module, alive: _Alive) -> Iterator[None]:
 
     handles = []
     for name, module in model.named_modules():
-        part = _part(name)
+        part = _part(name if hasattr(model, "visual") else f"visual.{name}".rstrip("."))
         if part is not None:
             handles.append(module.register_forward_pre_hook(enter(part)))
             handles.append(module.register_forward_hook(leave, always_call=True))  # a checkpoint stops where it may

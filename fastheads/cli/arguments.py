@@ -11,6 +11,8 @@ from typing import NoReturn
 
 DATA = "images as DIR/<domain>/<class>/<image> (PACS, VLCS …), or a .csv or .json list of path, domain, class"
 
+OWN = "openai, or timm's own"  # the weights of a model for which none are named
+
 
 class InputError(ValueError):
     """Bad input: one line, exit code 2."""
@@ -61,15 +63,25 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def _model_options(parser: argparse.ArgumentParser, *, pretrained: str | None) -> None:
+def _model_options(parser: argparse.ArgumentParser, *, pretrained: str) -> None:
     group = parser.add_argument_group("the base model")
-    group.add_argument("--model", default="ViT-B-16", metavar="NAME", help="OpenCLIP's name (default: ViT-B-16)")
+    group.add_argument(
+        "--model",
+        type=os.path.expanduser,
+        default="ViT-B-16",
+        metavar="NAME",
+        help="OpenCLIP's name (default: ViT-B-16); timm:NAME, or a folder of Hugging Face's CLIP or SigLIP: the image "
+        "side, with a linear head instead of text",
+    )
     group.add_argument(
         "--pretrained",
         type=os.path.expanduser,
-        default=pretrained,
+        default=None,
         metavar="TAG|FILE",
-        help=f"OpenCLIP's tag for its weights, or a local checkpoint (default: {pretrained or 'random weights'})",
+        help=f"a tag of OpenCLIP's or timm's for its weights, or a local checkpoint (default: {pretrained})",
+    )
+    group.add_argument(
+        "--image-size", type=_whole(1), default=None, metavar="N", help="other than the model's own, N × N pixels"
     )
 
 
@@ -123,7 +135,7 @@ def _again_options(parser: argparse._ActionsContainer) -> None:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="OpenCLIP's name, ViT-B-16 say")
+    parser.add_argument("model", metavar="MODEL", help="as for train: ViT-B-16, timm:NAME …")
     parser.add_argument("--batch", type=_whole(1), required=True, metavar="N", help="images in a step")
     parser.add_argument("--gpu", default="A100-80", metavar="GPU", help="A100-40, A100-80 (the default) or H100")
     parser.add_argument(
@@ -205,11 +217,11 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="leave one domain out of a folder of images, adapt, test on it",
-        description="Adapts an OpenCLIP model on all domains but one and tests it on that one (DomainBed's protocol: "
+        description="Adapts a model on all domains but one and tests it on that one (DomainBed's protocol: "
         "the checkpoint is chosen on the sources' held-out images). A killed run goes on when started again.",
         epilog="example: fastheads train --model ViT-B-16 --pretrained openai --data data/PACS --target sketch",
     )
-    _model_options(train, pretrained="openai")
+    _model_options(train, pretrained=OWN)
     _data_options(train)
     group = train.add_argument_group("the experiment")
     group.add_argument(
@@ -248,6 +260,9 @@ def parser() -> argparse.ArgumentParser:
         "--lr", type=_rate, default=None, metavar="X", help="default: 2e-4; 1e-5 where the whole encoder is trained"
     )
     group.add_argument("--gate-lr", type=_rate, default=2e-3, metavar="X", help="of the gates (default: 2e-3)")
+    group.add_argument(
+        "--fixed-head", action="store_true", help="keep a linear head as it was fitted (default: it is trained on)"
+    )
     group.add_argument("--weight-decay", type=_number, default=0.1, metavar="X", help="of all but gates (default: 0.1)")
     group.add_argument("--mmd-weight", type=_number, default=0.1, metavar="X", help="lambda of the MMD (default: 0.1)")
     kernels, features = ("adaptive", "domainbed", "dan"), ("heads", "embedding")
@@ -273,21 +288,22 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         help="accuracy of a model, with or without an adapter, on each domain",
-        description="Zero-shot accuracy on each domain of a folder: of a base model, a merged one, or one with an "
-        "adapter.",
+        description="Accuracy on each domain of a folder, zero-shot or by a linear head: of a base model, a merged "
+        "one, or one with an adapter.",
     )
-    _model_options(evaluate, pretrained="openai")
+    _model_options(evaluate, pretrained=OWN)
     _data_options(evaluate)
     _adapter_options(evaluate, required=False)
     evaluate.add_argument("--domain", nargs="+", default=None, metavar="DOMAIN", help="default: all")
 
     merge = commands.add_parser(
         "merge",
-        help="fold an adapter into the weights: a stock OpenCLIP checkpoint",
+        help="fold an adapter into the weights: a stock checkpoint",
         description="Folds an adapter's deltas and gates into its base model and writes a checkpoint with stock keys, "
-        "for open_clip.create_model(NAME, pretrained=FILE).",
+        "for open_clip.create_model(NAME, pretrained=FILE), timm.create_model(NAME, checkpoint_path=FILE), or, as a "
+        "folder of that name without its ending, for Hugging Face's from_pretrained.",
     )
-    _model_options(merge, pretrained="openai")
+    _model_options(merge, pretrained=OWN)
     _adapter_options(merge, required=True)
     merge.add_argument("--out", type=_path, required=True, metavar="FILE", help="the checkpoint, .safetensors")
 
@@ -298,5 +314,5 @@ def parser() -> argparse.ArgumentParser:
         "and why.",
     )
     inspect.add_argument("--adapter", type=_path, default=None, metavar="DIR", help="written by train (…/adapter)")
-    _model_options(inspect, pretrained=None)
+    _model_options(inspect, pretrained="random weights")
     return main

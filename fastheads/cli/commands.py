@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-import logging
 import os
 import shlex
 import sys
-import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastheads.cli import data
@@ -27,93 +23,80 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _no_logging() -> Iterator[None]:
-    """OpenCLIP logs what it then raises, and what nobody asked."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+def _as_options() -> Iterator[None]:
+    """Errors that begin with an argument's name, with its option instead."""
     try:
         yield
-    finally:
-        logging.disable(before)
+    except ValueError as e:
+        raise data.as_options(e, "^model", "^pretrained", "^image_size", "^method", "^context_weight") from e
 
 
-def _load_model(args: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """An OpenCLIP model and its tokenizer; what goes wrong, in words.
+def _load_model(args: argparse.Namespace, classes: int = 1000) -> tuple[nn.Module, Any]:
+    """A model and its tokenizer, None where it has no text; what goes wrong, in words. classes: of a linear head.
 
     Where the weights were trained with QuickGELU and the model named has none (OpenCLIP only warns), `args.model`
     becomes the name of the one that has.
     """
-    import open_clip
-
-    name, pretrained = _model_name(args), args.pretrained
-    try:
-        with _no_logging():
-            model = open_clip.create_model(name, pretrained=pretrained)
-    except Exception as e:
-        reason = textwrap.shorten(str(e) or type(e).__name__, 300, placeholder=" …")
-        if pretrained and Path(pretrained).is_file():
-            raise InputError(f"--pretrained: {pretrained} does not fit {name}: {reason}") from e
-        raise InputError(
-            f"--pretrained: could not get the weights {pretrained!r} of {name} ({reason}); without a network, give "
-            "--pretrained the path of a checkpoint you have"
-        ) from e
-    if name != args.model:
-        warnings.warn(
-            f"the weights {pretrained!r} of {args.model} were trained with QuickGELU, so this is {name}", stacklevel=2
-        )
-        args.model = name
+    from fastheads.train import models
     from fastheads.train.experiment import device
 
-    return model.to(device()).eval(), open_clip.get_tokenizer(name)
+    with _as_options():
+        name = _model_name(args)
+        model, tokenizer = models.load(name, args.pretrained, classes, args.image_size)
+    if name != args.model:
+        warnings.warn(
+            f"the weights {args.pretrained!r} of {args.model} were trained with QuickGELU, so this is {name}",
+            stacklevel=2,
+        )
+        args.model = name
+    return model.to(device()).eval(), tokenizer
 
 
 def _model_name(args: argparse.Namespace) -> str:
-    """OpenCLIP's name of the model with the activation its weights want. What it cannot be is told in words."""
-    import open_clip
+    """The model's name, OpenCLIP's with the activation its weights want; chooses the weights where none are named."""
+    from fastheads.train import models
 
-    name, pretrained = args.model, args.pretrained
-    if name == "fastheads-demo":
+    if args.model == "fastheads-demo":
         from fastheads.demo.base import register
 
         register()
-    known = {model.lower(): model for model in open_clip.list_models()}
-    if name not in known.values() and ":" not in name:
-        close = [known[m] for m in difflib.get_close_matches(name.lower(), known, n=5)]
-        raise InputError(f"--model: OpenCLIP has no {name!r}; it has {', '.join([*close, 'others'])} …")
-    local = bool(pretrained) and Path(pretrained).is_file()
-    if pretrained and not local:
-        if Path(pretrained).exists():
-            raise InputError(f"--pretrained: {pretrained} is not a file")
-        if os.sep in pretrained or Path(pretrained).suffix:
-            raise InputError(f"--pretrained: {pretrained} does not exist")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if tags and pretrained not in tags:
-            raise InputError(
-                f"--pretrained: {name} has no weights {pretrained!r}; it has {', '.join(tags)}, or give a file"
-            )
-        quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-        if quick and not open_clip.get_model_config(name).get("quick_gelu", False):
-            name = f"{name}-quickgelu"
-    return name
+    if args.pretrained is None and args.command != "inspect":
+        args.pretrained = models.default_weights(args.model)
+    return models.with_activation(args.model, args.pretrained) if models.has_text(args.model) else args.model
 
 
-def _check_towers(args: argparse.Namespace) -> None:
-    """Raises what `patch` will, for each method with an adapter, before a weight or a picture is loaded."""
-    import open_clip
-
+def _check_towers(args: argparse.Namespace, contexts: Mapping[str, float]) -> None:
+    """Raises what `patch` will, for each method with an adapter, before a weight or a picture is loaded; and what a
+    method (with its weight of the context's KL) lacks where the model has no text."""
     from fastheads.patching import explain
-    from fastheads.train.methods import METHODS
+    from fastheads.train import models
+    from fastheads.train.methods import METHODS, check_text
 
-    name = _model_name(args)
-    try:
-        with _no_logging():
-            model = open_clip.create_model(name, device="meta")
-    except Exception:  # what cannot be built without a network is told when its weights are loaded
-        return
-    for method in args.method:
+    text = models.has_text(args.model)
+    with _as_options():
+        name = _model_name(args)
+        try:
+            model = models.build(name, size=args.image_size)
+        except Exception:  # what cannot be built without a network is told when its weights are loaded
+            if not text:
+                raise
+            return
+        for method, context in contexts.items():
+            check_text(model, METHODS[method], context)
+    if text and args.fixed_head:
+        raise InputError(f"--fixed-head: {args.model} classifies by text, and has no linear head")
+    for method in contexts:
         config = METHODS[method].config_for(model)
         if config is not None:
             explain(model, config)
+
+
+def _transforms(model: nn.Module) -> Any:
+    """(training, evaluation) transforms of the model's own."""
+    from fastheads.train import models
+
+    with _as_options():
+        return models.transforms(model)
 
 
 def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
@@ -125,22 +108,23 @@ def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
         raise InputError(f"--adapter: {e.what}; --any-base takes it all the same") from e
 
 
-def _transforms(model: nn.Module) -> Any:
-    import open_clip
+def _classes(args: argparse.Namespace, otherwise: int) -> int:
+    """Of how many classes the linear head is that lies with `--adapter`, if there is one."""
+    from fastheads.adapters import read_adapter
 
-    from fastheads.train.data.batches import clip_transforms
-
-    visual: Any = model.visual
-    cfg = getattr(visual, "preprocess_cfg", {}) or {}
-    size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
-    constants = open_clip.constants
-    mean, std = cfg.get("mean", constants.OPENAI_DATASET_MEAN), cfg.get("std", constants.OPENAI_DATASET_STD)
-    return clip_transforms(size, mean, std)
+    if args.adapter is None:
+        return otherwise
+    about, tensors = read_adapter(args.adapter)
+    heads = [len(tensors[name]) for name in about["modules_to_save"] if tensors[name].dim() == 2]
+    return heads[0] if heads else otherwise
 
 
 def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
     from fastheads.losses.context import fill
+    from fastheads.train import models
 
+    if args.prompt and not models.has_text(args.model):
+        raise InputError(f"--prompt: {args.model} classifies by a linear head, and has no text tower to be prompted")
     for prompt in args.prompt or ():
         try:
             fill(prompt, "class")
@@ -223,6 +207,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             cache=args.cache_images,
             recompute=args.recompute if METHODS[method].trains == "adapter" else 0,
             checkpointing=args.checkpointing,
+            fixed_head=args.fixed_head,
         )
 
     for method in args.method:  # bad numbers are told before the model is loaded
@@ -231,17 +216,18 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
         except ValueError as e:
             raise data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision") from e
     prompts = _prompts(args)
-    _check_towers(args)
+    _check_towers(args, {method: recipe_of(method).context_weight for method in args.method})
     folders = data.images_of(args, domains)
     data.check_sources(args, folders, targets)
     with phase(f"loading {args.model}"):
-        model, tokenizer = _load_model(args)
+        model, tokenizer = _load_model(args, len(folders.classes))
+        transforms = _transforms(model)
     problem_of = lambda target, seed: make_problem(  # noqa: E731
         model,
         tokenizer,
         folders,
         target,
-        _transforms(model),
+        transforms,
         prompts=prompts,
         with_contexts=any(recipe_of(method).context_weight for method in args.method),
         seed=seed,
@@ -261,7 +247,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             out=args.out,
             title=f"{args.model} on {name}",
             command=args.typed,
-            base_name=f"{args.model} {args.pretrained}",
+            base_name=f"{args.model} {args.pretrained}".strip(),
             dataset_name=name,
             precision=args.precision,
             watch=bars.watch if is_main_process() else None,
@@ -279,43 +265,47 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _scores(args: argparse.Namespace, bars: Bars) -> None:
-    from fastheads.adapters import read_adapter
+    from fastheads.hosts.vision import head_of
     from fastheads.losses.context import class_text_weights
     from fastheads.train.data.batches import evaluation_loader
     from fastheads.train.evaluation import image_features, score_logits
     from fastheads.train.progress import phase
 
     data.check_domains(args, "--domain", args.domain or (), data.domains_of(args))
-    if args.adapter is not None:
-        read_adapter(args.adapter)
+    classes = _classes(args, 0)
     prompts = _prompts(args)
     folders = data.images_of(args, used=args.domain)
     with phase(f"loading {args.model}"):
-        model, tokenizer = _load_model(args)
+        model, tokenizer = _load_model(args, classes or len(folders.classes))
         if args.adapter is not None:
             _load_adapter(model, args)
-    with phase("encoding prompts"):
-        classifier = class_text_weights(model, tokenizer, folders.class_names, prompts)
+    head = head_of(model)
+    if head is None:
+        with phase("encoding prompts"):
+            weights = class_text_weights(model, tokenizer, folders.class_names, prompts)
+    elif head.out_features != len(folders.classes) or not head.weight.any():
+        raise InputError(
+            f"--adapter, --pretrained: {args.model} has no head for the {len(folders.classes)} classes of {args.data}; "
+            "takes an adapter that train wrote for them, or a checkpoint of train or merge"
+        )
     transform = _transforms(model)[1]
     for name in args.domain or folders.domains:
         loader = evaluation_loader(folders, name, None, transform, args.batch_size, workers=args.workers)
         features, labels = image_features(model, loader, f"evaluating {name}")
-        result = score_logits(features @ classifier.T, labels)
+        result = score_logits(features @ weights.T if head is None else head(features), labels)
         bars.say(f"{name:<16} {100 * result.accuracy:5.1f} %  of {result.images} images")
 
 
 def _merge(args: argparse.Namespace) -> None:
     import fastheads
-    from fastheads.adapters import read_adapter
-    from fastheads.train.experiment import save_stock
+    from fastheads.train import models
 
     if args.out.suffix != ".safetensors":
         raise InputError(f"--out: got {args.out}; takes a file name that ends in .safetensors")
-    read_adapter(args.adapter)
-    model, _ = _load_model(args)
+    model, _ = _load_model(args, _classes(args, 1000))
     _load_adapter(model, args)
-    fastheads.merge(model)
-    print(f"{save_stock(model, args.out)}: open_clip.create_model({args.model!r}, pretrained={str(args.out)!r})")
+    path = models.save(fastheads.merge(model), args.out)
+    print(f"{path}: {models.how_to_load(args.model, model, path, args.image_size)}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -92,11 +92,13 @@ def images_of(
 
 
 def check_sources(args: argparse.Namespace, folders: DomainFolders, targets: Sequence[str]) -> None:
-    """That each target's sources can be split, and hold enough for a linear probe; an MMD of one domain is said."""
+    """That each target's sources can be split, and hold enough for a linear probe, with which a linear head begins; an
+    MMD of one domain is said."""
     from fastheads.train.evaluation import source_splits
     from fastheads.train.methods import METHODS
+    from fastheads.train.models import has_text
 
-    probe = "linear-probe" in args.method
+    probe = "linear-probe" in args.method or not has_text(args.model)
     gated = [name for name in args.method if METHODS[name].mmd and args.mmd_weight]
     for target in targets:
         for seed in args.seed if probe else args.seed[:1]:

@@ -106,8 +106,10 @@ def find_tower(model: nn.Module, name: str) -> Tower:
         what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
         raise TypeError(f"model: its {name} tower ({what}) {_why_none(tower, found, places)}")
     other = _of_timm if name == "visual" else _of_encoder
-    about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, other)
-    return Tower(name, path, tower, attentions, **about(tower, name))
+    about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, other)(tower, name)
+    if where == "encoder.layers" and hasattr(model, "classifier"):  # Hugging Face's head takes the mean of the patches
+        about |= {"pool": "mean", "prefix": int(about["pool"] == "first")}
+    return Tower(name, path, tower, attentions, **about)
 
 
 def _why_none(tower: nn.Module, found: list[Any], places: dict[str, str]) -> str:

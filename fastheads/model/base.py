@@ -80,7 +80,7 @@ def describe(model: nn.Module, towers: tuple[str, ...]) -> dict[str, dict[str, s
         if size is not None:
             height, width = (size, size) if isinstance(size, int) else size
             about["image size"] = f"{height} × {width}"
-        positions = getattr(module, "positional_embedding", None)
+        positions = getattr(module, "positional_embedding", getattr(module, "pos_embed", None))  # OpenCLIP's, timm's
         if isinstance(positions, Tensor):
             about["position embedding"] = " × ".join(map(str, positions.shape))
         attentions: Any = find_tower(model, tower).attentions

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastheads.hosts.vision import head_names
 from fastheads.train.evaluation import Problem
 from fastheads.train.methods import Method
 from fastheads.train.recipe import Recipe
@@ -35,9 +36,14 @@ _RESULT = ("method", "target", "seed", "accuracy", "peak_memory_mb")  # a few of
 
 
 def hashes(model: nn.Module, problem: Problem) -> dict[str, Any]:
-    """Of a run's key what is slow to find: the base's weights (`model`, not adapted yet) and the images there are."""
-    weights, images, counts = hashlib.sha256(), hashlib.sha256(), {}
+    """Of a run's key what is slow to find: the base's weights (`model`, not adapted yet) and the images there are.
+
+    A linear head is left out: it is fitted anew.
+    """
+    weights, images, counts, head = hashlib.sha256(), hashlib.sha256(), {}, head_names(model)
     for name, tensor in model.state_dict().items():
+        if name in head:
+            continue
         weights.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     for domain, files in zip(problem.folders.domains, problem.folders.files, strict=True):

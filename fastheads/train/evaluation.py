@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fastheads.hosts.vision import answer, head_of
 from fastheads.losses.context import class_text_weights, context_text_weights, evaluating, fill
 from fastheads.train.data.batches import Images, Split, Transform, evaluation_loader, split, training_loader
 from fastheads.train.data.domains import DomainFolders
@@ -37,8 +38,9 @@ class Problem:
     """One leave-one-domain-out problem: sources to learn from, a target to be tested on, text to classify by.
 
     training, validation: file indices per source, an 80/20 split. classifier `[C, E]` and contexts `[T, E]` come from
-    the frozen text tower; logit_scale is the factor itself; prompts are the classifier's templates, written out;
-    loaders keeps the evaluation loaders; images, decoded ones of every run on the problem, where a recipe caches.
+    the frozen text tower, None where a linear head classifies; logit_scale is the factor itself; prompts are the
+    classifier's templates, written out; loaders keeps the evaluation loaders; images, decoded ones of every run on the
+    problem, where a recipe caches; head, what a linear head starts from, once it is fitted.
     """
 
     folders: DomainFolders
@@ -47,18 +49,19 @@ class Problem:
     training: dict[str, list[int]]
     validation: dict[str, list[int]]
     transforms: tuple[Transform, Transform]
-    classifier: Tensor
+    classifier: Tensor | None
     contexts: Tensor | None
     logit_scale: float
     prompts: tuple[str, ...] = ()
     split_by: str = "image"
     loaders: dict[Any, DataLoader[Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     images: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    head: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Problem:
         """The same with its tensors on `device`."""
-        contexts = None if self.contexts is None else self.contexts.to(device)
-        return dataclasses.replace(self, classifier=self.classifier.to(device), contexts=contexts)
+        classifier, contexts = (None if t is None else t.to(device) for t in (self.classifier, self.contexts))
+        return dataclasses.replace(self, classifier=classifier, contexts=contexts)
 
     def training_loader(self, recipe: Recipe, *, start: int = 0, process: int = 0) -> DataLoader[Any]:
         """Balanced batches from step `start` on; every process draws its own."""
@@ -112,7 +115,7 @@ def source_splits(
 
 def make_problem(
     model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Callable[[list[str]], Tensor] | None,
     folders: DomainFolders,
     target: str,
     transforms: tuple[Transform, Transform],
@@ -126,15 +129,23 @@ def make_problem(
 ) -> Problem:
     """The problem of holding out `target`, its text weights from `model`'s text tower.
 
+    tokenizer: None for a vision model whose linear head has a row for each class.
     prompts: templates of the classifier. contexts: templates of the context weights; None: the 80 ImageNet ones.
     seed: of the 80/20 splits; split_by: what they keep whole, "image" or "folder". sources: domains to learn from;
     None: all but the target.
     """
     parts = source_splits(folders, target, sources, seed, split_by)
-    names, logit_scale = folders.class_names, cast(Tensor, model.logit_scale)
-    with phase("encoding prompts"):
-        classifier = class_text_weights(model, tokenizer, names, prompts)
-        context_weights = context_text_weights(model, tokenizer, names, contexts) if with_contexts else None
+    names, classifier, context_weights, logit_scale = folders.class_names, None, None, 1.0
+    if tokenizer is None:
+        head, prompts = head_of(model), ()
+        if head is None or head.out_features != len(names):
+            got = "no linear head" if head is None else f"a head of {head.out_features} classes"
+            raise ValueError(f"model: {type(model).__name__} has {got}; takes one of {len(names)}, as the images have")
+    else:
+        logit_scale = float(cast(Tensor, model.logit_scale).detach().exp())
+        with phase("encoding prompts"):
+            classifier = class_text_weights(model, tokenizer, names, prompts)
+            context_weights = context_text_weights(model, tokenizer, names, contexts) if with_contexts else None
     return Problem(
         folders,
         target,
@@ -144,32 +155,43 @@ def make_problem(
         transforms,
         classifier,
         context_weights,
-        float(logit_scale.detach().exp()),
+        logit_scale,
         tuple(fill(template, "{}") for template in prompts),
         split_by,
     )
 
 
 def image_features(model: nn.Module, loader: DataLoader[Any], doing: str = "images") -> tuple[Tensor, Tensor]:
-    """L2-normalised features `[N, E]`, float32, and labels `[N]`, in the loader's order, in evaluation mode.
+    """Features `[N, E]`, float32, and labels `[N]`, in the loader's order, in evaluation mode.
 
+    L2-normalised, but as they are where the model has a linear head, which takes them so.
     doing: what the progress calls it.
     """
     device = next(model.parameters()).device
-    encode: Any = model.encode_image
     features, labels = [], []
     with evaluating(model), phase(doing, len(cast(Images, loader.dataset)), "images") as advance:
         for images, targets, _ in loader:
-            features.append(F.normalize(encode(images.to(device)).float(), dim=-1))
+            found, logits = answer(model, images.to(device))
+            features.append(F.normalize(found.float(), dim=-1) if logits is None else found.float())
             labels.append(targets.to(device))
             advance(len(targets))
     return torch.cat(features), torch.cat(labels)
 
 
-def score(model: nn.Module, problem: Problem, domain: str, part: str, recipe: Recipe) -> Score:
-    """How the text classifier does on a domain's images; `part`: "training", "validation" or "all"."""
+def score(
+    model: nn.Module, problem: Problem, domain: str, part: str, recipe: Recipe, head: nn.Linear | None = None
+) -> Score:
+    """How a head (None: the model's own, or the text classifier) does on a domain's images.
+
+    part: "training", "validation" or "all".
+    """
     features, labels = image_features(model, problem.evaluation_loader(domain, part, recipe), f"evaluating {domain}")
-    return score_logits(class_logits(features, problem.classifier.to(features.device), problem.logit_scale), labels)
+    head = head or head_of(model)
+    if head is None:
+        assert problem.classifier is not None
+        return score_logits(class_logits(features, problem.classifier.to(features.device), problem.logit_scale), labels)
+    with torch.no_grad():
+        return score_logits(head(features), labels)
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> Score:
@@ -178,26 +200,6 @@ def score_logits(logits: Tensor, labels: Tensor) -> Score:
     accuracy = (answers == labels).float().mean().item()
     each = (tuple(values.tolist()) for values in (labels, answers, confidence))
     return Score(accuracy, F.cross_entropy(logits, labels).item(), len(labels), *each)
-
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """A logistic regression on frozen features; its strength of regularisation chosen on source validation."""
-
-    classifier: Any
-    C: float
-
-    @property
-    def parameters(self) -> int:
-        """Number of weights and biases."""
-        return int(self.classifier.coef_.size + self.classifier.intercept_.size)
-
-    def score(self, model: nn.Module, problem: Problem, domain: str, part: str, recipe: Recipe) -> Score:
-        """As `score`, by the probe's own classifier."""
-        loader = problem.evaluation_loader(domain, part, recipe)
-        features, labels = image_features(model, loader, f"evaluating {domain}")
-        logits = torch.from_numpy(self.classifier.predict_log_proba(features.cpu().numpy()))
-        return score_logits(logits, labels.cpu())
 
 
 def check_probe(folders: DomainFolders, training: Mapping[str, Sequence[int]]) -> None:
@@ -216,8 +218,9 @@ def check_probe(folders: DomainFolders, training: Mapping[str, Sequence[int]]) -
         )
 
 
-def fit_probe(model: nn.Module, problem: Problem, recipe: Recipe) -> LinearProbe:
-    """Trains a linear probe on the sources' training images."""
+def fit_probe(model: nn.Module, problem: Problem, recipe: Recipe) -> nn.Linear:
+    """A linear probe: a logistic regression on the frozen features of the sources' training images, its strength of
+    regularisation chosen on their held-out ones. As a head `[C, E]` with bias for such features (`image_features`)."""
     from sklearn.linear_model import LogisticRegression
 
     check_probe(problem.folders, problem.training)
@@ -225,15 +228,32 @@ def fit_probe(model: nn.Module, problem: Problem, recipe: Recipe) -> LinearProbe
     for part in ("training", "validation"):
         loaders = {name: problem.evaluation_loader(name, part, recipe) for name in problem.sources}
         each = [image_features(model, loader, f"features of {name}") for name, loader in loaders.items()]
-        parts[part] = (torch.cat([f for f, _ in each]).cpu().numpy(), torch.cat([y for _, y in each]).cpu().numpy())
-    best: tuple[float, LinearProbe] | None = None
+        parts[part] = (torch.cat([f for f, _ in each]), torch.cat([y for _, y in each]))
+    size = parts["training"][0].norm(dim=-1).mean()  # 1 where features are normalised: the strengths mean the same
+    (x, y), (x_held, y_held) = [(f.div(size).cpu().numpy(), y.cpu().numpy()) for f, y in parts.values()]
+    best: tuple[float, Any] = (-1.0, None)
     strengths = (0.1, 1.0, 10.0, 100.0, 1000.0)
     with phase("fitting the probe", len(strengths), "regularisations") as advance:
         for C in strengths:
-            probe = LinearProbe(LogisticRegression(C=C, max_iter=2000).fit(*parts["training"]), C)
-            accuracy = float(probe.classifier.score(*parts["validation"]))
-            if best is None or accuracy > best[0]:
-                best = (accuracy, probe)
+            probe = LogisticRegression(C=C, max_iter=2000).fit(x, y)
+            best = max(best, (float(probe.score(x_held, y_held)), probe), key=lambda found: found[0])
             advance(1)
-    assert best is not None
-    return best[1]
+    weight, bias = torch.from_numpy(best[1].coef_), torch.from_numpy(best[1].intercept_)
+    if len(weight) == 1:  # of two classes there is one row, of their difference
+        weight, bias = torch.cat((-weight, weight)) / 2, torch.cat((-bias, bias)) / 2
+    head = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), device=size.device)
+    head.load_state_dict({"weight": weight.to(size) / size, "bias": bias})
+    return head
+
+
+def fit_head(model: nn.Module, problem: Problem, recipe: Recipe) -> nn.Linear | None:
+    """Puts a linear probe of the (frozen) model's features into its linear head, fitted once for a problem.
+
+    Returns the head; None where the model has none.
+    """
+    head = head_of(model)
+    if head is not None:
+        if not problem.head:
+            problem.head.update(fit_probe(model, problem, recipe).state_dict())
+        head.load_state_dict(problem.head)
+    return head

@@ -24,16 +24,18 @@ import torch
 from torch import nn
 
 from fastheads.adapters import save_adapter
-from fastheads.files import whole, write_json
+from fastheads.files import write_json
 from fastheads.folding import merge, wise_ft
 from fastheads.hosts import find_tower
+from fastheads.hosts.vision import head_names, head_of
 from fastheads.model import is_patched
 from fastheads.train.answers import details, write_answers
 from fastheads.train.data.domains import DomainFolders
 from fastheads.train.earlier import earlier_run, hashes, run_key
-from fastheads.train.evaluation import Problem, fit_probe, image_features, score
+from fastheads.train.evaluation import Problem, fit_head, fit_probe, image_features, score
 from fastheads.train.loop import Report, fit, trainable
-from fastheads.train.methods import METHODS, Method
+from fastheads.train.methods import METHODS, Method, check_text
+from fastheads.train.models import save
 from fastheads.train.recipe import Recipe
 
 WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the original too
@@ -105,21 +107,23 @@ def run_method(
         ("selected_step", "steps", "seconds", "images_per_second", "saved_bytes", "merge_max_difference", "history")
     )
     run["gates"] = None
-    model = copy.deepcopy(base)
-    scorer: Callable[..., Any] = score
+    check_text(base, method, recipe.context_weight)
+    model, probe = copy.deepcopy(base), None
     if method.trains == "probe":
         began = time.perf_counter()
-        probe = fit_probe(model, problem, recipe)
-        run["seconds"], run["trainable_parameters"], scorer = time.perf_counter() - began, probe.parameters, probe.score
+        probe = fit_head(model, problem, recipe) or fit_probe(model, problem, recipe)
+        run["seconds"] = time.perf_counter() - began
+        run["trainable_parameters"] = probe.weight.numel() + len(probe.bias)
     elif method.trains != "nothing":
         run |= fit(model, method, problem, recipe, out=out, precision=precision, report=report)
         run["trainable_parameters"] = sum(p.numel() for p in trainable(model).values())
     parts = [(name, "validation") for name in problem.sources] + [(problem.target, "all")]
-    scores = {name: scorer(model, problem, name, part, recipe) for name, part in parts}
+    scores = {name: score(model, problem, name, part, recipe, probe) for name, part in parts}
     run["accuracy"] = {name: found.accuracy for name, found in scores.items()}
     run |= details(scores[problem.target], len(problem.folders.classes))
     if method.trains == "encoder":
-        averaged = wise_ft(copy.deepcopy(model), base, WISE_FT_ALPHA)
+        original = base.state_dict() | dict(zip(head_names(base), problem.head.values(), strict=True))
+        averaged = wise_ft(copy.deepcopy(model), original, WISE_FT_ALPHA)
         run["wise_ft_accuracy"] = {name: score(averaged, problem, name, part, recipe).accuracy for name, part in parts}
     run["peak_memory_mb"] = peak_memory_mb()
     if is_main_process():
@@ -133,9 +137,11 @@ def run_method(
 def _save(
     model: nn.Module, method: Method, problem: Problem, recipe: Recipe, out: Path, base_name: str
 ) -> dict[str, Any]:
-    """Saves an adapter, or a fine-tuned encoder's model; checks that merging an adapter keeps the features."""
+    """Saves an adapter, with the linear head if there is one, or the model of a fine-tuned encoder or a fitted head;
+    checks that merging an adapter keeps the features."""
+    head = head_names(model)
     if is_patched(model):
-        folder = save_adapter(model, out / "adapter", base=base_name)
+        folder = save_adapter(model, out / "adapter", base=base_name, modules_to_save=head)
         loader = problem.evaluation_loader(problem.sources[0], "validation", recipe)
         before, _ = image_features(model, loader)
         after, _ = image_features(merge(copy.deepcopy(model)), loader)
@@ -144,20 +150,10 @@ def _save(
             "saved_bytes": sum(f.stat().st_size for f in folder.iterdir()),
             "merge_max_difference": difference,
         }
-    if method.trains == "encoder":
-        path = save_stock(model, out / "model.safetensors")
-        return {"saved_bytes": path.stat().st_size}
+    if method.trains == "encoder" or head:
+        path = save(model, out / "model.safetensors")
+        return {"saved_bytes": sum(f.stat().st_size for f in (path.iterdir() if path.is_dir() else [path]))}
     return {}
-
-
-def save_stock(model: nn.Module, path: Path) -> Path:
-    """A model's weights as a file that `open_clip.create_model(name, pretrained=path)` loads."""
-    from safetensors.torch import save_file
-
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
-    with whole(path) as temporary:
-        save_file(tensors, temporary)
-    return path
 
 
 @dataclass(frozen=True)
@@ -256,7 +252,10 @@ def run_experiment(
             "unreadable": folders.left_out(),
         },
         "model": _about(base, base_name),
-        "methods": [_method_entry(METHODS[name], [recipes(name, target) for target in targets]) for name in methods],
+        "methods": [
+            _method_entry(METHODS[name], [recipes(name, target) for target in targets], head_of(base) is not None)
+            for name in methods
+        ],
         "runs": runs,
         "tuning": None,
     }
@@ -265,12 +264,15 @@ def run_experiment(
     return experiment
 
 
-def _method_entry(method: Method, recipes: Sequence[Recipe]) -> dict[str, Any]:
-    """Of a method and its recipes, one a target: a setting that differs between targets is left to `by_target`."""
+def _method_entry(method: Method, recipes: Sequence[Recipe], head: bool) -> dict[str, Any]:
+    """Of a method and its recipes, one a target: a setting that differs between targets is left to `by_target`.
+
+    head: whether the model has a linear head.
+    """
     trained = method.trains in ("encoder", "adapter")
     with_context = bool(trained and recipes[0].context_weight and not method.context)
     used = {
-        "lr": trained and (method.lora or method.trains == "encoder"),
+        "lr": trained and (method.lora or method.trains == "encoder" or (head and not recipes[0].fixed_head)),
         "gate_lr": method.gate is not None,
         "mmd_weight": method.mmd,
         "context_weight": trained and recipes[0].context_weight > 0,

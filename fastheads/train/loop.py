@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastheads.model import gate_parameters, gates, is_patched, lora_parameters
+from fastheads.hosts.vision import checkpoint_blocks, head_names, head_of, image_tower
+from fastheads.model import gate_parameters, gates, is_patched
 from fastheads.patching import patch
 from fastheads.train.earlier import check_state, corrupt, hashes, run_key, saved_state
-from fastheads.train.evaluation import Problem, score
-from fastheads.train.methods import ImageEncoder, Method, Objective
+from fastheads.train.evaluation import Problem, fit_head, score
+from fastheads.train.methods import ImageEncoder, Method, Objective, check_text
 from fastheads.train.recipe import Recipe, check_run
 
 Report = Callable[[dict[str, Any]], None]
@@ -49,36 +50,38 @@ class _Progress:
 
 def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Parameter groups: gates and vectors (norms, biases) without weight decay, which would pull gates to uniform."""
-    if is_patched(model):
-        groups = [
-            {"params": lora_parameters(model), "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-            {"params": gate_parameters(model), "lr": recipe.gate_lr, "weight_decay": 0.0},
-        ]
-    else:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-            {"params": [p for p in trained if p.dim() <= 1], "lr": recipe.lr, "weight_decay": 0.0},
-        ]
+    gates = gate_parameters(model) if is_patched(model) else []
+    own = {id(p) for p in gates}
+    trained = [p for p in trainable(model).values() if id(p) not in own]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "lr": recipe.lr, "weight_decay": 0.0},
+        {"params": gates, "lr": recipe.gate_lr, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
-def prepare(model: nn.Module, method: Method, *, teacher: bool = False, recompute: int = 0) -> nn.Module:
+def prepare(
+    model: nn.Module, method: Method, *, teacher: bool = False, recompute: int = 0, fixed_head: bool = False
+) -> nn.Module:
     """Makes the parts of `model` trainable that the method trains, in place: patches it (`recompute` is `patch`'s), or
-    frees its image tower.
+    frees its image tower; and its linear head, if it has one, unless that is to be fixed.
 
     Returns a frozen copy of the original image tower where a `teacher` is asked for and the model can't be its own (a
     patched model can, under `disabled`), else an empty module. Raises what `patch` raises for a method that needs it.
     """
-    config = method.config_for(model)
+    config, original = method.config_for(model), None
     if config is not None:
         patch(model, config, recompute=recompute)
-        return nn.Identity()
-    visual: Any = model.visual
-    model.requires_grad_(False)
-    original = copy.deepcopy(visual) if teacher else nn.Identity()
-    visual.requires_grad_(True)
-    return original.eval()
+    else:
+        tower = image_tower(model)
+        model.requires_grad_(False)
+        original = copy.deepcopy(tower) if teacher else None
+        tower.requires_grad_(True)
+    head = head_of(model)
+    if head is not None:
+        head.requires_grad_(not fixed_head)
+    return (nn.Identity() if original is None else original).eval()
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -87,10 +90,10 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
-    """Name → tensor of everything that training changes: what is trained, and a free encoder's running statistics."""
-    visual: Any = model.visual
-    buffers = {} if is_patched(model) else {f"visual.{name}": b for name, b in visual.named_buffers()}
-    return trainable(model) | buffers
+    """Name → tensor of everything a run makes: what is trained, a linear head, a free encoder's running statistics."""
+    tower = "visual." if hasattr(model, "visual") else ""
+    buffers = {} if is_patched(model) else {name: b for name, b in model.named_buffers() if name.startswith(tower)}
+    return trainable(model) | {name: model.get_parameter(name) for name in head_names(model)} | buffers
 
 
 def fit(
@@ -111,24 +114,27 @@ def fit(
     stopped.
 
     Args:
-        model: an OpenCLIP model, not patched; the method says what of it is trained.
+        model: an OpenCLIP model, or a vision model with a linear head (which is fitted first, then trained on, unless
+            `recipe.fixed_head`); not patched. The method says what of it is trained.
         precision: accelerate's mixed precision: "no", "fp16" or "bf16".
         report: called after every step with step, steps, loss, parts and images per second, for a progress bar.
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second.
     """
     check_run(method, recipe, precision)
+    check_text(model, method, recipe.context_weight)
     set_seed(recipe.seed)  # before the adapters draw their start
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs may differ in it
     accelerator = Accelerator(mixed_precision=precision)
     key = run_key(hashes(model, problem), method, problem, recipe, precision)
     key |= {"processes": accelerator.num_processes}
-    teacher = prepare(model, method, teacher=recipe.context_weight > 0, recompute=recipe.recompute)
-    if recipe.checkpointing:
-        tower: Any = model.visual
-        tower.set_grad_checkpointing()
     inner = model.to(accelerator.device)
+    fit_head(inner, problem, recipe)
+    options: Any = {"recompute": recipe.recompute, "fixed_head": recipe.fixed_head}
+    teacher = prepare(inner, method, teacher=recipe.context_weight > 0, **options)
+    if recipe.checkpointing:
+        checkpoint_blocks(image_tower(inner))
     encoder = ImageEncoder(inner)
     optimizer = torch.optim.AdamW(_groups(inner, recipe))
     schedule = torch.optim.lr_scheduler.LambdaLR(

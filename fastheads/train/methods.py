@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastheads.capture import CapturedHeads, capture_heads
 from fastheads.config import HeadConfig
 from fastheads.hosts import find_tower
+from fastheads.hosts.vision import answer, head_of
 from fastheads.losses import context_kl, head_mmd
 from fastheads.losses.context import evaluating
 from fastheads.model import is_patched
@@ -20,7 +21,10 @@ from fastheads.patching import disabled
 
 @dataclass(frozen=True)
 class Method:
-    """One way of adapting CLIP. `trains`: "nothing", "probe" (a linear classifier), "encoder" or "adapter"."""
+    """One way of adapting CLIP, or a vision model with a linear head where it needs no `text`.
+
+    `trains`: "nothing", "probe" (a linear classifier), "encoder" or "adapter".
+    """
 
     id: str
     label: str
@@ -31,6 +35,11 @@ class Method:
     gate: str | None = None
     mmd: bool = False
     context: bool = False
+
+    @property
+    def text(self) -> bool:
+        """Whether it needs a text tower."""
+        return self.trains == "nothing" or self.context
 
     def config(self, depth: int, num_heads: int) -> HeadConfig | None:
         """The adapter's config for a tower of `depth` layers and `num_heads` heads; None where it has none.
@@ -117,17 +126,28 @@ METHODS = {
 }
 
 
+def check_text(model: nn.Module, method: Method, context_weight: float = 0.0) -> None:
+    """That a model has the text tower that a method or its context loss needs. Raises ValueError."""
+    if head_of(model) is None:
+        return
+    what = f"needs a text tower, and {type(model).__name__} has a linear head instead"
+    if method.text:
+        others = ", ".join(other.id for other in METHODS.values() if not other.text)
+        raise ValueError(f"method: {method.id!r} {what}; takes {others}")
+    if context_weight:
+        raise ValueError(f"context_weight: got {context_weight}, but CAR-FT's KL {what}; takes 0")
+
+
 class ImageEncoder(nn.Module):
-    """A model's image tower as a module whose forward DDP can wrap: images `[B, 3, h, w]` → features `[B, E]`."""
+    """A model's image side as a module whose forward DDP can wrap: `hosts.vision.answer`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Features `[B, E]`, not normalised."""
-        encode: Any = self.model.encode_image
-        return encode(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features `[B, E]`, not normalised, and the logits `[B, C]` of the model's own head, if it has one."""
+        return answer(self.model, images)
 
 
 def class_logits(features: Tensor, classifier: Tensor, logit_scale: float) -> Tensor:
@@ -141,14 +161,14 @@ class Objective:
     """`CE + mmd_weight · MMD(gates) + context_weight · KL(original ‖ tuned)`, as far as the weights are above 0.
 
     Args:
-        classifier: `[C, E]` class text weights, normalised. contexts: `[T, E]`, for the KL.
+        classifier: `[C, E]` class text weights, normalised; None: the model's own head. contexts: `[T, E]`, for the KL.
         logit_scale: the factor of both softmaxes.
         num_domains: S, domain ids are below it.
         teacher: the frozen original image tower under full fine-tuning; None: the patched model under `disabled`.
         mmd_features: "heads" or "embedding". mmd_options: of `fastheads.mmd`.
     """
 
-    classifier: Tensor
+    classifier: Tensor | None
     logit_scale: float
     num_domains: int
     contexts: Tensor | None = None
@@ -165,10 +185,11 @@ class Objective:
         heads: CapturedHeads | None = None
         if self.mmd_weight:
             with capture_heads(model) as heads:
-                features = encoder(images)
+                features, logits = encoder(images)
         else:
-            features = encoder(images)
-        logits = class_logits(features, self.classifier, self.logit_scale)
+            features, logits = encoder(images)
+        if self.classifier is not None:
+            logits = class_logits(features, self.classifier, self.logit_scale)
         parts = {"cross_entropy": F.cross_entropy(logits, labels)}
         loss = parts["cross_entropy"]
         if heads is not None:

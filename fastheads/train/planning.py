@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,11 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastheads.capture import capture_heads
 from fastheads.config import HeadConfig
+from fastheads.hosts.vision import checkpoint_blocks, head_of, image_size, image_tower
 from fastheads.ledger import Ledger, count, fake_copy, nbytes
 from fastheads.losses import head_mmd
 from fastheads.model import gate_parameters, lora_parameters
 from fastheads.patching import patch
-from fastheads.train.methods import METHODS, ImageEncoder, Objective, class_logits
+from fastheads.train.methods import METHODS, ImageEncoder, Objective, check_text, class_logits
+from fastheads.train.models import build
 
 GIB = 2**30
 # Bytes of which PyTorch says on such a card that they are its total capacity.
@@ -133,7 +133,8 @@ def plan(
     within 10 % of the allocator's (`tests/bench/test_plan.py`); a GPU's were not measured yet.
 
     Args:
-        model: OpenCLIP's name of a model, or one, not patched; it is left alone.
+        model: a name as `fastheads train` takes it (`"ViT-B-16"`, `"timm:deit_tiny_patch16_224"`), or the model, not
+            patched; it is left alone.
         batch: images in a step.
         gpu: `"A100-40"`, `"A100-80"` or `"H100"`.
         method: `"fine-tune"`, `"car-ft"`, `"lora"`, `"ha-lora"`, `"dig"` or `"hap"`.
@@ -142,7 +143,8 @@ def plan(
         recompute: of `patch`. checkpointing: whole blocks are computed again (OpenCLIP's `set_grad_checkpointing`).
             `largest` has the answers with and without.
         impl: of `patch`; `"cpu"` counts a step on a CPU, where there is no `largest`.
-        classes: C of the classifier `[C, E]`; 345 are DomainNet's.
+        classes: C of the classifier `[C, E]`, text or linear head (a model that is given has its own); 345 are
+            DomainNet's.
         captions: each image has a caption of its own instead, which the text tower encodes in the step, and the loss is
             CLIP's, over the batch.
 
@@ -154,7 +156,7 @@ def plan(
     for name, given, takes in (("gpu", gpu, GPUS), ("method", method, TRAINED), ("precision", precision, PRECISIONS)):
         if given not in takes:
             raise ValueError(f"{name}: got {given!r}; takes {', '.join(takes)}")
-    name, model = (model, build(model)) if isinstance(model, str) else (type(model).__name__, model)
+    name, model = (model, build(model, classes)) if isinstance(model, str) else (type(model).__name__, model)
     options: Any = {"method": method, "config": config, "rank": rank, "precision": precision, "impl": impl}
     options |= {"classes": classes, "captions": captions}
     step = Step(model, recompute=recompute, checkpointing=checkpointing, **options)
@@ -193,24 +195,6 @@ def plan(
     )
 
 
-def build(name: str) -> nn.Module:
-    """OpenCLIP's model of that name, without values. Raises ValueError for a name that it does not have."""
-    import open_clip
-
-    known = {model.lower(): model for model in open_clip.list_models()}
-    if name not in known.values():
-        close = [known[m] for m in difflib.get_close_matches(name.lower(), known, n=5)]
-        raise ValueError(f"model: OpenCLIP has no {name!r}; it has {', '.join([*close, 'others'])} …")
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # it warns of random weights
-    try:
-        with torch.device("meta"):
-            model: nn.Module = open_clip.create_model(name, device="meta")
-    finally:
-        logging.disable(before)
-    return model
-
-
 def largest_batch(total: Callable[[int], int], room: int, start: int) -> int:
     """The largest batch whose `total` is at most `room` bytes; 0 where none is.
 
@@ -246,9 +230,14 @@ class Step:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; takes OpenCLIP's name of a model, or the model")
-        if not isinstance(getattr(model, "visual", None), nn.Module):
-            raise TypeError(f"model: {type(model).__name__} has no visual tower; takes an OpenCLIP model")
-        visual: Any = model.visual
+        if head_of(model) is None and not isinstance(getattr(model, "visual", None), nn.Module):
+            raise TypeError(
+                f"model: {type(model).__name__} has no visual tower; takes an OpenCLIP model, or a vision model with a "
+                "linear head"
+            )
+        check_text(model, TRAINED[method])
+        if head_of(model) is not None and captions:
+            raise ValueError(f"captions: need a text tower, and {type(model).__name__} has none; takes False")
         self.method, self.captions = TRAINED[method], captions
         adapter = self.method.trains == "adapter"
         adapted = {"config": adapter, "rank": self.method.lora or config is not None, "recompute": adapter}
@@ -260,7 +249,7 @@ class Step:
         self.autocast = torch.bfloat16 if precision == "amp-bf16" else None
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.model = cast(Any, fake_copy(model, self.mode, self.device, self.dtype).train())
-        self.model.set_grad_checkpointing(checkpointing)
+        checkpoint_blocks(self.model, checkpointing)
         self.impl, teacher, adapters = "", None, list[nn.Parameter]()
         with self.mode:
             if adapter:
@@ -272,13 +261,16 @@ class Step:
                 adapters = lora_parameters(self.model) + gate_parameters(self.model)
             else:
                 if self.method.context:
-                    teacher = fake_copy(visual, self.mode, self.device, self.dtype)
+                    teacher = fake_copy(image_tower(model), self.mode, self.device, self.dtype)
                 self.model.requires_grad_(False)
-                self.model.visual.requires_grad_(True)
+                image_tower(self.model).requires_grad_(True)
             with torch.no_grad():
-                width = self.model.encode_image(self._images(1)).shape[-1]
+                width = ImageEncoder(self.model)(self._images(1))[0].shape[-1]
+            own, self.classes = head_of(self.model), classes
+            if own is not None:
+                self.classes = own.requires_grad_(True).out_features
             self.objective = Objective(
-                torch.empty(classes, width, device=self.device),
+                torch.empty(classes, width, device=self.device) if own is None else None,
                 LOGIT_SCALE,
                 DOMAINS,
                 contexts=torch.empty(CONTEXTS, width, device=self.device) if self.method.context else None,
@@ -286,11 +278,15 @@ class Step:
                 context_weight=1.0 * self.method.context,
                 teacher=teacher,
             )
-        own = [*self.model.parameters(), *self.model.buffers()]
+        tensors = [*self.model.parameters(), *self.model.buffers()]
         texts = [t for t in (self.objective.classifier, self.objective.contexts) if t is not None]
         copied = [*teacher.parameters(), *teacher.buffers()] if teacher else []
-        self._beside, self.gradient_bytes = [*texts, *copied], nbytes(p for p in own if p.requires_grad)
-        sizes = {"weights": nbytes(own) - nbytes(adapters), "teacher": nbytes(copied), "class weights": nbytes(texts)}
+        self._beside, self.gradient_bytes = [*texts, *copied], nbytes(p for p in tensors if p.requires_grad)
+        sizes = {
+            "weights": nbytes(tensors) - nbytes(adapters),
+            "teacher": nbytes(copied),
+            "class weights": nbytes(texts),
+        }
         sizes |= {"adapters": nbytes(adapters), "AdamW's states": 2 * self.gradient_bytes}
         self.model_bytes = {name: size for name, size in sizes.items() if size}
 
@@ -319,23 +315,22 @@ class Step:
         return largest_batch(self.total, room, start)
 
     def _images(self, batch: int) -> Tensor:
-        size = self.model.visual.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return torch.empty(batch, 3, height, width, device=self.device, dtype=self.dtype)
+        return torch.empty(batch, 3, *image_size(self.model), device=self.device, dtype=self.dtype)
 
     def _inputs(self, batch: int) -> tuple[Tensor, ...]:
         with self.mode:
             images = self._images(batch)
-            texts = torch.empty(batch, self.model.context_length, device=self.device, dtype=torch.int64)
+            length = getattr(self.model, "context_length", 0)
+            texts = torch.empty(batch, length, device=self.device, dtype=torch.int64)
         ids = torch.arange(batch, device=self.device)  # on a CPU, where they are looked at, they have values
-        return images, ids % len(self.objective.classifier), ids % DOMAINS, texts
+        return images, ids % self.classes, ids % DOMAINS, texts
 
     def _loss(self, images: Tensor, labels: Tensor, domains: Tensor, texts: Tensor) -> Tensor:
         encoder = ImageEncoder(self.model)
         if not self.captions:
             return self.objective(encoder, self.model, images, labels, domains)["loss"]
         with capture_heads(self.model) if self.method.mmd else nullcontext() as heads:
-            features = encoder(images)
+            features, _ = encoder(images)
         captions = F.normalize(self.model.encode_text(texts).float(), dim=-1)
         logits, own = class_logits(features, captions, LOGIT_SCALE), torch.arange(len(images), device=images.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2

@@ -13,7 +13,8 @@ from fastheads.train.methods import Method
 class Recipe:
     """The numbers of a training run. Weights of 0 switch a loss off.
 
-    lr: of LoRA, or of the encoder under full fine-tuning. gate_lr: of the gates, which have no weight decay.
+    lr: of LoRA and a linear head, or of the encoder under full fine-tuning. fixed_head: the head stays as fitted.
+    gate_lr: of the gates, which have no weight decay.
     per_domain: images of each source domain in a step, on each process.
     recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass.
     """
@@ -34,6 +35,7 @@ class Recipe:
     cache: bool = False
     recompute: int = 0
     checkpointing: bool = False
+    fixed_head: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from fastheads.demo.base import CONFIG, MODEL, register
+from fastheads.hosts.vision import head_of, image_size
 from fastheads.train.data.batches import clip_transforms
 from fastheads.train.data.domains import read_domains
 from fastheads.train.evaluation import make_problem
@@ -78,6 +80,18 @@ def timm_problem(timm_base, folders):
 
 
 @pytest.fixture
+def vit():
+    """timm's vision transformer alone, with a linear head of two classes."""
+    torch.manual_seed(0)
+    return timm.create_model("test_vit", num_classes=2, img_size=32).eval()
+
+
+@pytest.fixture
+def vit_problem(vit, folders):
+    return squares(vit, folders)
+
+
+@pytest.fixture
 def resnet(folders):
     """A model with a ResNet tower, and its problem."""
     base = demo_model(VISION["ResNet"])
@@ -85,9 +99,7 @@ def resnet(folders):
 
 
 def squares(base, folders):
-    size = base.visual.image_size
-    size = size if isinstance(size, int) else size[0]
-    transforms = clip_transforms(size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
+    transforms = clip_transforms(image_size(base), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), flip=False)
     templates = ("a {} square.", "a photo of a {} thing.", "a drawing of a {} box.")
-    tokenizer = open_clip.get_tokenizer(MODEL)
+    tokenizer = open_clip.get_tokenizer(MODEL) if head_of(base) is None else None
     return make_problem(base, tokenizer, folders, "red", transforms, prompts=templates[:1], contexts=templates)

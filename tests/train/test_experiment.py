@@ -17,6 +17,7 @@ import fastheads
 from fastheads.demo.base import MODEL
 from fastheads.train import experiment
 from fastheads.train.methods import METHODS
+from fastheads.train.models import save
 from fastheads.train.recipe import Recipe
 from fastheads.train.report.page import write_report
 
@@ -280,7 +281,7 @@ def test_zero_shot_and_probe_save_nothing_and_train_no_tensor(base, problem, tmp
         assert run["selected_step"] is None and run["peak_memory_mb"] > 0
     zero_shot, probe = result["runs"]
     assert zero_shot["trainable_parameters"] == 0 and zero_shot["seconds"] is None
-    assert probe["trainable_parameters"] == 129 and probe["seconds"] > 0
+    assert probe["trainable_parameters"] == 2 * 129 and probe["seconds"] > 0
     assert all(torch.equal(before[name], p) for name, p in base.state_dict().items())
 
 
@@ -320,7 +321,7 @@ def test_results_and_checkpoints_are_written_beside_and_renamed(whole, base, pro
     replaced, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: replaced.append((str(a), Path(b).name)) or replace(a, b))
     run_all(base, problem, whole["out"])
-    experiment.save_stock(base, tmp_path / "model.safetensors")
+    save(base, tmp_path / "model.safetensors")
     assert {name for _, name in replaced} == {"results.json", "model.safetensors"}
     assert all(source.endswith(".tmp") for source, _ in replaced)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

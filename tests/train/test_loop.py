@@ -5,12 +5,13 @@ import dataclasses
 
 import pytest
 import standins
+import timm
 import torch
 from standins import same
 from training import ONE_STEP, RECIPE, weights
 
 import fastheads
-from fastheads.train.evaluation import Score, fit_probe, score, source_splits
+from fastheads.train.evaluation import Score, fit_head, fit_probe, image_features, make_problem, score, source_splits
 from fastheads.train.loop import fit, prepare, trainable
 from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe, check_run
@@ -79,9 +80,44 @@ def test_bf16_mixed_precision_trains(base, problem):
 
 def test_linear_probe_learns_the_sources(base, problem):
     probe = fit_probe(base, problem, RECIPE)
-    assert probe.parameters == problem.classifier.shape[1] + 1  # two classes: one row of weights and a bias
-    assert probe.score(base, problem, "blue", "training", RECIPE).accuracy > 0.9
+    assert probe.weight.shape == (2, problem.classifier.shape[1])
+    assert score(base, problem, "blue", "training", RECIPE, probe).accuracy > 0.9
     assert score(base, problem, "red", "all", RECIPE).images == 20
+
+
+def test_a_head_is_a_logistic_regression_on_the_features_as_they_are(vit, vit_problem):
+    """By the conditions of the least loss, in float64: C · ∂loss/∂w = −w for one of the strengths, and ∂loss/∂b = 0."""
+    head = fit_head(vit, vit_problem, RECIPE)
+    x, y = (
+        torch.cat(parts)
+        for parts in zip(
+            *(
+                image_features(vit, vit_problem.evaluation_loader(name, "training", RECIPE))
+                for name in ("blue", "green")
+            ),
+            strict=True,
+        )
+    )
+    with torch.no_grad():
+        images = next(iter(vit_problem.evaluation_loader("blue", "training", RECIPE)))[0]
+        assert torch.allclose(vit(images), head(x[: len(images)]), atol=1e-5)
+    size = x.norm(dim=-1).mean().double()
+    weight = (head.weight.detach().double() * size).requires_grad_()
+    bias = head.bias.detach().double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(x.double() / size @ weight.T + bias, y, reduction="sum")
+    of_weight, of_bias = torch.autograd.grad(loss, (weight, bias))
+    # What is regularised of two classes is the difference of their rows, twice the second one.
+    of_weight, weight = of_weight[1], weight.detach()[1]
+    errors = [float((C * of_weight + 2 * weight).abs().max() / weight.abs().max()) for C in (0.1, 1, 10, 100, 1000)]
+    assert min(errors) < 0.02 and of_bias.abs().max() < 1e-2
+
+
+def test_what_needs_text_is_refused(vit, vit_problem):
+    for method, options in (("car-ft", {}), ("zero-shot", {}), ("hap", {"context_weight": 0.5})):
+        with pytest.raises(ValueError, match="text tower"):
+            fit(vit, METHODS[method], vit_problem, dataclasses.replace(RECIPE, **options))
+    with pytest.raises(ValueError, match="head of 5 classes"):
+        make_problem(timm.create_model("test_vit", num_classes=5), None, vit_problem.folders, "red", (None, None))
 
 
 def test_a_probe_refuses_sources_without_a_class(base, folders, problem):

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from commands import run
-from standins import EMBED, with_timm
+from standins import EMBED, vit, with_timm
 
 import fastheads
 from fastheads.train import planning
@@ -83,6 +83,19 @@ def test_a_timm_tower_is_counted_by_the_parts_of_its_blocks(captions):
     assert step.objective.classifier.shape[1] == EMBED
 
 
+def test_a_vision_model_is_counted_with_its_head():
+    step = Step(vit(), method="ha-lora", precision="fp32")
+    head = 4 * (EMBED * 64 + EMBED)
+    assert step.gradient_bytes == step.model_bytes["adapters"] + head and "class weights" not in step.model_bytes
+    saved = step.ledger(64).saved
+    assert {"images", "ends of the tower", "attention", "residual stream", "MLP"} <= set(
+        saved
+    ) and "text tower" not in saved
+    for option, name in (({"captions": True}, "captions"), ({"method": "car-ft"}, "text tower")):
+        with pytest.raises(ValueError, match=name):
+            Step(vit(), **option)
+
+
 def test_a_cpus_step_has_no_gpu_to_fit_into():
     found = plan(small(), batch=6, impl="cpu", precision="fp32")
     assert (found.impl, found.room, found.largest, found.fits) == ("cpu", None, None, None)
@@ -90,7 +103,7 @@ def test_a_cpus_step_has_no_gpu_to_fit_into():
 
 
 def test_the_command_prints_the_plan(monkeypatch):
-    monkeypatch.setattr(planning, "build", lambda name: small())
+    monkeypatch.setattr(planning, "build", lambda name, classes: small())
     monkeypatch.setattr(Step, "largest", lambda self, room, start: start)
     code, out, err = run(
         "plan", "small", "--batch", "64", "--gpu", "A100-40", "--method", "lora", "--rank", "2", "4", "--json"

@@ -24,10 +24,12 @@ from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe
 
 
-@pytest.mark.parametrize("method", ["hap", "car-ft"])
-def test_a_stopped_run_resumes_to_the_same_weights(base, problem, tmp_path, method):
+@pytest.mark.parametrize(("method", "model"), [("hap", "base"), ("car-ft", "base"), ("hap", "vit")])
+def test_a_stopped_run_resumes_to_the_same_weights(request, tmp_path, method, model):
     """Stopped by an exception in step 6, after the state of step 3 was saved (with LoRA dropout's and torch's RNG)."""
-    recipe = dataclasses.replace(RECIPE, context_weight=0.5)
+    names = {"base": "problem", "vit": "vit_problem"}
+    base, problem = (request.getfixturevalue(name) for name in (model, names[model]))
+    recipe = dataclasses.replace(RECIPE, context_weight=0.5 if model == "base" else 0.0)
     whole = copy.deepcopy(base)
     run = fit(whole, METHODS[method], problem, recipe)
 

@@ -239,11 +239,13 @@ def clip_transforms(
     *,
     flip: bool = True,
     scale: tuple[float, float] = (0.7, 1.0),
+    interpolation: str = "bicubic",
+    evaluation: Transform | None = None,
 ) -> tuple[Transform, Transform]:
     """(training, evaluation) transforms: RGB image → float32 `[3, image_size, image_size]`.
 
     Training crops a random part of `scale` of the area and, with `flip` (not for digits or
-    letters), mirrors every second image; evaluation is CLIP's: shorter side to size, centre crop.
+    letters), mirrors every second image; evaluation is CLIP's (shorter side to size, centre crop) unless given.
     """
     size = image_size if isinstance(image_size, int) else image_size[0]
     if size < 1 or image_size not in (size, (size, size), [size, size]):
@@ -252,12 +254,12 @@ def clip_transforms(
         raise ValueError(f"mean, std: got {mean}, {std}, expected three numbers each, std above 0")
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale: got {scale}, expected (low, high) with 0 < low <= high <= 1")
-    bicubic = transforms.InterpolationMode.BICUBIC
-    crop = transforms.RandomResizedCrop(size, scale=scale, interpolation=bicubic)
+    mode = transforms.InterpolationMode(interpolation)
+    crop = transforms.RandomResizedCrop(size, scale=scale, interpolation=mode)
     train = [crop, transforms.RandomHorizontalFlip()] if flip else [crop]
-    evaluation = [transforms.Resize(size, interpolation=bicubic), transforms.CenterCrop(size)]
+    whole = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(size)]
     end = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return transforms.Compose(train + end), transforms.Compose(evaluation + end)
+    return transforms.Compose(train + end), evaluation or transforms.Compose(whole + end)
 
 
 def _loader(images: Images, workers: int, **options: Any) -> DataLoader[Item]:
