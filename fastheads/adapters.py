@@ -17,9 +17,9 @@ from fastheads.files import write_whole
 from fastheads.hosts.wrappers import refuse_peft, unwrap
 from fastheads.model import (
     adapter_state_dict,
+    adapters_of,
     base_state_dict,
     first_few,
-    head_modules,
     is_patched,
     original_of,
     patched_attentions,
@@ -27,7 +27,7 @@ from fastheads.model import (
     trained_beside,
 )
 from fastheads.model.base import base_hash, describe, differences, gathered
-from fastheads.nn import HeadLoRA
+from fastheads.nn import Adapter
 from fastheads.patching import explain, patch, take_out
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -69,7 +69,7 @@ def save_adapter(
     inner = unwrap(model)
     attentions = patched_attentions(inner)
     config = original_of(inner).config
-    _refuse_shares(head_modules(inner))
+    _refuse_shares(adapters_of(inner))
     base_tensors = base_state_dict(inner)
     chosen = _chosen(list(base_tensors), modules_to_save)
     beside = [name for name in trained_beside(inner) if name not in chosen]
@@ -122,12 +122,11 @@ def _chosen(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return [name for name in names if name in found]
 
 
-def _refuse_shares(adapters: Sequence[HeadLoRA]) -> None:
+def _refuse_shares(adapters: Sequence[Adapter]) -> None:
     """Raises TypeError where FSDP1 has left a process a share of the adapters only."""
     for own in adapters:
-        for name, dim in (("lora_A", 4), ("lora_B", 4), ("theta", 1)):
-            tensor = getattr(own, name)
-            if tensor is not None and (tensor.dim() != dim or not tensor.numel()):
+        for name, tensor in own.named_parameters():
+            if not tensor.numel() or (tensor.dim() == 1) != (name == "theta"):
                 raise TypeError(
                     "model: each process holds a share of its adapters only; "
                     "save inside FullyShardedDataParallel.summon_full_params(model)"

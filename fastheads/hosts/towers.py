@@ -23,11 +23,13 @@ _ALONE = {
 }
 # Where a tower keeps its blocks, and a block its attention: OpenCLIP, timm, timm inside OpenCLIP, Hugging Face.
 _BLOCKS = {"transformer.resblocks": "attn", "blocks": "attn", "trunk.blocks": "attn", "encoder.layers": "self_attn"}
+# And a block its MLP's linear layers: OpenCLIP; timm and Hugging Face.
+MLP = {"fc1": ("mlp.c_fc", "mlp.fc1"), "fc2": ("mlp.c_proj", "mlp.fc2")}
 
 
 @dataclass(frozen=True)
 class Tower:
-    """One tower of a model: its name, its attention modules in order, and how its tokens are pooled.
+    """One tower of a model: its name, its blocks and their attention modules in order, and how its tokens are pooled.
 
     `path`: under which name the model keeps it; "" for itself.
     `pool`: `"first"`, `"last"`, `"mean"` (of the tokens after the first `prefix`), `"argmax"`, `"eos"`, or `"none"`
@@ -39,12 +41,18 @@ class Tower:
     name: str
     path: str
     module: nn.Module
+    blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     pool: str
     embedding: nn.Module | None = None
     eos: int | None = None
     rotary: bool = False
     prefix: int = 1
+
+    def mlp(self, layer: int, target: str) -> nn.Module | None:
+        """The part "fc1" or "fc2" of a block's MLP; None where it has none."""
+        found = (_inside(self.blocks[layer], path) for path in MLP[target])
+        return next((part for part in found if isinstance(part, nn.Module)), None)
 
     def token_index(self, ids: Tensor) -> Tensor:
         """`[B]` index of the pooled token from the token ids `[B, N]`, as OpenCLIP's text_global_pool."""
@@ -83,7 +91,7 @@ def find_tower(model: nn.Module, name: str) -> Tower:
         what = type(tower).__name__ + (f" around {type(trunk).__name__}" if trunk is not None else "")
         raise TypeError(f"model: its {name} tower ({what}) keeps no attention where it is looked for: {known}")
     about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, _of_timm)
-    return Tower(name, path, tower, attentions, **about(tower, name))
+    return Tower(name, path, tower, tuple(blocks), attentions, **about(tower, name))
 
 
 def _inside(module: Any, path: str) -> Any:

@@ -1,4 +1,4 @@
-"""HeadLoRA: the trainable part of one attention layer."""
+"""HeadLoRA and LinearLoRA: the trainable parts of one layer, of its attention and of its linear layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,59 @@ class Recorder(Protocol):
         """Keeps the heads `[B, H, dh]` of one layer."""
 
 
-class HeadLoRA(nn.Module):
-    """Deltas and gates of one layer, and the switches its attention reads.
+class Adapter(nn.Module):
+    """The trainable part of one module of a layer, and the switches that module reads.
 
-    Parameters (float32; float64 under a float64 base): `lora_A [T, H, r, D]` (`[T, 1, r, D]` with
-    `per_head=False`), `lora_B [T, H, dh, r]`, `theta [H]`; None where the config has none. lora_A starts
-    Kaiming-uniform (a = sqrt 5: ± 1/sqrt(D)), lora_B and theta at zero, so that the layer starts as it was.
+    Parameters are float32; float64 under a float64 base. lora_A starts Kaiming-uniform (a = sqrt 5: ± 1/sqrt(its
+    width)), all others at zero, so that the layer starts as it was. They are None where the config has none.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(self, config: HeadConfig, *, rank: int, tower: str, layer: int) -> None:
+        super().__init__()
+        self.rank, self.tower, self.layer = rank, tower, layer
+        self.scale, self.dropout = config.scale(rank), config.dropout
+        self.enabled = True
+        self.watch: FrozenWatch | None = None
+        self.lora_A = self.lora_B = None
+
+    def _start(self, a: Tensor, b: Tensor) -> None:
+        """Parameters of the shapes of a and b."""
+        bound = a.shape[-1] ** -0.5
+        self.lora_A, self.lora_B = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b.zero_())
+
+    def frozen(self) -> bool:
+        """Whether it has parameters, and none of them is trained."""
+        own = [p.requires_grad for p in self._parameters.values() if p is not None]
+        return bool(own) and not any(own)
+
+    def warn_if_frozen(self) -> None:
+        """Lets the watch say it where a training step would leave these parameters as they are."""
+        if self.training and self.frozen() and torch.is_grad_enabled() and self.watch is not None:
+            self.watch.warn()
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Follows `.to(device)`, `.double()` and `.float()`, but stays float32 when the model is cast to 16 bits."""
+        before = {name: (p.data, p.grad) for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters(recurse=False):
+            if p.dtype.itemsize < 4:
+                data, grad = before[name]
+                p.data, p.grad = data.to(p.device, torch.float32), None
+                p.grad = None if grad is None else grad.to(p.device, torch.float32)
+        return self
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class HeadLoRA(Adapter):
+    """Deltas of q, k and v and gates of one attention layer.
+
+    Parameters: `lora_A [T, H, r, D]` (`[T, 1, r, D]` with `per_head=False`), `lora_B [T, H, dh, r]`, `theta [H]`.
     """
 
     def __init__(
@@ -44,26 +91,18 @@ class HeadLoRA(nn.Module):
         impl: str = "auto",
         recompute: bool = False,
     ) -> None:
-        super().__init__()
-        self.num_heads, self.rank, self.tower, self.layer = num_heads, rank, tower, layer
-        self.targets, self.scale, self.dropout = config.targets, config.scale(rank), config.dropout
-        self.gate_kind, self.impl, self.recompute = config.gate, impl, recompute
-        self.enabled = True
+        super().__init__(config, rank=rank, tower=tower, layer=layer)
+        self.num_heads, self.targets, self.gate_kind = num_heads, config.projections, config.gate
+        self.impl, self.recompute = impl, recompute
         self.closed: Tensor | None = None  # [H] ones, zeros for heads that `masked` has closed
         self.recorder: Recorder | None = None
-        self.watch: FrozenWatch | None = None
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        T = len(config.targets)
-        self.lora_A: nn.Parameter | None = None
-        self.lora_B: nn.Parameter | None = None
         self.theta: nn.Parameter | None = None
-        if rank:
-            a = torch.empty(T, num_heads if config.per_head else 1, rank, dim, device=device, dtype=dtype)
-            self.lora_A = nn.Parameter(a.uniform_(-(dim**-0.5), dim**-0.5))
-            b = torch.zeros(T, num_heads, dim // num_heads, rank, device=device, dtype=dtype)
-            self.lora_B = nn.Parameter(b)
+        like, T = torch.empty(0, device=device, dtype=_wide(dtype)), len(self.targets)
+        if rank and T:
+            a = like.new_empty(T, num_heads if config.per_head else 1, rank, dim)
+            self._start(a, like.new_empty(T, num_heads, dim // num_heads, rank))
         if config.gate is not None:
-            self.theta = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+            self.theta = nn.Parameter(like.new_zeros(num_heads))
 
     def gate(self) -> Tensor | None:
         """`[H]` gates, differentiable in theta, closed heads' 0; None where nothing gates."""
@@ -72,27 +111,43 @@ class HeadLoRA(nn.Module):
             gate = GATES[self.gate_kind](self.theta)
         return self.closed if gate is None else gate if self.closed is None else gate * self.closed
 
-    def frozen(self) -> bool:
-        """Whether it has parameters, and none of them is trained."""
-        own = [p.requires_grad for p in self._parameters.values() if p is not None]
-        return bool(own) and not any(own)
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Follows `.to(device)`, `.double()` and `.float()`, but stays float32 when the model is cast to 16 bits."""
-        before = {name: (p.data, p.grad) for name, p in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, p in self.named_parameters(recurse=False):
-            if p.dtype.itemsize < 4:
-                data, grad = before[name]
-                p.data, p.grad = data.to(p.device, torch.float32), None
-                p.grad = None if grad is None else grad.to(p.device, torch.float32)
-        return self
-
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, rank={self.rank}, targets={self.targets}, gate={self.gate_kind}"
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "recorder": None}
+
+
+class LinearLoRA(Adapter):
+    """The delta of one linear layer, the `target` "o", "fc1" or "fc2": of an output projection one per head, on the
+    columns that belong to it (H = num_heads), else one in all (H = 1).
+
+    Parameters: `lora_A [H, r, D/H]`, `lora_B [H, O, r]`. `shape`: the weight's, `[O, D]`.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        *,
+        target: str,
+        shape: tuple[int, ...],
+        rank: int,
+        num_heads: int,
+        tower: str,
+        layer: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(config, rank=rank, tower=tower, layer=layer)
+        self.target, H = target, num_heads if target == "o" and config.per_head else 1
+        like = torch.empty(0, device=device, dtype=_wide(dtype))
+        self._start(like.new_empty(H, rank, shape[1] // H), like.new_empty(H, shape[0], rank))
+
+    def extra_repr(self) -> str:
+        return f"target={self.target}, rank={self.rank}"
 
 
 class FrozenWatch:
@@ -101,7 +156,7 @@ class FrozenWatch:
     OpenCLIP's `lock_image_tower` and `lock_text_tower` freeze every parameter of a tower, one by one, adapters too.
     """
 
-    def __init__(self, adapters: Sequence[HeadLoRA]) -> None:
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters, self.warned = adapters, False
 
     def warn(self) -> None:
@@ -109,7 +164,7 @@ class FrozenWatch:
         if self.warned:
             return
         self.warned = True
-        layers = [f"{own.tower}.{own.layer}" for own in self.adapters if own.frozen()]
+        layers = dict.fromkeys(f"{own.tower}.{own.layer}" for own in self.adapters if own.frozen())
         warnings.warn(
             f"the adapters of {', '.join(layers)} are frozen, LoRA and gates, so training leaves them as they are "
             "(lock_image_tower and lock_text_tower freeze them with the tower); to train them: "

@@ -240,7 +240,7 @@ def fill_adapters(model: nn.Module, size: float = 0.1, seed: int = 5) -> nn.Modu
     """As if trained: lora_B and theta filled with noise."""
     with seeded(seed), torch.no_grad():
         for p in (*fastheads.lora_parameters(model), *fastheads.gate_parameters(model)):
-            p.add_(torch.randn(p.shape).to(p.dtype), alpha=size if p.dim() == 4 else 0.5)
+            p.add_(torch.randn(p.shape).to(p.dtype), alpha=size if p.dim() > 1 else 0.5)
     return model
 
 
