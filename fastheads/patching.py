@@ -253,9 +253,9 @@ def patch(
     for plan, own in zip(plans, adapters, strict=True):
         modules = [(plan.module, plan.host), *((linear, AdaptedLinear) for linear in plan.linears.values())]
         for (module, host), adapter in zip(modules, own, strict=True):
-            adapter.watch = watch
             module.heads = adapter.train(module.training)
             module.__class__ = head_class(host, type(module))
+        plan.module.heads.watch = watch
     return report
 
 

@@ -97,7 +97,9 @@ class HeadAttention:
         head_scale: Tensor | None,
         attention_dropout: float,
     ) -> tuple[Tensor, Tensor | None]:
-        own.warn_if_frozen()
+        watch = own.watch if self.training and torch.is_grad_enabled() else None
+        if watch is not None and watch.frozen(own.tower, own.layer):
+            watch.warn()
         dropout_p = own.dropout if self.training else 0.0
         pool = None if own.recorder is None else own.recorder.pool
         lora: dict[str, Any] = {

@@ -23,7 +23,6 @@ class AdaptedLinear:
         own: LinearLoRA = self.heads
         if not own.enabled:
             return super().forward(x)  # type: ignore[misc]
-        own.warn_if_frozen()
         dropout_p = own.dropout if self.training else 0.0
         return reference.head_linear(
             x, self.weight, self.bias, own.lora_A, own.lora_B, scale=own.scale, dropout_p=dropout_p

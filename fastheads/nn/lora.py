@@ -37,23 +37,12 @@ class Adapter(nn.Module):
         self.rank, self.tower, self.layer = rank, tower, layer
         self.scale, self.dropout = config.scale(rank), config.dropout
         self.enabled = True
-        self.watch: FrozenWatch | None = None
         self.lora_A = self.lora_B = None
 
     def _start(self, a: Tensor, b: Tensor) -> None:
         """Parameters of the shapes of a and b."""
         bound = a.shape[-1] ** -0.5
         self.lora_A, self.lora_B = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b.zero_())
-
-    def frozen(self) -> bool:
-        """Whether it has parameters, and none of them is trained."""
-        own = [p.requires_grad for p in self._parameters.values() if p is not None]
-        return bool(own) and not any(own)
-
-    def warn_if_frozen(self) -> None:
-        """Lets the watch say it where a training step would leave these parameters as they are."""
-        if self.training and self.frozen() and torch.is_grad_enabled() and self.watch is not None:
-            self.watch.warn()
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Follows `.to(device)`, `.double()` and `.float()`, but stays float32 when the model is cast to 16 bits."""
@@ -96,6 +85,7 @@ class HeadLoRA(Adapter):
         self.impl, self.recompute = impl, recompute
         self.closed: Tensor | None = None  # [H] ones, zeros for heads that `masked` has closed
         self.recorder: Recorder | None = None
+        self.watch: FrozenWatch | None = None
         self.theta: nn.Parameter | None = None
         like, T = torch.empty(0, device=device, dtype=_wide(dtype)), len(self.targets)
         if rank and T:
@@ -157,14 +147,22 @@ class FrozenWatch:
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
-        self.adapters, self.warned = adapters, False
+        self.warned = False
+        self.layers: dict[tuple[str, int], list[Adapter]] = {}
+        for own in adapters:
+            self.layers.setdefault((own.tower, own.layer), []).append(own)
+
+    def frozen(self, tower: str, layer: int) -> bool:
+        """Whether a layer has parameters of adapters, and none of them is trained."""
+        tensors = [p for own in self.layers[tower, layer] for p in own._parameters.values() if p is not None]
+        return len(tensors) > 0 and not any([p.requires_grad for p in tensors])
 
     def warn(self) -> None:
         """A UserWarning with the layers that are frozen altogether; the first call's only."""
         if self.warned:
             return
         self.warned = True
-        layers = dict.fromkeys(f"{own.tower}.{own.layer}" for own in self.adapters if own.frozen())
+        layers = [f"{tower}.{layer}" for tower, layer in self.layers if self.frozen(tower, layer)]
         warnings.warn(
             f"the adapters of {', '.join(layers)} are frozen, LoRA and gates, so training leaves them as they are "
             "(lock_image_tower and lock_text_tower freeze them with the tower); to train them: "
