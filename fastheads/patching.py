@@ -255,7 +255,8 @@ def patch(
         for (module, host), adapter in zip(modules, own, strict=True):
             module.heads = adapter.train(module.training)
             module.__class__ = head_class(host, type(module))
-        plan.module.heads.watch = watch
+            if isinstance(adapter, HeadLoRA):
+                adapter.watch = watch
     return report
 
 

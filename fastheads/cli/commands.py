@@ -111,7 +111,7 @@ def _check_towers(args: argparse.Namespace) -> None:
     except Exception:  # what cannot be built without a network is told when its weights are loaded
         return
     for method in args.method:
-        config = METHODS[method].config_for(model)
+        config = METHODS[method].config_for(model, args.targets)
         if config is not None:
             explain(model, config)
 
@@ -216,6 +216,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             context_weight=context,
             mmd_kernel=args.mmd_kernel,
             mmd_features=args.mmd_features,
+            targets=args.targets,
             evaluate_every=args.evaluate_every,
             save_every=args.save_every,
             batch_size=args.batch_size,
@@ -229,7 +230,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
         try:
             check_run(METHODS[method], recipe_of(method), args.precision)
         except ValueError as e:
-            raise data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision") from e
+            raise data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision", "targets") from e
     prompts = _prompts(args)
     _check_towers(args)
     folders = data.images_of(args, domains)
@@ -352,9 +353,10 @@ def _plan(args: argparse.Namespace) -> None:
         from fastheads.demo.base import register
 
         register()
-    names = ("batch", "gpu", "method", "precision", "recompute", "checkpointing", "impl", "classes", "captions")
+    names = ("batch", "gpu", "method", "targets", "precision", "recompute", "checkpointing", "impl", "classes")
     rank = args.rank[0] if args.rank and len(args.rank) == 1 else args.rank
-    found = fastheads.plan(args.model, rank=rank, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in (*names, "captions")}
+    found = fastheads.plan(args.model, rank=rank, **options)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 

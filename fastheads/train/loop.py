@@ -62,14 +62,21 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def prepare(model: nn.Module, method: Method, *, teacher: bool = False, recompute: int = 0) -> nn.Module:
-    """Makes the parts of `model` trainable that the method trains, in place: patches it (`recompute` is `patch`'s), or
-    frees its image tower.
+def prepare(
+    model: nn.Module,
+    method: Method,
+    *,
+    teacher: bool = False,
+    recompute: int = 0,
+    targets: tuple[str, ...] | None = None,
+) -> nn.Module:
+    """Makes the parts of `model` trainable that the method trains, in place: patches it (`recompute` is `patch`'s,
+    `targets` are `Method.config`'s), or frees its image tower.
 
     Returns a frozen copy of the original image tower where a `teacher` is asked for and the model can't be its own (a
     patched model can, under `disabled`), else an empty module. Raises what `patch` raises for a method that needs it.
     """
-    config = method.config_for(model)
+    config = method.config_for(model, targets)
     if config is not None:
         patch(model, config, recompute=recompute)
         return nn.Identity()
@@ -123,7 +130,8 @@ def fit(
     accelerator = Accelerator(mixed_precision=precision)
     key = run_key(hashes(model, problem), method, problem, recipe, precision)
     key |= {"processes": accelerator.num_processes}
-    teacher = prepare(model, method, teacher=recipe.context_weight > 0, recompute=recipe.recompute)
+    adapted: Any = {"recompute": recipe.recompute, "targets": recipe.targets}
+    teacher = prepare(model, method, teacher=recipe.context_weight > 0, **adapted)
     if recipe.checkpointing:
         tower: Any = model.visual
         tower.set_grad_checkpointing()
