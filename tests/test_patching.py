@@ -5,6 +5,7 @@
 
 import copy
 import gc
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -49,6 +50,19 @@ def test_start_equals_stock(name, towers):
         assert relative(features(model.train(mode), tower), value) < 1e-5, (tower, mode)
         with torch.no_grad():
             assert relative(features(model, tower), value) < 1e-5, (tower, mode, "no_grad")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["clip", "timm", "attention_inner_norm"])
+def test_linear_layers_start_bit_for_bit(name, dtype):
+    model, other = (MODELS[name]().to(dtype) for _ in range(2))
+    config = default_config(name, targets=("q", "v"))
+    with seeded(0):
+        fastheads.patch(model, config)
+    with seeded(0):
+        fastheads.patch(other, replace(config, targets=ALL))
+    with torch.no_grad():
+        assert torch.equal(features(model), features(other))
 
 
 @pytest.mark.parametrize("name", MODELS)
