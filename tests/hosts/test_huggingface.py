@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from standins import disturb, fill_adapters, images, relative, same, seeded, texts
+from standins import ALL, disturb, fill_adapters, images, relative, same, seeded, texts
 
 import fastheads
 from fastheads import HeadConfig
@@ -72,7 +72,7 @@ def test_start_unpatch_and_merge(name, how, tmp_path):
     model.set_attn_implementation(how)
     before, runs = copy.deepcopy(model.state_dict()), [(tower, padded) for tower in BOTH for padded in (True, False)]
     expected = {run: features(model, *run) for run in runs}
-    report = fastheads.patch(model, HeadConfig(towers=BOTH))
+    report = fastheads.patch(model, HeadConfig(targets=ALL, towers=BOTH))
     assert {layer.choice.name for layer in report.layers} == {"cpu"}
     assert all(relative(features(model, *run), expected[run]) < 1e-5 for run in runs)
     with fastheads.disabled(model):
@@ -95,7 +95,7 @@ def test_start_unpatch_and_merge(name, how, tmp_path):
 @pytest.mark.parametrize("tower", BOTH)
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_gradients_are_those_of_dense_float64_weights(name, tower):
-    config = HeadConfig(rank=3, targets=("q", "k", "v"), towers=(tower,))
+    config = HeadConfig(rank=3, targets=("q", "k", "v", "o", "mlp"), towers=(tower,))
     model, stock = MODELS[name]().double(), MODELS[name]().double()
     fastheads.patch(model, config)
     fill_adapters(model)
@@ -108,7 +108,13 @@ def test_gradients_are_those_of_dense_float64_weights(name, tower):
             delta = torch.cat([B[t, h] @ A[t, h] for h in range(4)])
             dense[f"{module_name}.{part}_proj.weight"] = getattr(attention, f"{part}_proj").weight.detach() + delta
         columns = gate.repeat_interleave(16)
-        dense[f"{module_name}.out_proj.weight"] = attention.out_proj.weight.detach() * columns
+        A, B = (adapters[f"{module_name}.out_proj.heads.{part}"] for part in ("lora_A", "lora_B"))
+        delta = torch.cat([B[h] @ A[h] for h in range(4)], 1)
+        dense[f"{module_name}.out_proj.weight"] = (attention.out_proj.weight.detach() + delta) * columns
+        for part in ("fc1", "fc2"):
+            path = module_name.replace("self_attn", f"mlp.{part}")
+            A, B = (adapters[f"{path}.heads.{name}"][0] for name in ("lora_A", "lora_B"))
+            dense[f"{path}.weight"] = stock.get_parameter(f"{path}.weight").detach() + B @ A
     wrapped = TowerOf(stock, tower)
     expected = torch.func.functional_call(wrapped, {f"model.{k}": v for k, v in dense.items()}, (run_inputs(tower),))
     out = TowerOf(model, tower)(run_inputs(tower))
@@ -121,7 +127,7 @@ def test_gradients_are_those_of_dense_float64_weights(name, tower):
 
 def adapters_of(adapters):
     """The attention modules' names, layers in order."""
-    return sorted({key.rpartition(".heads.")[0] for key in adapters})
+    return sorted({key.rpartition(".heads.")[0] for key in adapters if ".self_attn.heads." in key})
 
 
 def run_inputs(tower):
