@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastheads.reference.precision import autocast_off, compute_dtype, widened
+from fastheads.reference.precision import autocast_off, compute_dtype, transformed, widened
 
 TARGETS = ("q", "k", "v")
 
@@ -46,6 +46,26 @@ def up_matrix(lora_B: Tensor, targets: Sequence[str], scale: float, per_head: bo
     return torch.cat(rows)
 
 
+def _joined(x: Tensor, low: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    """`W x + up low + b` in one product."""
+    return F.linear(torch.cat((x, low), -1), torch.cat((weight, up), 1), bias)
+
+
+class _JoinedFrozen(torch.autograd.Function):
+    """`_joined` beside a frozen W, whose gradient autograd would form with up's, the largest product of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(low, weight, up)
+        return _joined(x, low, weight, up, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        low, weight, up = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        return dx, dy @ up, None, dy.flatten(0, -2).mT @ low.flatten(0, -2), None
+
+
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, dropout_p: float = 0.0
 ) -> Tensor:
@@ -60,7 +80,8 @@ def low_rank_linear(
         return F.linear(x, weight, bias)
     low, up = F.linear(F.dropout(x, dropout_p), down.to(dtype)), up.to(dtype)
     if dtype in (torch.bfloat16, torch.float16):
-        return F.linear(torch.cat((x, low), -1), torch.cat((weight, up), 1), bias)
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        return (_joined if trained or transformed() else _JoinedFrozen.apply)(x, low, weight, up, bias)
     return F.linear(x, weight, bias) + F.linear(low, up)
 
 

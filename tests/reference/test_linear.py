@@ -54,3 +54,35 @@ def test_small_deltas_are_not_rounded_away_beside_16_bit_weights(dtype):
     gain = float((got * want).sum() / want.square().sum())
     assert abs(gain - 1) < 0.05
     assert torch.equal(head_linear(**without), torch.nn.functional.linear(p["x"], p["weight"], p["bias"]))
+
+
+@pytest.mark.parametrize("trained", ["", "weight", "bias"])
+def test_16_bit_gradients_beside_a_frozen_weight_and_a_trained_one(trained):
+    """Against the dense formula in float64, of the same rounded inputs; tolerance: bfloat16's rounding of sums."""
+    p = make(3, dtype=torch.bfloat16)
+    names = ["x", "lora_A", "lora_B", *([trained] if trained else [])]
+    results = []
+    for f in (head_linear, dense):
+        leaves = {name: t.clone().requires_grad_(name in names) for name, t in p.items()}
+        results.append(torch.autograd.grad(f(**leaves, scale=0.7).double().square().sum(), [leaves[n] for n in names]))
+    for name, got, want in zip(names, *results, strict=True):
+        assert got.dtype == p[name].dtype
+        assert float((got.double() - want.double()).abs().max() / want.double().abs().max()) < 2e-2, name
+
+
+def test_a_frozen_weights_gradient_is_not_formed():
+    p = make(1, dtype=torch.bfloat16)
+    for name in ("x", "lora_A", "lora_B"):
+        p[name].requires_grad_()
+    shapes = []
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            shapes.extend([tuple(out.shape)] if func is torch.ops.aten.mm.default else [])
+            return out
+
+    y = head_linear(**p)
+    with Products():
+        y.sum().backward()
+    assert [shape for shape in shapes if shape[0] == 7] == [(7, 2)]  # up's
