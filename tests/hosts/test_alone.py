@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
-from standins import EMBED, clip, disturb, fill_adapters, images, relative, same, seeded, vit
+from standins import ALL, EMBED, clip, disturb, fill_adapters, images, relative, same, seeded, vit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 
 import fastheads
+from fastheads.nn import HeadAttention
 
 ALONE = {
     "openclip": lambda: clip().visual,
@@ -21,10 +22,13 @@ ALONE = {
 }
 
 
+CONFIG = fastheads.HeadConfig.hap(3, targets=ALL)
+
+
 def trained(make):
     model = make().eval()
     with seeded(3):
-        fastheads.patch(model)
+        fastheads.patch(model, CONFIG)
     return fill_adapters(model)
 
 
@@ -33,7 +37,7 @@ def test_start_gradients_unpatch_and_merge(make):
     stock, x = make().eval(), images()
     expected = stock(x)
     model = copy.deepcopy(stock)
-    report = fastheads.patch(model)
+    report = fastheads.patch(model, CONFIG)
     assert [layer.rank for layer in report.layers] == [2, 8, 8]
     assert relative(model(x), expected) < 1e-5
     model(x).square().mean().backward()
@@ -74,7 +78,7 @@ def test_captured_heads_are_the_pooled_tokens(name):
     with fastheads.capture_heads(model) as heads, torch.no_grad():
         model(images())
     assert heads.features.shape == (3, 3, 4, 16)
-    last = [m for m in model.modules() if hasattr(m, "heads")][-1]
+    last = [m for m in model.modules() if isinstance(m, HeadAttention)][-1]
     seen = []
     out = last.output(last)
     out.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
