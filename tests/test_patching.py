@@ -290,6 +290,18 @@ def test_masked_heads_are_captured_as_they_are_and_their_gates_are_zero():
     assert lora_A[:, 2].count_nonzero() == 0 and lora_A[:, 1].count_nonzero() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_masked_head_adds_exactly_nothing_through_the_output_projections_delta(dtype):
+    model = patched(config=HeadConfig(targets=ALL), dtype=dtype)
+    own = attentions(model)[1].out_proj.heads
+    with torch.no_grad(), fastheads.masked(model, [(1, 2)]):
+        before = features(model)
+        own.lora_A[2], own.lora_B[2] = 7.0, -9.0
+        assert torch.equal(features(model), before)
+        own.lora_B[1] = -9.0
+        assert not torch.equal(features(model), before)
+
+
 def test_masked_takes_layers_without_parameters_of_their_own():
     model = patched(config=HeadConfig(rank=(2, 0, 2), gate=None))
     on = features(model)
