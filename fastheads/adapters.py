@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fastheads.config import HeadConfig
 from fastheads.files import write_whole
-from fastheads.hosts import NAMES, find_tower
+from fastheads.hosts import NAMES, find_tower, host_of
 from fastheads.hosts.wrappers import plain_names, plain_state, refuse_peft, unwrap
 from fastheads.model import (
     adapter_state_dict,
+    adapters_of,
     base_state_dict,
     first_few,
-    head_modules,
     is_patched,
     original_of,
     patched_attentions,
@@ -28,7 +28,7 @@ from fastheads.model import (
     trained_beside,
 )
 from fastheads.model.base import attention_hash, base_hash, describe, differences, gathered
-from fastheads.nn import HeadLoRA
+from fastheads.nn import Adapter
 from fastheads.patching import explain, patch, take_out
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -70,7 +70,7 @@ def save_adapter(
     inner = unwrap(model)
     attentions = patched_attentions(inner)
     config = original_of(inner).config
-    _refuse_shares(head_modules(inner))
+    _refuse_shares(adapters_of(inner))
     base_tensors = base_state_dict(inner)
     chosen = _chosen(list(base_tensors), modules_to_save)
     beside = [name for name in trained_beside(inner) if name not in chosen]
@@ -124,12 +124,11 @@ def _chosen(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return [name for name in names if name in found]
 
 
-def _refuse_shares(adapters: Sequence[HeadLoRA]) -> None:
+def _refuse_shares(adapters: Sequence[Adapter]) -> None:
     """Raises TypeError where FSDP1 has left a process a share of the adapters only."""
     for own in adapters:
-        for name, dim in (("lora_A", 4), ("lora_B", 4), ("theta", 1)):
-            tensor = getattr(own, name)
-            if tensor is not None and (tensor.dim() != dim or not tensor.numel()):
+        for name, tensor in own.named_parameters():
+            if not tensor.numel() or (tensor.dim() == 1) != (name == "theta"):
                 raise TypeError(
                     "model: each process holds a share of its adapters only; "
                     "save inside FullyShardedDataParallel.summon_full_params(model)"
@@ -248,19 +247,30 @@ def load_adapter(
 
 
 def _named_as_in(model: nn.Module, towers: tuple[str, ...], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's tensors under the names they have in `model`, by tower and layer; what has none keeps its own."""
+    """An adapter's tensors under the names they have in `model`, by tower, layer and what they are of; what has none
+    keeps its own."""
     names = {id(module): name for name, module in plain_names(model, model.named_modules()).items()}
-    found = {t: [names[id(attention)] for attention in find_tower(model, t).attentions] for t in towers}
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in towers:
+        tower = find_tower(model, name)
+        for layer, attention in enumerate(tower.attentions):
+            host: Any = host_of(attention)
+            output = None if host is None else host.output(attention)
+            parts = {"": attention, "o": output, "fc1": tower.mlp(layer, "fc1"), "fc2": tower.mlp(layer, "fc2")}
+            for part, module in parts.items():
+                found.setdefault((name, part), []).append(names.get(id(module), ""))
+    known = {name for of in found.values() for name in of}
 
     def named(name: str) -> str:
-        where, _, part = name.rpartition(".heads.")
-        if any(where in own for own in found.values()):
-            return name
+        where, _, tensor = name.rpartition(".heads.")
         path = where.split(".")
-        of_image = path[0] in NAMES["visual"]
-        own = found["visual" if of_image else "text"] if len(towers) > 1 else found[towers[0]]
+        if where in known:
+            return name
+        part = {"out_proj": "o", "proj": "o", "c_fc": "fc1", "c_proj": "fc2"}.get(path[-1], path[-1])
+        tower = ("visual" if path[0] in NAMES["visual"] else "text") if len(towers) > 1 else towers[0]
+        own = found[tower, part if part in ("o", "fc1", "fc2") else ""]
         layer = next((int(at) for at in reversed(path) if at.isdigit()), len(own))
-        return f"{own[layer]}.heads.{part}" if layer < len(own) else name
+        return f"{own[layer]}.heads.{tensor}" if layer < len(own) and own[layer] else name
 
     return {named(name): tensor for name, tensor in tensors.items()}
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TARGETS = ("q", "k", "v")
+PROJECTIONS = ("q", "k", "v")
+LINEARS = ("o", "fc1", "fc2")  # whose deltas their own linear layers add
+TARGETS = (*PROJECTIONS, *LINEARS, "mlp")
 TOWERS = ("visual", "text")
 GATES = ("softmax", "sigmoid", None)
 
@@ -22,10 +24,12 @@ class HeadConfig:
 
     Args:
         rank: rank of the deltas: one for all selected layers, or one per selected layer. 0: gates only.
-        targets: which projections have a delta, of "q", "k", "v".
+        targets: what has a delta, of "q", "k", "v", "o" (the output projection), "fc1" and "fc2" (the MLP's linear
+            layers in order; "mlp" is both).
         alpha: the delta's scale is `alpha / rank`; None: 1.
         dropout: probability of dropping an element of the low-rank path's input, while training.
-        per_head: every head has a down-projection of its own (HA-LoRA); False: all heads share one (plain LoRA).
+        per_head: every head has a down-projection of its own (HA-LoRA), and on "o" an up-projection too; False: all
+            heads share one (plain LoRA). The MLP has no heads: there it is plain LoRA.
         gate: `"softmax"` (H · softmax(theta)), `"sigmoid"` (2 · sigmoid(theta)) or None for LoRA only.
         layers: indices of the adapted layers, negative ones from the end; None: all.
         towers: of "visual", "text".
@@ -53,6 +57,9 @@ class HeadConfig:
             raise TypeError(f"rank: got {self.rank!r}; takes an integer, or one integer per selected layer")
         if any(r < 0 for r in ranks):
             raise ValueError(f"rank: got {self.rank!r}; takes integers ≥ 0 (0: gates only)")
+        if isinstance(self.targets, tuple):
+            parts = (("fc1", "fc2") if target == "mlp" else (target,) for target in self.targets)
+            object.__setattr__(self, "targets", tuple(part for each in parts for part in each))
         self._check_names("targets", TARGETS)
         self._check_names("towers", TOWERS)
         if self.gate not in GATES:
@@ -87,6 +94,16 @@ class HeadConfig:
         if not _integer(depth) or depth < 1:
             raise ValueError(f"depth: got {depth!r}; takes the number of layers, an integer ≥ 1")
         return cls(rank=tuple(2 if i < depth - 2 else 8 for i in range(depth)), **options)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The targets among "q", "k", "v", in their order."""
+        return tuple(target for target in self.targets if target in PROJECTIONS)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The targets among "o", "fc1", "fc2", in their order."""
+        return tuple(target for target in self.targets if target in LINEARS)
 
     def scale(self, rank: int) -> float:
         """s of a layer of that rank."""

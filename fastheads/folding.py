@@ -11,41 +11,53 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.hosts.wrappers import plain_names, plain_state, refuse_peft, refuse_wrapped, unwrap
-from fastheads.model import is_patched, original_of, patched_attentions, patched_models, written
-from fastheads.nn import HeadAttention
+from fastheads.model import adapted_modules, is_patched, original_of, patched_models, written
+from fastheads.nn import AdaptedLinear, HeadAttention
 from fastheads.patching import take_out
-from fastheads.reference import up_matrix
+from fastheads.reference import linear_factors, up_matrix
 
 _ADAPTED = "_fastheads_adapted"  # on a merged model: the names of the tensors that adapting it changed
 
 
-def folded_weights(attention: HeadAttention) -> list[tuple[Tensor, Tensor]]:
+def folded_weights(module: HeadAttention | AdaptedLinear) -> list[tuple[Tensor, Tensor]]:
     """The host's weights that deltas and gates change, each with what it becomes, at least float32, not rounded.
 
-    W_h ← W_h + s·B_h A_h        W_out[:, head h] ← g_h · W_out[:, head h]
+    W_h ← W_h + s·B_h A_h        W_out[:, head h] ← g_h · (W_out[:, head h] + s·B_h A_h)
 
-    Where the output projection isn't the host's, the gates scale the values' own rows and bias.
+    An output projection is its attention's. Where it isn't the host's, the gates scale the values' own rows and bias.
     """
-    own, stored = attention.heads, attention.weights(attention)
-    output: Any = attention.output(attention)
     found: list[tuple[Tensor, Any]] = []
-    with torch.no_grad(), torch.autocast(stored[0].device.type, enabled=False):
+    device = (module.weight if isinstance(module, AdaptedLinear) else module.weights(module)[0]).device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        if isinstance(module, AdaptedLinear):
+            return [] if module.heads.target == "o" else [(module.weight, _with_delta(module))]
+        own, stored = module.heads, module.weights(module)
+        output: Any = module.output(module)
         if own.lora_A is not None and own.lora_B is not None:
             per_head = own.lora_A.shape[1] == own.num_heads
             up = up_matrix(own.lora_B, own.targets, own.scale, per_head)
             parts = (up @ own.lora_A.flatten(0, 2)).split([len(w) for w in stored])
             found += [(w, w.to(up.dtype) + part) for w, part in zip(stored, parts, strict=True)]
-        gate = own.gate()
+        gate, w_out = own.gate(), None if output is None else output.weight
+        new: Any = _with_delta(output) if isinstance(output, AdaptedLinear) else w_out
         if gate is not None:
             each = gate.repeat_interleave(stored[0].shape[1] // own.num_heads)
             if output is not None:
-                found.append((output.weight, output.weight.to(gate.dtype) * each))
+                new = new.to(gate.dtype) * each
             else:
-                value: Any = attention.value  # type: ignore[attr-defined]
-                new = found.pop()[1] if found else value.weight.to(gate.dtype)
-                found.append((value.weight, new * each[:, None]))
+                value: Any = module.value  # type: ignore[attr-defined]
+                wide = found.pop()[1] if found else value.weight.to(gate.dtype)
+                found.append((value.weight, wide * each[:, None]))
                 found += [(bias, bias.to(gate.dtype) * each) for bias in (value.bias,) if bias is not None]
+        if w_out is not None and new is not w_out:
+            found.append((w_out, new))
     return found
+
+
+def _with_delta(linear: AdaptedLinear) -> Tensor:
+    own = linear.heads
+    down, up = linear_factors(own.lora_A, own.lora_B, own.scale)
+    return linear.weight.to(up.dtype) + up @ down
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -61,12 +73,12 @@ def merge(model: nn.Module) -> nn.Module:
     writes: list[tuple[Tensor, Tensor]] = []
     lost, change = 0.0, 0.0
     owners = patched_models(model)  # raises for a part of one, whose flags couldn't be put back
-    for attention in patched_attentions(model):
-        own = attention.heads
+    for module in adapted_modules(model):
+        own = module.heads
         where = f"model: the adapter of layer {own.tower}.{own.layer}"
         if not all(bool(torch.isfinite(p).all()) for p in own.parameters()):
             raise ValueError(f"{where} is not finite; it can't be merged")
-        for old, new in folded_weights(attention):
+        for old, new in folded_weights(module):
             rounded = new.to(old.dtype)
             if not bool(torch.isfinite(rounded).all()):
                 raise ValueError(f"{where} overflows {old.dtype}; merge into a float32 copy of the base")

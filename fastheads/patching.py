@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from fastheads import ops
 from fastheads.config import HeadConfig
 from fastheads.hosts import Host, Tower, find_tower, host_of
+from fastheads.hosts.towers import MLP
 from fastheads.hosts.wrappers import plain_names, refuse_foreign, refuse_wrapped, unwrap
 from fastheads.model import (
-    ADAPTER,
+    adapted_modules,
+    adapters_of,
     first_few,
     forget,
-    head_modules,
+    is_adapters,
     is_patched,
     patched_attentions,
     patched_models,
@@ -28,13 +30,16 @@ from fastheads.model import (
     restore,
     written,
 )
-from fastheads.nn import FrozenWatch, HeadAttention, HeadLoRA, head_class
+from fastheads.nn import AdaptedLinear, Adapter, FrozenWatch, HeadAttention, HeadLoRA, LinearLoRA, head_class
+from fastheads.nn.attention import LINEAR
 from fastheads.ops import native
+from fastheads.reference import widened
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One selected layer: where it is, its shape, who computes it, and why the others do not."""
+    """One selected layer: where it is, its shape, who computes it, and why the others do not. `linears`: the targets
+    whose deltas plain PyTorch adds, each in its own linear layer."""
 
     name: str
     host: str
@@ -42,6 +47,7 @@ class LayerReport:
     head_dim: int
     rank: int
     choice: ops.Choice
+    linears: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         shape = f"{self.num_heads} heads × {self.head_dim}, rank {self.rank}"
@@ -69,6 +75,9 @@ class PatchReport:
             for name, why in layer.choice.refused.items():
                 text = f"  {name}: {'; '.join(why) or 'not asked for'}"
                 reasons.setdefault(text, []).append(layer.name)
+            if layer.linears:
+                text = f"  deltas of {', '.join(layer.linears)}: plain PyTorch, each in its own linear layer"
+                reasons.setdefault(text, []).append(layer.name)
         lines += [f"{text} ({_span(names, len(self.layers))})" for text, names in reasons.items()]
         lines.append(f"  native CPU kernels: {native.describe()}")
         return "\n".join(lines)
@@ -80,14 +89,20 @@ def _span(names: list[str], total: int) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One layer about to be patched."""
+    """One layer about to be patched: its attention, and by target the linear layers beside it."""
 
     report: LayerReport
     module: nn.Module
     host: Host
-    tower: str
-    index: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
+    linears: dict[str, nn.Linear]
+
+    def adapters(self, config: HeadConfig, **place: torch.device) -> list[Adapter]:
+        """The attention's and the linear layers', on another device where one is given."""
+        options = self.options | place
+        own = {name: options[name] for name in ("rank", "num_heads", "tower", "layer", "device", "dtype")}
+        linears = [LinearLoRA(config, target=t, shape=m.weight.shape, **own) for t, m in self.linears.items()]
+        return [HeadLoRA(config, **options), *linears]
 
 
 # ------------------------------------------------------------------------------------------------ planning
@@ -134,8 +149,9 @@ def _plan(
             weight: Tensor = weights[0]
             dim = weight.shape[1]
             num_heads = host.num_heads_of(module)
-            choice = _choice(impl, module, host, tower, num_heads, rank, config.dropout)
-            report = LayerReport(name, host.name, num_heads, dim // num_heads, rank, choice)
+            choice = _choice(impl, module, host, tower, num_heads, rank if config.projections else 0, config.dropout)
+            linears = {t: _linear(host, tower, module, index, t) for t in config.linears} if rank else {}
+            report = LayerReport(name, host.name, num_heads, dim // num_heads, rank, choice, tuple(linears))
             options = {
                 "rank": rank,
                 "dim": dim,
@@ -147,8 +163,20 @@ def _plan(
                 "impl": impl,
                 "recompute": recompute > 0 and place % recompute == 0,
             }
-            plans.append(_Plan(report, module, host, tower_name, index, options))
+            plans.append(_Plan(report, module, host, options, linears))
     return config, plans
+
+
+def _linear(host: Host, tower: Tower, module: Any, layer: int, target: str) -> nn.Linear:
+    """The linear layer of a target "o", "fc1" or "fc2". Raises TypeError, naming targets, where there is none."""
+    found = host.output(module) if target == "o" else tower.mlp(layer, target)
+    if not isinstance(found, nn.Linear) or type(found) not in LINEAR or "forward" in found.__dict__:
+        looked = "" if target == "o" else f" at {' or '.join(MLP[target])}"
+        kind = "nothing" if found is None else f"a {type(found).__name__}"
+        raise TypeError(
+            f"targets: got {target!r}, and layer {tower.name}.{layer} has {kind}{looked}; takes an nn.Linear there"
+        )
+    return found
 
 
 def _choice(impl: str, module: Any, host: Host, tower: Tower, num_heads: int, rank: int, dropout: float) -> ops.Choice:
@@ -169,10 +197,10 @@ def _choice(impl: str, module: Any, host: Host, tower: Tower, num_heads: int, ra
     return ops.choose(impl, problem)
 
 
-def _report(model: nn.Module, layers: list[LayerReport], adapters: list[HeadLoRA]) -> PatchReport:
-    gate = sum(own.theta.numel() for own in adapters if own.theta is not None)
+def _report(model: nn.Module, layers: list[LayerReport], adapters: list[Adapter]) -> PatchReport:
+    gate = sum(own.theta.numel() for own in adapters if isinstance(own, HeadLoRA) and own.theta is not None)
     own_total = sum(p.numel() for own in adapters for p in own.parameters())
-    base = sum(p.numel() for name, p in model.named_parameters() if not name.endswith(ADAPTER))
+    base = sum(p.numel() for name, p in model.named_parameters() if not is_adapters(name))
     return PatchReport(tuple(layers), own_total - gate, gate, base)
 
 
@@ -217,17 +245,21 @@ def patch(
         raise ValueError(
             f"strict: {len(fallen)} layers fall back to the reference path, first {fallen[0].name} ({refused})"
         )
-    adapters = [HeadLoRA(config, **plan.options) for plan in plans]
-    report = _report(model, [plan.report for plan in plans], adapters)
+    adapters = [plan.adapters(config) for plan in plans]
+    flat = [own for each in adapters for own in each]
+    report = _report(model, [plan.report for plan in plans], flat)
     remember(model, config)
 
     model.requires_grad_(False)
-    watch = FrozenWatch(adapters)
-    for plan, adapter in zip(plans, adapters, strict=True):
-        adapter.watch = watch
-        plan.module.heads = adapter.train(plan.module.training)
-        plan.module.__class__ = head_class(plan.host, type(plan.module))
-        _as_any(plan.module).join()
+    watch = FrozenWatch(flat)
+    for plan, own in zip(plans, adapters, strict=True):
+        modules = [(plan.module, plan.host), *((linear, AdaptedLinear) for linear in plan.linears.values())]
+        for (module, host), adapter in zip(modules, own, strict=True):
+            module.heads = adapter.train(module.training)
+            module.__class__ = head_class(host, type(module))
+            if isinstance(adapter, HeadLoRA):
+                adapter.watch = watch
+                _as_any(plan.module).join()
     return report
 
 
@@ -235,7 +267,7 @@ def _refuse(model: nn.Module) -> None:
     """Raises for a model that is patched already, wrapped, scripted or quantised."""
     refuse_foreign(model)
     for name, module in model.named_modules():
-        if isinstance(module, HeadAttention):
+        if isinstance(module, (HeadAttention, AdaptedLinear)):
             raise ValueError(f"model: is patched already (at {name!r}); unpatch(model) or merge(model) first")
 
 
@@ -261,10 +293,10 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 def take_out(owner: nn.Module) -> None:
     """Takes the adapters out of a model that was patched, and puts its flags back."""
-    attentions: list[Any] = patched_attentions(owner)
-    for attention in attentions:
-        attention.__class__ = type(attention).__bases__[1]
-        del attention.heads
+    modules: list[Any] = adapted_modules(owner)
+    for module in modules:
+        module.__class__ = type(module).__bases__[1]
+        del module.heads
     flags = forget(owner).required_grad
     for name, p in plain_names(owner, owner.named_parameters()).items():
         p.requires_grad_(flags.get(name, p.requires_grad))
@@ -279,16 +311,18 @@ def explain(model: nn.Module, config: HeadConfig | None = None, *, impl: str = "
     if not is_patched(inner):
         _refuse(inner)
         config, plans = _plan(inner, config, impl)
-        with torch.device("meta"):
-            adapters = [HeadLoRA(config, **{**plan.options, "device": torch.device("meta")}) for plan in plans]
+        adapters = [own for plan in plans for own in plan.adapters(config, device=torch.device("meta"))]
         return _report(inner, [plan.report for plan in plans], adapters)
-    layers, adapters = [], head_modules(inner)
+    layers, adapters = [], adapters_of(inner)
+    linears = [own for own in adapters if isinstance(own, LinearLoRA)]
     for attention in patched_attentions(inner):
         own, module, host = attention.heads, _as_any(attention), _as_any(type(attention).__bases__[0])
         head_dim = host.weights(module)[0].shape[1] // own.num_heads
         tower = find_tower(inner, own.tower)
-        choice = _choice(own.impl, module, host, tower, own.num_heads, own.rank, own.dropout)
-        layers.append(LayerReport(f"{own.tower}.{own.layer}", host.name, own.num_heads, head_dim, own.rank, choice))
+        choice = _choice(own.impl, module, host, tower, own.num_heads, own.rank if own.targets else 0, own.dropout)
+        beside = tuple(o.target for o in linears if (o.tower, o.layer) == (own.tower, own.layer))
+        name = f"{own.tower}.{own.layer}"
+        layers.append(LayerReport(name, host.name, own.num_heads, head_dim, own.rank, choice, beside))
     return _report(inner, layers, adapters)
 
 
@@ -304,14 +338,14 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Only adapters are switched off: base tensors that were trained beside them, or came with a loaded adapter, stay.
     Nests; other contexts are left as they were. Raises ValueError for an unpatched model.
     """
-    layers = head_modules(model)
-    before = [own.enabled for own in layers]
-    for own in layers:
+    adapters = adapters_of(model)
+    before = [own.enabled for own in adapters]
+    for own in adapters:
         own.enabled = False
     try:
         yield model
     finally:
-        for own, enabled in zip(layers, before, strict=True):
+        for own, enabled in zip(adapters, before, strict=True):
             own.enabled = enabled
 
 
@@ -330,10 +364,10 @@ def masked(model: nn.Module, heads: Iterable[tuple[int, int]], tower: str | None
     Nests: heads closed outside stay closed. Raises ValueError for an unpatched model, a tower that is not patched, and
     a layer or head that is not there, changing nothing.
     """
-    layers = head_modules(model)
-    patched = sorted({own.tower for own in layers}, reverse=True)
+    layers = patched_attentions(model)
+    patched = sorted({module.heads.tower for module in layers}, reverse=True)
     name = tower or patched[0]
-    of_layer = {own.layer: own for own in layers if own.tower == name}
+    of_layer = {module.heads.layer: module for module in layers if module.heads.tower == name}
     if not of_layer:
         raise ValueError(f"tower: got {tower!r}; this model's patched towers: {', '.join(patched)}")
     closed: dict[int, list[int]] = {}
@@ -342,14 +376,18 @@ def masked(model: nn.Module, heads: Iterable[tuple[int, int]], tower: str | None
             raise ValueError(
                 f"heads: got layer {layer}; the {name} tower's patched layers: {', '.join(map(str, of_layer))}"
             )
-        if not 0 <= head < of_layer[layer].num_heads:
-            raise ValueError(f"heads: got head {head}; layer {layer} has heads 0 … {of_layer[layer].num_heads - 1}")
+        num_heads = of_layer[layer].heads.num_heads
+        if not 0 <= head < num_heads:
+            raise ValueError(f"heads: got head {head}; layer {layer} has heads 0 … {num_heads - 1}")
         closed.setdefault(layer, []).append(head)
-    before = {layer: of_layer[layer].closed for layer in closed}
+    before = {layer: of_layer[layer].heads.closed for layer in closed}
     for layer, own_heads in closed.items():
-        of_layer[layer].close(own_heads)
+        own, (weight, *_) = of_layer[layer].heads, of_layer[layer].weights(of_layer[layer])
+        mask = widened(weight.new_ones(own.num_heads)) if own.closed is None else own.closed.clone()
+        mask[own_heads] = 0
+        own.close(mask)
     try:
         yield model
     finally:
         for layer, earlier in before.items():
-            of_layer[layer].close((), earlier)
+            of_layer[layer].heads.close(earlier)

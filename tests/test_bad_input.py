@@ -7,7 +7,8 @@ command line in cli/test_bad_input.py.
 import pytest
 import torch
 from bad_input import NAN, Table, adapted, assert_refused, nothing, with_
-from standins import BOTH, MODELS, Attention, attentions, clip, images, patched
+from standins import ALL, BOTH, MODELS, Attention, attentions, clip, images, patched, vit
+from timm.models.eva import Eva
 from torch import nn
 
 import fastheads
@@ -54,10 +55,11 @@ for name, options, error, words in [
     ("ranks negative", {"rank": (2, -2)}, ValueError, ["rank", "-2"]),
     ("ranks and layers", {"rank": (2, 8), "layers": (0,)}, ValueError, ["rank", "2 ranks", "1 layers"]),
     ("nothing to train", {"rank": 0, "gate": None}, ValueError, ["rank", "gate=None"]),
-    ("target", {"targets": ("q", "o")}, ValueError, ["targets", "'o'", "'q', 'k', 'v'"]),
+    ("target", {"targets": ("q", "out")}, ValueError, ["targets", "'out'", "'q', 'k', 'v', 'o', 'fc1', 'fc2', 'mlp'"]),
     ("targets text", {"targets": "qv"}, TypeError, ["targets", "'qv'"]),
     ("targets empty", {"targets": ()}, TypeError, ["targets"]),
     ("targets twice", {"targets": ("q", "q")}, ValueError, ["targets", "at most once"]),
+    ("targets twice in the MLP", {"targets": ("mlp", "fc1")}, ValueError, ["targets", "at most once"]),
     ("tower", {"towers": ("vision",)}, ValueError, ["towers", "'vision'", "'visual', 'text'"]),
     ("towers text", {"towers": "visual"}, TypeError, ["towers", "'visual'"]),
     ("towers empty", {"towers": []}, TypeError, ["towers"]),
@@ -166,6 +168,20 @@ both("ResNet tower", with_(replace_visual("ModifiedResNet")), TypeError, "visual
 both("unknown tower", with_(replace_visual("Swin")), TypeError, "visual", "Swin", "no heads to adapt")
 both("unknown attention", with_(attention(lambda: nn.Linear(64, 64))), TypeError, "visual.1", "Linear")
 both("block without attn", with_(lambda m: delattr(block(m), "attn")), TypeError, "visual", "resblocks[i].attn")
+both(
+    "an MLP of other parts",
+    lambda: vit(Eva, swiglu_mlp=True, scale_mlp=True),
+    TypeError,
+    *("targets", "'fc1'", "visual.0", "nothing at mlp.c_fc or mlp.fc1"),
+    config=HeadConfig(targets=ALL),
+)
+both(
+    "an output projection of another kind",
+    with_(lambda m: setattr(block(m).attn, "out_proj", nn.utils.parametrizations.weight_norm(block(m).attn.out_proj))),
+    TypeError,
+    *("targets", "'o'", "visual.1", "ParametrizedNonDynamicallyQuantizableLinear", "nn.Linear"),
+    config=HeadConfig(targets=ALL),
+)
 both("cross-attention", with_(attention(cross)), TypeError, "visual.1", "cross-attention")
 both("cross, dev", with_(attention(lambda: Attention(64, 4, cross=True))), TypeError, "visual.1", "cross-attention")
 both("bias_kv", with_(attention(lambda: nn.MultiheadAttention(64, 4, add_bias_kv=True))), TypeError, "add_bias_kv")

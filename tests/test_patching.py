@@ -5,11 +5,13 @@
 
 import copy
 import gc
+from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
 from standins import (
+    ALL,
     BOTH,
     CONTEXT,
     MODELS,
@@ -50,6 +52,19 @@ def test_start_equals_stock(name, towers):
             assert relative(features(model, tower), value) < 1e-5, (tower, mode, "no_grad")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["clip", "timm", "attention_inner_norm"])
+def test_linear_layers_start_bit_for_bit(name, dtype):
+    model, other = (MODELS[name]().to(dtype) for _ in range(2))
+    config = default_config(name, targets=("q", "v"))
+    with seeded(0):
+        fastheads.patch(model, config)
+    with seeded(0):
+        fastheads.patch(other, replace(config, targets=ALL))
+    with torch.no_grad():
+        assert torch.equal(features(model), features(other))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_unpatch_brings_back_every_bit_and_flag(name):
     model = MODELS[name]()
@@ -59,8 +74,9 @@ def test_unpatch_brings_back_every_bit_and_flag(name):
     assert len(set(snapshot(model)["flags"].values())) == 2
     before = snapshot(model)
     values = {t: features(model, t).detach() for t in BOTH}
-    fastheads.patch(model, default_config(name, towers=BOTH))
-    assert [n for n, p in model.named_parameters() if p.requires_grad and ".attn.heads." not in n] == []
+    fastheads.patch(model, default_config(name, targets=ALL, towers=BOTH))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(fastheads.adapter_state_dict(model))
+    assert list(fastheads.base_state_dict(model)) == before["keys"]
     fill_adapters(model)
     assert all(relative(features(model, t), values[t]) > 1e-3 for t in BOTH)
     assert fastheads.unpatch(model) is model
@@ -201,7 +217,7 @@ def test_disabled_is_the_original_bit_for_bit(name):
     model = MODELS[name]().requires_grad_(False)
     runs = [(t, mode) for t in BOTH for mode in (True, False)]
     expected = {(t, mode): features(model.train(mode), t) for t, mode in runs}
-    fastheads.patch(model, default_config(name, towers=BOTH))
+    fastheads.patch(model, default_config(name, targets=ALL, towers=BOTH))
     fill_adapters(model)
     with fastheads.disabled(model) as inside:
         assert inside is model
@@ -242,7 +258,7 @@ def test_masked_heads_add_nothing_and_others_what_they_did(name, gate, tower):
     with torch.no_grad():
         expected = features(without_heads(MODELS[name](), closed, tower), tower)
         model = MODELS[name]()
-        fastheads.patch(model, HeadConfig(gate=gate, towers=BOTH))
+        fastheads.patch(model, HeadConfig(gate=gate, targets=ALL if gate else ("o", "fc2"), towers=BOTH))
         with fastheads.masked(model, closed, tower) as inside:
             assert inside is model
             assert relative(features(model, tower), expected) < 1e-5
@@ -272,6 +288,25 @@ def test_masked_heads_are_captured_as_they_are_and_their_gates_are_zero():
     assert torch.equal(heads.features[0], on.features[0])
     lora_A = attentions(model)[0].heads.lora_A.grad
     assert lora_A[:, 2].count_nonzero() == 0 and lora_A[:, 1].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_masked_head_adds_exactly_nothing_through_the_output_projections_delta(dtype):
+    model = patched(config=HeadConfig(targets=ALL), dtype=dtype)
+    own = attentions(model)[1].out_proj.heads
+    with torch.no_grad(), fastheads.masked(model, [(1, 2)]):
+        before = features(model)
+        own.lora_A[2], own.lora_B[2] = 7.0, -9.0
+        assert torch.equal(features(model), before)
+        own.lora_B[1] = -9.0
+        assert not torch.equal(features(model), before)
+
+
+def test_masked_takes_layers_without_parameters_of_their_own():
+    model = patched(config=HeadConfig(rank=(2, 0, 2), gate=None))
+    on = features(model)
+    with fastheads.masked(model, [(1, 0)]):
+        assert relative(features(model), on) > 1e-3
 
 
 def test_masked_ends_with_an_exception():

@@ -134,6 +134,16 @@ def _again_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="less memory: compute whole blocks again")
 
 
+def _targets_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=None,
+        metavar="T",
+        help="of LoRA: q, k, v, o (the output projection), mlp, or fc1 or fc2 of it (default: q v)",
+    )
+
+
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="as for train: ViT-B-16, timm:NAME …")
     parser.add_argument("--batch", type=_whole(1), required=True, metavar="N", help="images in a step")
@@ -150,6 +160,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="of LoRA: one for all layers, or one for each (default: the method's)",
     )
+    _targets_option(parser)
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16", "amp-bf16"),
@@ -259,6 +270,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--lr", type=_rate, default=None, metavar="X", help="default: 2e-4; 1e-5 where the whole encoder is trained"
     )
+    _targets_option(group)
     group.add_argument("--gate-lr", type=_rate, default=2e-3, metavar="X", help="of the gates (default: 2e-3)")
     group.add_argument(
         "--fixed-head", action="store_true", help="keep a linear head as it was fitted (default: it is trained on)"

@@ -86,7 +86,7 @@ def _check_towers(args: argparse.Namespace, contexts: Mapping[str, float]) -> No
     if text and args.fixed_head:
         raise InputError(f"--fixed-head: {args.model} classifies by text, and has no linear head")
     for method in contexts:
-        config = METHODS[method].config_for(model)
+        config = METHODS[method].config_for(model, args.targets)
         if config is not None:
             explain(model, config)
 
@@ -200,6 +200,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             context_weight=context,
             mmd_kernel=args.mmd_kernel,
             mmd_features=args.mmd_features,
+            targets=args.targets,
             evaluate_every=args.evaluate_every,
             save_every=args.save_every,
             batch_size=args.batch_size,
@@ -214,7 +215,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
         try:
             check_run(METHODS[method], recipe_of(method), args.precision)
         except ValueError as e:
-            raise data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision") from e
+            raise data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision", "targets") from e
     prompts = _prompts(args)
     _check_towers(args, {method: recipe_of(method).context_weight for method in args.method})
     folders = data.images_of(args, domains)
@@ -342,9 +343,10 @@ def _plan(args: argparse.Namespace) -> None:
         from fastheads.demo.base import register
 
         register()
-    names = ("batch", "gpu", "method", "precision", "recompute", "checkpointing", "impl", "classes", "captions")
+    names = ("batch", "gpu", "method", "targets", "precision", "recompute", "checkpointing", "impl", "classes")
     rank = args.rank[0] if args.rank and len(args.rank) == 1 else args.rank
-    found = fastheads.plan(args.model, rank=rank, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in (*names, "captions")}
+    found = fastheads.plan(args.model, rank=rank, **options)
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 

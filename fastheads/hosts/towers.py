@@ -43,11 +43,13 @@ _BLOCKS = {
         "transformer.block": "layer.0.SelfAttention",
     },
 }
+# And a block its MLP's linear layers: OpenCLIP; timm and Hugging Face.
+MLP = {"fc1": ("mlp.c_fc", "mlp.fc1"), "fc2": ("mlp.c_proj", "mlp.fc2")}
 
 
 @dataclass(frozen=True)
 class Tower:
-    """One tower of a model: its name, its attention modules in order, and how its tokens are pooled.
+    """One tower of a model: its name, its blocks and their attention modules in order, and how its tokens are pooled.
 
     `path`: under which name the model keeps it; "" for itself.
     `pool`: `"first"`, `"last"`, `"mean"` (of the tokens after the first `prefix`), `"argmax"`, `"eos"`, or `"none"`
@@ -59,12 +61,18 @@ class Tower:
     name: str
     path: str
     module: nn.Module
+    blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     pool: str
     embedding: nn.Module | None = None
     eos: int | None = None
     rotary: bool = False
     prefix: int = 1
+
+    def mlp(self, layer: int, target: str) -> nn.Module | None:
+        """The part "fc1" or "fc2" of a block's MLP; None where it has none."""
+        found = (_inside(self.blocks[layer], path) for path in MLP[target])
+        return next((part for part in found if isinstance(part, nn.Module)), None)
 
     def token_index(self, ids: Tensor) -> Tensor:
         """`[B]` index of the pooled token from the token ids `[B, N]`, as OpenCLIP's text_global_pool."""
@@ -109,7 +117,7 @@ def find_tower(model: nn.Module, name: str) -> Tower:
     about = {"transformer.resblocks": _of_openclip, "encoder.layers": _of_huggingface}.get(where, other)(tower, name)
     if where == "encoder.layers" and hasattr(model, "classifier"):  # Hugging Face's head takes the mean of the patches
         about |= {"pool": "mean", "prefix": int(about["pool"] == "first")}
-    return Tower(name, path, tower, attentions, **about)
+    return Tower(name, path, tower, tuple(blocks), attentions, **about)
 
 
 def _why_none(tower: nn.Module, found: list[Any], places: dict[str, str]) -> str:

@@ -1,14 +1,16 @@
 """What is known of a patched model: its layers and adapters, what it remembers of the original, its base."""
 
 from fastheads.model.patched import (
-    ADAPTER,
+    adapted_modules,
     adapter_state_dict,
+    adapters_of,
     base_state_dict,
     first_few,
     forget,
     gate_parameters,
     gates,
     head_modules,
+    is_adapters,
     is_patched,
     lora_parameters,
     original_of,
@@ -22,14 +24,16 @@ from fastheads.model.patched import (
 )
 
 __all__ = [
-    "ADAPTER",
+    "adapted_modules",
     "adapter_state_dict",
+    "adapters_of",
     "base_state_dict",
     "first_few",
     "forget",
     "gate_parameters",
     "gates",
     "head_modules",
+    "is_adapters",
     "is_patched",
     "lora_parameters",
     "original_of",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastheads.hosts import find_tower, host_of
 from fastheads.hosts.wrappers import plain_names
-from fastheads.model.patched import ADAPTER, is_patched, original_of
+from fastheads.model.patched import is_adapters, is_patched, original_of
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def _parameters(model: nn.Module, tower: str) -> Iterator[tuple[str, str, Tensor
     module, prefix = where.module, f"{where.path}." if where.path else ""
     replaced = original_of(model).tensors if is_patched(model) else {}
     for name, p in sorted(plain_names(module, module.named_parameters()).items()):
-        if not name.endswith(ADAPTER) and not (tower == "text" and name.startswith("visual.")):
+        if not is_adapters(name) and not (tower == "text" and name.startswith("visual.")):
             yield name, prefix + name, replaced.get(prefix + name, p.detach()).to(p.dtype)
 
 

@@ -1,7 +1,8 @@
-"""Inside a patched model: its attention modules, its adapters' parameters, and what it remembers of the original."""
+"""Inside a patched model: its adapted modules, their parameters, and what it remembers of the original."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastheads.config import HeadConfig
 from fastheads.hosts.wrappers import is_peft, plain_names, plain_state, refuse_peft, unwrap
-from fastheads.nn import HeadAttention, HeadLoRA
+from fastheads.nn import AdaptedLinear, Adapter, HeadAttention, HeadLoRA
 
-ADAPTER = (".heads.lora_A", ".heads.lora_B", ".heads.theta")  # how the names of adapters' tensors end
+_ADAPTER = re.compile(r"\.heads\.(lora_A|lora_B|theta)$")
 _STATE = "_fastheads"
 
 Fingerprint = tuple[torch.dtype, torch.Size, int]
@@ -23,8 +24,13 @@ Fingerprint = tuple[torch.dtype, torch.Size, int]
 # -------------------------------------------------------------------------------------------- looking inside
 
 
-def patched_attentions(model: nn.Module) -> list[HeadAttention]:
-    """The patched attention modules of `model`, visual tower first, layers in order.
+def is_adapters(name: str) -> bool:
+    """Whether a tensor of this name is an adapter's."""
+    return _ADAPTER.search(name) is not None
+
+
+def adapted_modules(model: nn.Module) -> list[HeadAttention | AdaptedLinear]:
+    """The patched modules of `model`, visual tower first, layers in order, in each the attention first.
 
     Raises ValueError for an unpatched model, TypeError for one with PEFT around or inside it.
     """
@@ -32,11 +38,21 @@ def patched_attentions(model: nn.Module) -> list[HeadAttention]:
     for module in unwrap(model).modules():
         if is_peft(module):
             refuse_peft(model)
-        if isinstance(module, HeadAttention):
+        if isinstance(module, (HeadAttention, AdaptedLinear)):
             found.append(module)
-    if not found:
+    if not any(isinstance(module, HeadAttention) for module in found):
         raise ValueError("model: is not patched; call fastheads.patch(model) first")
     return sorted(found, key=lambda m: (m.heads.tower != "visual", m.heads.layer))
+
+
+def patched_attentions(model: nn.Module) -> list[HeadAttention]:
+    """The attention modules among them. Raises as `adapted_modules`."""
+    return [module for module in adapted_modules(model) if isinstance(module, HeadAttention)]
+
+
+def adapters_of(model: nn.Module) -> list[Adapter]:
+    """Every adapter, in the order of `adapted_modules`."""
+    return [module.heads for module in adapted_modules(model)]
 
 
 def head_modules(model: nn.Module) -> list[HeadLoRA]:
@@ -99,7 +115,7 @@ def remember(model: nn.Module, config: HeadConfig) -> None:
 
 
 def _prints(model: nn.Module) -> dict[str, Fingerprint | None]:
-    return {name: fingerprint(tensor) for name, tensor in plain_state(model).items() if not name.endswith(ADAPTER)}
+    return {name: fingerprint(tensor) for name, tensor in plain_state(model).items() if not is_adapters(name)}
 
 
 def _loaded(model: nn.Module, keys: Any) -> None:
@@ -172,7 +188,7 @@ def first_few(names: Iterable[str], count: int = 3) -> str:
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every lora_A and lora_B of a patched model."""
-    return [p for own in head_modules(model) for p in (own.lora_A, own.lora_B) if p is not None]
+    return [p for own in adapters_of(model) for p in (own.lora_A, own.lora_B) if p is not None]
 
 
 def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -195,9 +211,10 @@ def gates(model: nn.Module) -> Tensor | dict[str, Tensor]:
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors alone, under the unwrapped model's names (`….attn.heads.lora_A` …)."""
+    """The adapters' tensors alone, under the unwrapped model's names (`….attn.heads.lora_A` …,
+    `….out_proj.heads.lora_A` … of the linear layers)."""
     patched_attentions(model)
-    return {name: tensor for name, tensor in plain_state(model).items() if name.endswith(ADAPTER)}
+    return {name: tensor for name, tensor in plain_state(model).items() if is_adapters(name)}
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -207,4 +224,4 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     are as they are now.
     """
     patched_attentions(model)
-    return {name: tensor for name, tensor in plain_state(model).items() if not name.endswith(ADAPTER)}
+    return {name: tensor for name, tensor in plain_state(model).items() if not is_adapters(name)}

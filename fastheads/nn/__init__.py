@@ -1,6 +1,7 @@
 """Modules over the operators: parameters and state, no maths."""
 
 from fastheads.nn.attention import HeadAttention, head_class
-from fastheads.nn.lora import FrozenWatch, HeadLoRA
+from fastheads.nn.linear import AdaptedLinear
+from fastheads.nn.lora import Adapter, FrozenWatch, HeadLoRA, LinearLoRA
 
-__all__ = ["FrozenWatch", "HeadAttention", "HeadLoRA", "head_class"]
+__all__ = ["AdaptedLinear", "Adapter", "FrozenWatch", "HeadAttention", "HeadLoRA", "LinearLoRA", "head_class"]

@@ -16,7 +16,7 @@ from fastheads import ops, reference
 from fastheads.nn.joined import laid_together, lie_in
 from fastheads.nn.lora import HeadLoRA
 
-_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, type(None))
 _PLAIN_WEIGHTS = {Tensor, nn.Parameter}
 
@@ -25,7 +25,7 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether to call it is `F.linear` with its weight and bias and nothing else: no hooks, no class or forward of its
     own, no other kinds of tensors, as LoRA, quantisation, parametrizations, sharding and offloading bring along."""
     return (
-        type(module) in _LINEAR
+        type(module) in LINEAR
         and type(module.weight) in _PLAIN
         and type(module.bias) in _PLAIN
         and not (module._forward_pre_hooks or module._forward_hooks)
@@ -104,8 +104,9 @@ class HeadAttention:
         out_proj: nn.Module | None,
         between: ops.Between,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.training and own.frozen() and torch.is_grad_enabled() and own.watch is not None:
-            own.watch.warn()
+        watch = own.watch if self.training and torch.is_grad_enabled() else None
+        if watch is not None and watch.frozen(own.tower, own.layer):
+            watch.warn()
         dropout_p = own.dropout if self.training else 0.0
         pool = None if own.recorder is None else own.recorder.pool
         lora: dict[str, Any] = {
@@ -229,11 +230,11 @@ def _head_class(host: Any, base: Any) -> type:
     return type(f"Head{base.__name__}", (host, base), {"__module__": __name__, "__doc__": host.__doc__})
 
 
-def head_class(host: type[HeadAttention], base: type[nn.Module]) -> type:
+def head_class(host: type, base: type[nn.Module]) -> type:
     """The class of a patched `base` module: one per pair, made on demand (a host's class is not always importable)."""
     return _head_class(host, base)  # type: ignore[arg-type]
 
 
-def _rebuild(host: type[HeadAttention], base: type[nn.Module]) -> Any:
+def _rebuild(host: type, base: type[nn.Module]) -> Any:
     cls: Any = head_class(host, base)
     return cls.__new__(cls)

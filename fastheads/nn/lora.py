@@ -1,4 +1,4 @@
-"""HeadLoRA: the trainable part of one attention layer."""
+"""HeadLoRA and LinearLoRA: the trainable parts of one layer, of its attention and of its linear layers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,48 @@ class Recorder(Protocol):
         """Keeps the heads `[B, H, dh]` of one layer."""
 
 
-class HeadLoRA(nn.Module):
-    """Deltas and gates of one layer, and the switches its attention reads.
+class Adapter(nn.Module):
+    """The trainable part of one module of a layer, and the switches that module reads.
 
-    Parameters (float32; float64 under a float64 base): `lora_A [T, H, r, D]` (`[T, 1, r, D]` with
-    `per_head=False`), `lora_B [T, H, dh, r]`, `theta [H]`; None where the config has none. lora_A starts
-    Kaiming-uniform (a = sqrt 5: ± 1/sqrt(D)), lora_B and theta at zero, so that the layer starts as it was.
+    Parameters are float32; float64 under a float64 base. lora_A starts Kaiming-uniform (a = sqrt 5: ± 1/sqrt(its
+    width)), all others at zero, so that the layer starts as it was. They are None where the config has none.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(self, config: HeadConfig, *, rank: int, tower: str, layer: int) -> None:
+        super().__init__()
+        self.rank, self.tower, self.layer = rank, tower, layer
+        self.scale, self.dropout = config.scale(rank), config.dropout
+        self.enabled = True
+        self.lora_A = self.lora_B = None
+
+    def _start(self, a: Tensor, b: Tensor) -> None:
+        """Parameters of the shapes of a and b."""
+        bound = a.shape[-1] ** -0.5
+        self.lora_A, self.lora_B = nn.Parameter(a.uniform_(-bound, bound)), nn.Parameter(b.zero_())
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Follows `.to(device)`, `.double()` and `.float()`, but stays float32 when the model is cast to 16 bits."""
+        before = {name: (p.data, p.grad) for name, p in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, p in self.named_parameters(recurse=False):
+            if p.dtype.itemsize < 4:
+                data, grad = before[name]
+                p.data, p.grad = data.to(p.device, torch.float32), None
+                p.grad = None if grad is None else grad.to(p.device, torch.float32)
+        return self
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class HeadLoRA(Adapter):
+    """Deltas of q, k and v and gates of one attention layer.
+
+    Parameters: `lora_A [T, H, r, D]` (`[T, 1, r, D]` with `per_head=False`), `lora_B [T, H, dh, r]`, `theta [H]`.
     """
 
     def __init__(
@@ -44,29 +80,22 @@ class HeadLoRA(nn.Module):
         impl: str = "auto",
         recompute: bool = False,
     ) -> None:
-        super().__init__()
-        self.num_heads, self.rank, self.tower, self.layer = num_heads, rank, tower, layer
-        self.targets, self.scale, self.dropout = config.targets, config.scale(rank), config.dropout
-        self.gate_kind, self.impl, self.recompute = config.gate, impl, recompute
-        self.enabled = True
+        super().__init__(config, rank=rank, tower=tower, layer=layer)
+        self.num_heads, self.targets, self.gate_kind = num_heads, config.projections, config.gate
+        self.impl, self.recompute = impl, recompute
         self.closed: Tensor | None = None  # [H] ones, zeros for heads that `masked` has closed
         self._open: Tensor | None = None  # the others' indices
         self._seen: tuple[object, Tensor | None] = None, None
         self.recorder: Recorder | None = None
         self.joined: Tensor | None = None  # the host's three weights, where they lie together (`HeadAttention.join`)
         self.watch: FrozenWatch | None = None
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        T = len(config.targets)
-        self.lora_A: nn.Parameter | None = None
-        self.lora_B: nn.Parameter | None = None
         self.theta: nn.Parameter | None = None
-        if rank:
-            a = torch.empty(T, num_heads if config.per_head else 1, rank, dim, device=device, dtype=dtype)
-            self.lora_A = nn.Parameter(a.uniform_(-(dim**-0.5), dim**-0.5))
-            b = torch.zeros(T, num_heads, dim // num_heads, rank, device=device, dtype=dtype)
-            self.lora_B = nn.Parameter(b)
+        like, T = torch.empty(0, device=device, dtype=_wide(dtype)), len(self.targets)
+        if rank and T:
+            a = like.new_empty(T, num_heads if config.per_head else 1, rank, dim)
+            self._start(a, like.new_empty(T, num_heads, dim // num_heads, rank))
         if config.gate is not None:
-            self.theta = nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype))
+            self.theta = nn.Parameter(like.new_zeros(num_heads))
 
     def gate(self) -> Tensor | None:
         """`[H]` gates, differentiable in theta, closed heads' 0; None where nothing gates."""
@@ -75,14 +104,9 @@ class HeadLoRA(nn.Module):
             gate = GATES[self.gate_kind](self.theta)
         return self.closed if gate is None else gate if self.closed is None else gate * self.closed
 
-    def close(self, heads: Sequence[int], then: Tensor | None = None) -> None:
-        """Closes these heads beside those that are; none: what is closed is `then`."""
-        if heads:
-            like = next(self.parameters())
-            ones = torch.ones(self.num_heads, dtype=like.dtype, device=like.device)
-            then = ones if self.closed is None else self.closed.clone()
-            then[list(heads)] = 0
-        self.closed, self._open = then, None if then is None else _adding(then)
+    def close(self, closed: Tensor | None) -> None:
+        """Takes `[H]` ones, and zeros for heads to close; None: all are open."""
+        self.closed, self._open = closed, None if closed is None else _adding(closed)
         self._seen = None, None
 
     def adding(self) -> Tensor | None:
@@ -99,22 +123,6 @@ class HeadLoRA(nn.Module):
             with torch.no_grad():
                 self._seen = state, _adding(cast(Tensor, self.gate()))
         return self._seen[1]
-
-    def frozen(self) -> bool:
-        """Whether it has parameters, and none of them is trained."""
-        own = [p.requires_grad for p in self._parameters.values() if p is not None]
-        return bool(own) and not any(own)
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Follows `.to(device)`, `.double()` and `.float()`, but stays float32 when the model is cast to 16 bits."""
-        before = {name: (p.data, p.grad) for name, p in self.named_parameters(recurse=False)}
-        super()._apply(fn, recurse)
-        for name, p in self.named_parameters(recurse=False):
-            if p.dtype.itemsize < 4:
-                data, grad = before[name]
-                p.data, p.grad = data.to(p.device, torch.float32), None
-                p.grad = None if grad is None else grad.to(p.device, torch.float32)
-        return self
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, rank={self.rank}, targets={self.targets}, gate={self.gate_kind}"
@@ -134,21 +142,61 @@ def _adding(gate: Tensor) -> Tensor | None:
     return gate.new_tensor(found, dtype=torch.int64) if len(found) < len(gate) else None
 
 
+class LinearLoRA(Adapter):
+    """The delta of one linear layer, the `target` "o", "fc1" or "fc2": of an output projection one per head, on the
+    columns that belong to it (H = num_heads), else one in all (H = 1).
+
+    Parameters: `lora_A [H, r, D/H]`, `lora_B [H, O, r]`. `shape`: the weight's, `[O, D]`.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        *,
+        target: str,
+        shape: tuple[int, ...],
+        rank: int,
+        num_heads: int,
+        tower: str,
+        layer: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(config, rank=rank, tower=tower, layer=layer)
+        self.target, H = target, num_heads if target == "o" and config.per_head else 1
+        like = torch.empty(0, device=device, dtype=_wide(dtype))
+        self._start(like.new_empty(H, rank, shape[1] // H), like.new_empty(H, shape[0], rank))
+
+    def extra_repr(self) -> str:
+        return f"target={self.target}, rank={self.rank}"
+
+
 class FrozenWatch:
     """The adapters of one model, to say once which of them a training step leaves as they are.
 
     OpenCLIP's `lock_image_tower` and `lock_text_tower` freeze every parameter of a tower, one by one, adapters too.
     """
 
-    def __init__(self, adapters: Sequence[HeadLoRA]) -> None:
-        self.adapters, self.warned = adapters, False
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self.warned = False
+        self.layers: dict[tuple[str, int], list[Adapter]] = {}
+        for own in adapters:
+            self.layers.setdefault((own.tower, own.layer), []).append(own)
+
+    def frozen(self, tower: str, layer: int) -> bool:
+        """Whether a layer has parameters of adapters, and none of them is trained."""
+        tensors = [p for own in self.layers[tower, layer] for p in own._parameters.values() if p is not None]
+        return len(tensors) > 0 and not any([p.requires_grad for p in tensors])
 
     def warn(self) -> None:
         """A UserWarning with the layers that are frozen altogether; the first call's only."""
         if self.warned:
             return
         self.warned = True
-        layers = [f"{own.tower}.{own.layer}" for own in self.adapters if own.frozen()]
+        layers = [f"{tower}.{layer}" for tower, layer in self.layers if self.frozen(tower, layer)]
         warnings.warn(
             f"the adapters of {', '.join(layers)} are frozen, LoRA and gates, so training leaves them as they are "
             "(lock_image_tower and lock_text_tower freeze them with the tower); to train them: "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastheads.reference.precision import autocast_off, compute_dtype, widened
+from fastheads.reference.precision import autocast_off, compute_dtype, transformed, widened
 
 TARGETS = ("q", "k", "v")
 
@@ -46,6 +46,76 @@ def up_matrix(lora_B: Tensor, targets: Sequence[str], scale: float, per_head: bo
     return torch.cat(rows)
 
 
+def _joined(x: Tensor, low: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    """`W x + up low + b` in one product."""
+    return F.linear(torch.cat((x, low), -1), torch.cat((weight, up), 1), bias)
+
+
+class _JoinedFrozen(torch.autograd.Function):
+    """`_joined` beside a frozen W, whose gradient autograd would form with up's, the largest product of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, weight: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(low, weight, up)
+        return _joined(x, low, weight, up, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        low, weight, up = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        return dx, dy @ up, None, dy.flatten(0, -2).mT @ low.flatten(0, -2), None
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, dropout_p: float = 0.0
+) -> Tensor:
+    """`(W + up down) x + b` `[..., O]`, with W `[O, D]`, down `[R, D]` and up `[O, R]`, or without these two.
+
+    In 16 bits the delta is added inside the product's accumulators, as columns beside W: added to an output that was
+    rounded already, anything under half a unit in the last place would vanish.
+    """
+    dtype = compute_dtype(x)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if down is None or up is None:
+        return F.linear(x, weight, bias)
+    low, up = F.linear(F.dropout(x, dropout_p), down.to(dtype)), up.to(dtype)
+    if dtype in (torch.bfloat16, torch.float16):
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        return (_joined if trained or transformed() else _JoinedFrozen.apply)(x, low, weight, up, bias)
+    return F.linear(x, weight, bias) + F.linear(low, up)
+
+
+def linear_factors(lora_A: Tensor, lora_B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`[H·r, D]` and `[O, H·r]`, whose product is a linear layer's delta: every A_h at the columns of its head, and
+    every `s·B_h` at the columns of its A_h."""
+    return torch.block_diag(*lora_A), scale * lora_B.transpose(0, 1).flatten(1)
+
+
+def head_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """A linear layer with one low-rank delta per head, on the columns that belong to it: `[..., O]`, in x's dtype or
+    autocast's.
+
+        y = W x + b + s · Σ_h B_h A_h x_h
+
+    Args:
+        x: `[..., D]`; x_h is the h-th of H equal slices, as heads are concatenated before an output projection.
+        weight, bias: `[O, D]`, `[O]` or None.
+        lora_A, lora_B: `[H, r, D/H]`, `[H, O, r]`; with H = 1 plain LoRA.
+        scale: s.
+        dropout_p: probability of dropping an element of the low-rank path's input.
+    """
+    return low_rank_linear(x, weight, bias, *linear_factors(lora_A, lora_B, scale), dropout_p)
+
+
 def project(
     x: Tensor,
     w_in: Tensor,
@@ -58,23 +128,12 @@ def project(
     scale: float = 1.0,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v, each `[B, H, N, dh]`: `q_h = (W_h + s·B_h A_h) x + b_h`, for the targets likewise.
-
-    In 16 bits the delta is added inside the product's accumulators, as columns beside W: added to an output that was
-    rounded already, anything under half a unit in the last place would vanish.
-    """
-    dtype = compute_dtype(x)
-    x, w_in = x.to(dtype), w_in.to(dtype)
-    b_in = None if b_in is None else b_in.to(dtype)
-    if lora_A is None or lora_B is None:
-        y = F.linear(x, w_in, b_in)
-    else:
-        down = F.linear(F.dropout(x, dropout_p), lora_A.flatten(0, 2).to(dtype))  # [B, N, T·(H|1)·r]
-        up = up_matrix(lora_B, targets, scale, per_head=lora_A.shape[1] == num_heads).to(dtype)
-        if dtype in (torch.bfloat16, torch.float16):
-            y = F.linear(torch.cat((x, down), -1), torch.cat((w_in, up), 1), b_in)
-        else:
-            y = F.linear(x, w_in, b_in) + F.linear(down, up)
+    """q, k, v, each `[B, H, N, dh]`: `q_h = (W_h + s·B_h A_h) x + b_h`, for the targets likewise."""
+    down = up = None
+    if lora_A is not None and lora_B is not None:
+        down = lora_A.flatten(0, 2)  # [T·(H|1)·r, D]
+        up = up_matrix(lora_B, targets, scale, per_head=lora_A.shape[1] == num_heads)
+    y = low_rank_linear(x, w_in, b_in, down, up, dropout_p)
     B, N, _ = x.shape
     q, k, v = y.view(B, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v

@@ -61,7 +61,8 @@ def run_key(
     The base's weights and the images (`hashes`), the prompts, and the recipe but for what changes no result;
     of a method that trains no tensor only the seed of its splits.
     """
-    numbers = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in _NO_MATTER}
+    own = {k: v for k, v in dataclasses.asdict(recipe).items() if k not in _NO_MATTER}
+    numbers = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
     return {
         **hashed,
         "method": method.id,

@@ -281,12 +281,16 @@ def _method_entry(method: Method, recipes: Sequence[Recipe], head: bool) -> dict
     return {
         "id": method.id,
         "label": method.label + " + context KL" * with_context,
-        "description": method.description,
+        "description": method.description + _deltas(method, recipes[0]),
         **{name: values[name][0] if used[name] and len(values[name]) == 1 else None for name in used},
         "by_target": {
             name: [getattr(r, name) for r in recipes] for name in used if used[name] and len(values[name]) > 1
         },
     }
+
+
+def _deltas(method: Method, recipe: Recipe) -> str:
+    return f" Here the deltas are on {', '.join(recipe.targets)}." if method.lora and recipe.targets else ""
 
 
 def _about(model: nn.Module, name: str) -> dict[str, Any]:

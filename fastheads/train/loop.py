@@ -62,15 +62,22 @@ def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def prepare(
-    model: nn.Module, method: Method, *, teacher: bool = False, recompute: int = 0, fixed_head: bool = False
+    model: nn.Module,
+    method: Method,
+    *,
+    teacher: bool = False,
+    recompute: int = 0,
+    targets: tuple[str, ...] | None = None,
+    fixed_head: bool = False,
 ) -> nn.Module:
-    """Makes the parts of `model` trainable that the method trains, in place: patches it (`recompute` is `patch`'s), or
-    frees its image tower; and its linear head, if it has one, unless that is to be fixed.
+    """Makes the parts of `model` trainable that the method trains, in place: patches it (`recompute` is `patch`'s,
+    `targets` are `Method.config`'s), or frees its image tower; and its linear head, if it has one, unless that is to be
+    fixed.
 
     Returns a frozen copy of the original image tower where a `teacher` is asked for and the model can't be its own (a
     patched model can, under `disabled`), else an empty module. Raises what `patch` raises for a method that needs it.
     """
-    config, original = method.config_for(model), None
+    config, original = method.config_for(model, targets), None
     if config is not None:
         patch(model, config, recompute=recompute)
     else:
@@ -131,7 +138,7 @@ def fit(
     key |= {"processes": accelerator.num_processes}
     inner = model.to(accelerator.device)
     fit_head(inner, problem, recipe)
-    options: Any = {"recompute": recipe.recompute, "fixed_head": recipe.fixed_head}
+    options: Any = {"recompute": recipe.recompute, "targets": recipe.targets, "fixed_head": recipe.fixed_head}
     teacher = prepare(inner, method, teacher=recipe.context_weight > 0, **options)
     if recipe.checkpointing:
         checkpoint_blocks(image_tower(inner))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,30 +41,32 @@ class Method:
         """Whether it needs a text tower."""
         return self.trains == "nothing" or self.context
 
-    def config(self, depth: int, num_heads: int) -> HeadConfig | None:
+    def config(self, depth: int, num_heads: int, targets: tuple[str, ...] | None = None) -> HeadConfig | None:
         """The adapter's config for a tower of `depth` layers and `num_heads` heads; None where it has none.
 
-        Plain LoRA has as many parameters as HA-LoRA at the published ranks: rank · (H + 1) / 2, rounded.
+        targets: of the deltas; None: query and value. Plain LoRA has as many parameters in the attention as HA-LoRA at
+        the published ranks: rank · (H + 1) / 2, rounded; in the MLP it has that rank too, HA-LoRA its own.
         """
         if self.trains != "adapter":
             return None
         if not self.lora:
             return HeadConfig(rank=0, gate=self.gate)
         config = HeadConfig.hap(depth, gate=self.gate, per_head=self.per_head)
+        config = replace(config, targets=targets) if targets else config
         if self.per_head or not isinstance(config.rank, tuple):
             return config
         matched = tuple(max(1, round(r * (num_heads + 1) / 2)) for r in config.rank)
-        return HeadConfig(rank=matched, gate=self.gate, per_head=False)
+        return replace(config, rank=matched)
 
-    def config_for(self, model: nn.Module) -> HeadConfig | None:
-        """The adapter's config for a model's image tower; None where the method has none.
+    def config_for(self, model: nn.Module, targets: tuple[str, ...] | None = None) -> HeadConfig | None:
+        """The adapter's config for a model's image tower, `targets` as in `config`; None where the method has none.
 
         Raises TypeError for a method with an adapter and a tower that has no attention layers to adapt.
         """
         if self.trains != "adapter":
             return None
         attentions: Any = find_tower(model, "visual").attentions
-        return self.config(len(attentions), getattr(attentions[0], "num_heads", 1))
+        return self.config(len(attentions), getattr(attentions[0], "num_heads", 1), targets)
 
 
 METHODS = {

@@ -120,6 +120,7 @@ def plan(
     method: str = "hap",
     config: HeadConfig | None = None,
     rank: int | Sequence[int] | None = None,
+    targets: Sequence[str] | None = None,
     precision: str = "amp-bf16",
     recompute: bool | int = False,
     checkpointing: bool = False,
@@ -138,7 +139,7 @@ def plan(
         batch: images in a step.
         gpu: `"A100-40"`, `"A100-80"` or `"H100"`.
         method: `"fine-tune"`, `"car-ft"`, `"lora"`, `"ha-lora"`, `"dig"` or `"hap"`.
-        config: of the adapters; None: the method's. rank: another rank in it, or one per layer.
+        config: of the adapters; None: the method's. rank: another rank in it, or one per layer; targets: others in it.
         precision: `"fp32"`; `"bf16"`: the model stored in it (adapters stay float32); `"amp-bf16"`: autocast.
         recompute: of `patch`. checkpointing: whole blocks are computed again (OpenCLIP's `set_grad_checkpointing`).
             `largest` has the answers with and without.
@@ -157,8 +158,8 @@ def plan(
         if given not in takes:
             raise ValueError(f"{name}: got {given!r}; takes {', '.join(takes)}")
     name, model = (model, build(model, classes)) if isinstance(model, str) else (type(model).__name__, model)
-    options: Any = {"method": method, "config": config, "rank": rank, "precision": precision, "impl": impl}
-    options |= {"classes": classes, "captions": captions}
+    options: Any = {"method": method, "config": config, "rank": rank, "targets": targets, "precision": precision}
+    options |= {"impl": impl, "classes": classes, "captions": captions}
     step = Step(model, recompute=recompute, checkpointing=checkpointing, **options)
     room = largest = None
     if step.device != "cpu":
@@ -221,6 +222,7 @@ class Step:
         method: str = "hap",
         config: HeadConfig | None = None,
         rank: int | Sequence[int] | None = None,
+        targets: Sequence[str] | None = None,
         precision: str = "amp-bf16",
         recompute: bool | int = False,
         checkpointing: bool = False,
@@ -240,8 +242,10 @@ class Step:
             raise ValueError(f"captions: need a text tower, and {type(model).__name__} has none; takes False")
         self.method, self.captions = TRAINED[method], captions
         adapter = self.method.trains == "adapter"
-        adapted = {"config": adapter, "rank": self.method.lora or config is not None, "recompute": adapter}
-        for name, given in (("config", config), ("rank", rank), ("recompute", recompute or None)):
+        lora = self.method.lora or config is not None
+        adapted = {"config": adapter, "rank": lora, "targets": lora, "recompute": adapter}
+        changed: Any = {name: x for name, x in (("rank", rank), ("targets", targets)) if x is not None}
+        for name, given in (("config", config), *changed.items(), ("recompute", recompute or None)):
             if given is not None and not adapted[name]:
                 raise ValueError(f"{name}: got {given!r}, and {method} has none; takes None there")
         self.device = "cpu" if impl == "cpu" else "cuda"
@@ -254,8 +258,7 @@ class Step:
         with self.mode:
             if adapter:
                 config = config or self.method.config_for(model)
-                if rank is not None and config is not None:
-                    config = replace(config, rank=rank if isinstance(rank, int) else tuple(rank))
+                config = config and replace(config, **changed)
                 report = patch(self.model, config, impl=impl, recompute=recompute)
                 self.impl = " and ".join(dict.fromkeys(layer.choice.name for layer in report.layers))
                 adapters = lora_parameters(self.model) + gate_parameters(self.model)

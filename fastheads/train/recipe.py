@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fastheads.config import HeadConfig
 from fastheads.reference import PRESETS
 from fastheads.train.methods import Method
 
@@ -14,7 +15,8 @@ class Recipe:
     """The numbers of a training run. Weights of 0 switch a loss off.
 
     lr: of LoRA and a linear head, or of the encoder under full fine-tuning. fixed_head: the head stays as fitted.
-    gate_lr: of the gates, which have no weight decay.
+    gate_lr: of the gates, which have no weight decay. targets: of the adapters' deltas, as in HeadConfig; None: the
+    method's.
     per_domain: images of each source domain in a step, on each process.
     recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass.
     """
@@ -28,6 +30,7 @@ class Recipe:
     context_weight: float = 0.0
     mmd_kernel: str = "adaptive"
     mmd_features: str = "heads"
+    targets: tuple[str, ...] | None = None
     evaluate_every: int = 500
     save_every: int = 500
     batch_size: int = 256
@@ -39,6 +42,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.targets is not None:
+            object.__setattr__(self, "targets", HeadConfig(targets=self.targets).targets)  # checked, and in full
         for name in ("steps", "per_domain", "evaluate_every", "save_every", "batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; takes an integer ≥ 1")

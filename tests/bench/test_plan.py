@@ -32,11 +32,11 @@ def small():
     return open_clip.CLIP(64, vision, open_clip.CLIPTextCfg(16, 64, 32, 2, 2))
 
 
-def measured(model, method, precision, recompute, around):
+def measured(model, method, precision, recompute, around, targets):
     """The peak of the same step with values in it, by the allocator's events."""
     own, teacher = METHODS[method], None
     if own.trains == "adapter":
-        patch(model, own.config_for(model), impl="cpu", recompute=recompute)
+        patch(model, own.config_for(model, targets), impl="cpu", recompute=recompute)
     else:
         teacher = prepare(model, own, teacher=own.context)
     objective = Objective(
@@ -72,24 +72,26 @@ def nothing(model):
 
 
 @pytest.mark.parametrize(
-    ("method", "precision", "recompute", "around"),
+    ("method", "precision", "recompute", "around", "targets"),
     [
-        ("hap", "fp32", 0, nothing),
-        ("hap", "fp32", 1, nothing),
-        ("hap", "fp32", 2, nothing),
-        ("hap", "fp32", 0, checkpointing),
-        ("hap", "fp32", 0, saving_the_operator),
-        ("car-ft", "fp32", 0, nothing),
-        ("hap", "amp-bf16", 0, nothing),
-        ("hap", "amp-bf16", 0, checkpointing),
+        ("hap", "fp32", 0, nothing, None),
+        ("hap", "fp32", 1, nothing, None),
+        ("hap", "fp32", 2, nothing, None),
+        ("hap", "fp32", 0, checkpointing, None),
+        ("hap", "fp32", 0, saving_the_operator, None),
+        ("lora", "fp32", 0, nothing, ("q", "v", "o", "mlp")),
+        ("car-ft", "fp32", 0, nothing, None),
+        ("hap", "amp-bf16", 0, nothing, None),
+        ("hap", "amp-bf16", 0, checkpointing, None),
+        ("hap", "amp-bf16", 0, nothing, ("q", "v", "o", "mlp")),
     ],
 )
-def test_a_cpus_peak_is_as_counted(method, precision, recompute, around):
-    model = small()
-    step = Step(model, method=method, recompute=recompute, precision=precision, impl="cpu", classes=CLASSES)
+def test_a_cpus_peak_is_as_counted(method, precision, recompute, around, targets):
+    model, options = small(), {"precision": precision, "impl": "cpu", "classes": CLASSES}
+    step = Step(model, method=method, targets=targets, recompute=recompute, **options)
     around(step.model)
     counted = sum(step.ledger(BATCH).peak.values())
-    found = measured(copy.deepcopy(model), method, precision, recompute, around)
+    found = measured(copy.deepcopy(model), method, precision, recompute, around, targets)
     assert counted == pytest.approx(found, rel=0.10)
     if precision == "fp32":  # 16-bit products cast inside
         assert counted == pytest.approx(found, rel=0.01)

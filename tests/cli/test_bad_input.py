@@ -21,6 +21,9 @@ BAD = {
     "unknown model like none": ("inspect --model frobnicate", ["--model", "'frobnicate'"]),
     "unknown model to plan": ("plan ViT-B16 --batch 8", ["plan: model", "'ViT-B16'", "ViT-B-16"]),
     "a plan of no image": ("plan ViT-B-16 --batch 0", ["--batch", "'0'", "≥ 1"]),
+    "unknown layer to plan": ("plan ViT-B-16 --batch 8 --targets q w", ["targets", "'w'", "'o', 'fc1', 'fc2', 'mlp'"]),
+    "unknown layer to adapt": (f"{TRAIN} --targets sepia", ["--targets", "'sepia'", "'o', 'fc1', 'fc2', 'mlp'"]),
+    "targets of a plan without LoRA": ("plan ViT-B-16 --batch 8 --method dig --targets q", ["targets", "dig has none"]),
     "unknown gpu": ("plan ViT-B-16 --batch 8 --gpu V100", ["gpu", "'V100'", "A100-40, A100-80, H100"]),
     "unknown tag": (f"evaluate --model ViT-B-16 --pretrained opanai {DATA}", ["--pretrained", "'opanai'", "openai"]),
     "a tag for a model without any": (

@@ -42,6 +42,7 @@ OTHERWISE = {
     "two numbers": (["--steps", "4", "--gate-lr", "0.1"], "--steps: was 3, now 4; --gate-lr: was 0.3, now 0.1"),
     "precision": (["--precision", "bf16"], "--precision: was 'no', now 'bf16'"),
     "prompt": (["--prompt", "a drawing of a {}."], "--prompt: was ['a photo of a {}.'], now ['a drawing of a {}.']"),
+    "targets": (["--targets", "q", "mlp"], "--targets: was None, now ['q', 'fc1', 'fc2']"),
     "data": (["--data", "FEWER"], "the images differ (sepia: was 12, now 11)"),
     "weights": (["--pretrained", "OTHER"], "the base's weights differ"),
 }

@@ -190,6 +190,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm_rotary": lambda: with_timm(Eva, use_rot_pos_emb=True, global_pool="token"),
     "timm_parts_inner_norm": lambda: with_timm(Eva, qkv_fused=False, scale_attn_inner=True, global_pool="token"),
 }
+ALL = ("q", "v", "o", "mlp")
 UNGATED = tuple(name for name in MODELS if name.endswith("inner_norm"))  # gates would not fold
 BOTH = ("visual", "text")
 PARTS = ["q_proj.weight", "k_proj.weight", "v_proj.weight"]
@@ -199,9 +200,11 @@ CONFIGS = {
     "qkv_alpha_sigmoid": fastheads.HeadConfig(rank=3, targets=("q", "k", "v"), alpha=6.0, gate="sigmoid", towers=BOTH),
     "shared_down": fastheads.HeadConfig(rank=2, targets=("v", "q"), per_head=False, towers=BOTH),
     "k_only_no_gate": fastheads.HeadConfig(rank=1, targets=("k",), gate=None, towers=BOTH),
+    "o_and_mlp": fastheads.HeadConfig(rank=2, targets=("o", "v", "mlp"), alpha=4.0, towers=BOTH),
+    "shared_o_no_projection": fastheads.HeadConfig(targets=("fc2", "o"), per_head=False, gate="sigmoid", towers=BOTH),
     "gates_only": fastheads.HeadConfig(rank=0, towers=BOTH),
     "last_layer": fastheads.HeadConfig(rank=4, layers=(-1,), towers=BOTH),
-    "ranks": fastheads.HeadConfig(rank=(8, 0), layers=(1, 0), towers=BOTH),
+    "ranks": fastheads.HeadConfig(rank=(8, 0), targets=("q", "v", "fc1"), layers=(1, 0), towers=BOTH),
 }
 
 
@@ -240,7 +243,7 @@ def fill_adapters(model: nn.Module, size: float = 0.1, seed: int = 5) -> nn.Modu
     """As if trained: lora_B and theta filled with noise."""
     with seeded(seed), torch.no_grad():
         for p in (*fastheads.lora_parameters(model), *fastheads.gate_parameters(model)):
-            p.add_(torch.randn(p.shape).to(p.dtype), alpha=size if p.dim() == 4 else 0.5)
+            p.add_(torch.randn(p.shape).to(p.dtype), alpha=size if p.dim() > 1 else 0.5)
     return model
 
 
@@ -321,23 +324,42 @@ def dense_weights(
         path = f"{prefix}{'trunk.blocks' if timm else 'transformer.resblocks'}.{layer}.attn."
         own = ["in_proj_weight"] if not timm else ["qkv.weight"] if attention.qkv is not None else PARTS
         own, out_name = [path + name for name in own], path + ("proj.weight" if timm else "out_proj.weight")
+        mlp = path.removesuffix("attn.") + "mlp."
+        linears = {"o": out_name, "fc1": mlp + ("fc1" if timm else "c_fc") + ".weight"}
+        linears["fc2"] = mlp + ("fc2" if timm else "c_proj") + ".weight"
         theta, A, B = (adapters.get(f"{path}heads.{n}") for n in ("theta", "lora_A", "lora_B"))
         H = attention.num_heads
         w_in, w_out = torch.cat([state[name] for name in own]).double(), state[out_name].double()
         D = w_in.shape[1]
         dh = D // H
         if A is not None and B is not None:
-            rank = A.shape[2]
+            rank, projections = A.shape[2], [t for t in config.targets if t in "qkv"]
             s = 1.0 if config.alpha is None else config.alpha / rank
             rows = []
             for part in "qkv":
                 for h in range(H):
                     block = w_in["qkv".index(part) * D + h * dh : "qkv".index(part) * D + (h + 1) * dh]
-                    if part in config.targets:
-                        t = config.targets.index(part)
+                    if part in projections:
+                        t = projections.index(part)
                         block = block + s * B[t, h].double() @ A[t, h if config.per_head else 0].double()
                     rows.append(block)
             w_in = torch.cat(rows)
+        for target, name in linears.items():
+            A, B = (adapters.get(f"{name.removesuffix('weight')}heads.{n}") for n in ("lora_A", "lora_B"))
+            if A is None or B is None:
+                continue
+            s = 1.0 if config.alpha is None else config.alpha / A.shape[1]
+            own_heads = H if target == "o" and config.per_head else 1
+            width = A.shape[2]
+            assert (len(A), len(B)) == (own_heads, own_heads)
+            blocks = [
+                state[name].double()[:, h * width : (h + 1) * width] + s * B[h].double() @ A[h].double()
+                for h in range(own_heads)
+            ]
+            if target == "o":
+                w_out = torch.cat(blocks, 1)
+            else:
+                out[name] = torch.cat(blocks, 1)
         if theta is not None:
             theta = theta.double()
             if config.gate == "softmax":

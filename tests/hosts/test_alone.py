@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from standins import EMBED, MODELS, clip, disturb, fill_adapters, images, relative, same, seeded, vit
+from standins import ALL, EMBED, MODELS, clip, disturb, fill_adapters, images, relative, same, seeded, vit
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.fastvit import FastVit
@@ -14,6 +14,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch.utils.checkpoint import checkpoint
 
 import fastheads
+from fastheads.nn import HeadAttention
 
 
 def fastvit():
@@ -37,10 +38,13 @@ ALONE = {
 }
 
 
+CONFIG = fastheads.HeadConfig.hap(3, targets=ALL)
+
+
 def trained(make):
     model = make().eval()
     with seeded(3):
-        fastheads.patch(model)
+        fastheads.patch(model, CONFIG)
     return fill_adapters(model)
 
 
@@ -49,7 +53,7 @@ def test_start_gradients_unpatch_and_merge(make):
     stock, x = make().eval(), images()
     expected = stock(x)
     model = copy.deepcopy(stock)
-    report = fastheads.patch(model)
+    report = fastheads.patch(model, CONFIG)
     assert [layer.rank for layer in report.layers] == [2, 8, 8]
     assert relative(model(x), expected) < 1e-5
     model(x).square().mean().backward()
@@ -136,7 +140,7 @@ def test_captured_heads_are_the_pooled_tokens(name):
     model = trained(ALONE[name])
     with fastheads.capture_heads(model) as heads, torch.no_grad():
         model(images())
-    last = [m for m in model.modules() if hasattr(m, "heads")][-1]
+    last = [m for m in model.modules() if isinstance(m, HeadAttention)][-1]
     assert heads.features.shape == (3, 3, 4, last.weights(last)[0].shape[1] // 4)
     seen = []
     out = last.output(last)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CustomTextCLIP
-from standins import assert_unchanged, disturb, fill_adapters, images, relative, same, seeded, snapshot, texts
+from standins import ALL, assert_unchanged, disturb, fill_adapters, images, relative, same, seeded, snapshot, texts
 from standins import clip as openclip
 
 import fastheads
@@ -76,7 +76,7 @@ def test_start_unpatch_and_merge(name, how, tmp_path):
     model.set_attn_implementation(how)
     before, runs = copy.deepcopy(model.state_dict()), [(tower, padded) for tower in BOTH for padded in (True, False)]
     expected = {run: features(model, *run) for run in runs}
-    report = fastheads.patch(model, HeadConfig(towers=BOTH))
+    report = fastheads.patch(model, HeadConfig(targets=ALL, towers=BOTH))
     assert {layer.choice.name for layer in report.layers} == {"cpu"}
     assert all(relative(features(model, *run), expected[run]) < 1e-5 for run in runs)
     with fastheads.disabled(model):
@@ -99,12 +99,12 @@ def test_start_unpatch_and_merge(name, how, tmp_path):
 @pytest.mark.parametrize("tower", BOTH)
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_gradients_are_those_of_dense_float64_weights(name, tower):
-    assert_gradients(MODELS[name], tower, [f"{part}_proj" for part in "qkv"], lambda module: f"{module}.out_proj")
+    assert_gradients(MODELS[name], tower, [f"{part}_proj" for part in "qkv"], lambda module: f"{module}.out_proj", ALL)
 
 
-def assert_gradients(make, tower, parts, out_proj):
+def assert_gradients(make, tower, parts, out_proj, targets=("q", "k", "v")):
     """parts: an attention's projections; out_proj: name of an attention → that of its output projection."""
-    config = HeadConfig(rank=3, targets=("q", "k", "v"), towers=(tower,))
+    config = HeadConfig(rank=3, targets=targets, towers=(tower,))
     model, stock = make().double(), make().double()
     fastheads.patch(model, config)
     fill_adapters(model)
@@ -116,8 +116,15 @@ def assert_gradients(make, tower, parts, out_proj):
             delta = torch.cat([B[t, h] @ A[t, h] for h in range(4)])
             dense[f"{module}.{part}.weight"] = stock.get_parameter(f"{module}.{part}.weight").detach() + delta
         columns = (4 * theta.exp() / theta.exp().sum()).repeat_interleave(16)
-        name = f"{out_proj(module)}.weight"
-        dense[name] = stock.get_parameter(name).detach() * columns
+        name, delta = f"{out_proj(module)}.weight", 0.0
+        if "o" in targets:
+            A, B = (adapters[f"{out_proj(module)}.heads.{part}"] for part in ("lora_A", "lora_B"))
+            delta = torch.cat([B[h] @ A[h] for h in range(4)], 1)
+        dense[name] = (stock.get_parameter(name).detach() + delta) * columns
+        for part in ("fc1", "fc2") if "mlp" in targets else ():
+            path = module.replace("self_attn", f"mlp.{part}")
+            A, B = (adapters[f"{path}.heads.{of}"][0] for of in ("lora_A", "lora_B"))
+            dense[f"{path}.weight"] = stock.get_parameter(f"{path}.weight").detach() + B @ A
     wrapped = TowerOf(stock, tower)
     expected = torch.func.functional_call(wrapped, {f"model.{k}": v for k, v in dense.items()}, (run_inputs(tower),))
     out = TowerOf(model, tower)(run_inputs(tower))
@@ -130,7 +137,7 @@ def assert_gradients(make, tower, parts, out_proj):
 
 def adapters_of(adapters):
     """The attention modules' names, layers in order."""
-    return sorted({key.rpartition(".heads.")[0] for key in adapters})
+    return sorted({key.rpartition(".heads.")[0] for key in adapters if ".self_attn.heads." in key})
 
 
 def run_inputs(tower):
@@ -390,7 +397,7 @@ def embedded(model, tower):
 
 @pytest.mark.parametrize("towers", [BOTH, ("text", "visual"), ("visual",), ("text",)], ids="-".join)
 def test_an_adapter_carries_over_to_the_other_form_and_back(towers, tmp_path):
-    config = HeadConfig(targets=("q", "k", "v"), towers=towers)
+    config = HeadConfig(targets=("q", "k", "v", "o", "mlp"), towers=towers)
     model = openclip().eval()
     fastheads.patch(model, config)
     fill_adapters(model)

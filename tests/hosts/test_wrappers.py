@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from standins import clip, images, patched, texts
+from standins import ALL, clip, images, patched, texts
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -18,6 +18,8 @@ import fastheads
 from fastheads import HeadConfig
 from fastheads.adapters import read_adapter
 from fastheads.hosts.wrappers import unwrap
+
+CONFIG = HeadConfig(targets=ALL)
 
 
 class FullyShardedDataParallel(nn.Module):
@@ -81,7 +83,7 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    return fastheads.save_adapter(patched("clip", HeadConfig()), tmp_path_factory.mktemp("saved"))
+    return fastheads.save_adapter(patched("clip", CONFIG), tmp_path_factory.mktemp("saved"))
 
 
 def clones(state):
@@ -98,7 +100,7 @@ def tokenizer(prompts):
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_patched_model_in_a_wrapper_is_read_as_without(wrap, tmp_path):
-    plain, outer = patched("clip", HeadConfig()), wrap(patched("clip", HeadConfig()))
+    plain, outer = patched("clip", CONFIG), wrap(patched("clip", CONFIG))
     assert fastheads.is_patched(outer)
     assert same(fastheads.adapter_state_dict(outer), fastheads.adapter_state_dict(plain))
     assert same(fastheads.base_state_dict(outer), clip().state_dict())
@@ -117,8 +119,8 @@ def test_a_patched_model_in_a_wrapper_is_read_as_without(wrap, tmp_path):
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_patched_model_in_a_wrapper_is_loaded_captured_and_disabled_as_without(wrap, saved):
-    plain = patched("clip", HeadConfig())
-    outer = wrap(patched("clip", HeadConfig(), size=0.3))
+    plain = patched("clip", CONFIG)
+    outer = wrap(patched("clip", CONFIG, size=0.3))
     assert fastheads.load_adapter(outer, saved) is outer
     assert same(fastheads.adapter_state_dict(outer), fastheads.adapter_state_dict(plain))
     inner = unwrap(outer).eval()
@@ -135,7 +137,7 @@ def test_a_patched_model_in_a_wrapper_is_loaded_captured_and_disabled_as_without
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_weights_are_averaged_through_wrappers_on_either_side(wrap):
-    tuned = fastheads.merge(patched("clip", HeadConfig()))
+    tuned = fastheads.merge(patched("clip", CONFIG))
     expected = fastheads.wise_ft(copy.deepcopy(tuned), clip(), 0.5).state_dict()
     outer = wrap(copy.deepcopy(tuned))
     assert fastheads.wise_ft(outer, clip(), 0.5) is outer
@@ -154,14 +156,14 @@ def test_what_changes_the_model_itself_asks_for_the_one_inside(name, saved):
         with pytest.raises(TypeError, match=f"model: is wrapped in {kind}; patch first"):
             call(AROUND[name](clip()))
     for call in (fastheads.merge, fastheads.unpatch):
-        outer = AROUND[name](patched("clip", HeadConfig()))
+        outer = AROUND[name](patched("clip", CONFIG))
         with pytest.raises(TypeError, match=f"model: is wrapped in {kind}; pass the model inside"):
             call(outer)
         assert fastheads.is_patched(outer)
 
 
 def test_a_sharded_model_is_saved_whole_and_not_loaded_into(saved, tmp_path):
-    model = patched("clip", HeadConfig())
+    model = patched("clip", CONFIG)
     for block in model.visual.transformer.resblocks:
         fully_shard(block, mesh=dist.init_device_mesh("cpu", (1,)))
     fastheads.save_adapter(model, tmp_path)
@@ -173,7 +175,7 @@ def test_a_sharded_model_is_saved_whole_and_not_loaded_into(saved, tmp_path):
 
 def test_a_share_of_the_adapters_is_not_saved(tmp_path):
     """As FSDP1 leaves them outside of its own calls: flat, and some of them empty."""
-    model = FullyShardedDataParallel(patched("clip", HeadConfig()))
+    model = FullyShardedDataParallel(patched("clip", CONFIG))
     fastheads.lora_parameters(model)[0].data = torch.zeros(7)
     with pytest.raises(TypeError, match="share.*summon_full_params"):
         fastheads.save_adapter(model, tmp_path / "a")
@@ -187,7 +189,7 @@ def flags(model):
 @pytest.mark.parametrize("call", [fastheads.merge, fastheads.unpatch])
 @pytest.mark.parametrize("wrap", INSIDE.values(), ids=INSIDE)
 def test_wrappers_inside_may_come_before_patch_or_after_it(wrap, call):
-    trained = patched("clip", HeadConfig())
+    trained = patched("clip", CONFIG)
     adapters = fastheads.adapter_state_dict(trained)
     expected = clones(call(copy.deepcopy(trained)).state_dict())
     early, late = clip(), clip()
@@ -195,8 +197,8 @@ def test_wrappers_inside_may_come_before_patch_or_after_it(wrap, call):
         model.visual.lock(unlocked_groups=1)
     before = flags(early)
     wrap(early)
-    fastheads.patch(early, HeadConfig())
-    fastheads.patch(late, HeadConfig())
+    fastheads.patch(early, CONFIG)
+    fastheads.patch(late, CONFIG)
     wrap(late)
     for model in (early, late):
         for name, tensor in fastheads.adapter_state_dict(model).items():
@@ -258,7 +260,7 @@ CALLS = {
 @pytest.mark.parametrize("wrap", [around, inside, marked, lambda m: DataParallel(around(m))])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_peft_around_or_inside_a_patched_model_is_refused(call, wrap, saved, tmp_path):
-    outer = wrap(patched("clip", HeadConfig()))
+    outer = wrap(patched("clip", CONFIG))
     assert fastheads.is_patched(outer)  # a question, and it has an answer
     with pytest.raises(TypeError, match="model: is wrapped (by PEFT.*merge_and_unload|in DataParallel)"):
         call(outer, tmp_path / "a", saved)
@@ -273,5 +275,5 @@ def test_peft_around_or_inside_a_model_to_average_is_refused(wrap):
 
 def test_a_state_dict_loads_where_peft_is_around():
     """Only our own calls refuse it."""
-    outer = around(patched("clip", HeadConfig()))
+    outer = around(patched("clip", CONFIG))
     outer.load_state_dict(outer.state_dict())

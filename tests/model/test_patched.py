@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from standins import BOTH, attentions, clip, features, patched, relative
+from standins import ALL, BOTH, attentions, clip, default_config, features, patched, relative
 
 import fastheads
 from fastheads import HeadConfig
@@ -12,7 +12,7 @@ from fastheads import HeadConfig
 
 @pytest.mark.parametrize("name", ["clip", "attention_qk_norm", "development"])
 def test_deepcopy_and_pickle(name, tmp_path):
-    model = patched(name)
+    model = patched(name, default_config(name, targets=ALL, towers=BOTH))
     expected = {t: features(model, t).detach() for t in BOTH}
     torch.save(model, tmp_path / "model.pt")
     with fastheads.capture_heads(model):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from standins import clip, features, images, patched, relative
+from standins import ALL, clip, features, images, patched, relative
 
 import fastheads
 from fastheads import HeadConfig
@@ -10,7 +10,7 @@ from fastheads import HeadConfig
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "to"])
 def test_16_bit_casts_keep_adapters_float32(cast):
-    model = patched(config=HeadConfig())
+    model = patched(config=HeadConfig(targets=ALL))
     before = {k: v.clone() for k, v in fastheads.adapter_state_dict(model).items()}
     objects = [id(p) for p in fastheads.lora_parameters(model)]
     dtype = {"half": torch.float16, "bfloat16": torch.bfloat16, "to": torch.bfloat16}[cast]
@@ -57,7 +57,7 @@ def test_a_cast_keeps_gradients_of_adapters_in_their_dtype():
 
 
 def test_autocast_computes_in_bfloat16_and_trains_in_float32():
-    model = patched(config=HeadConfig())
+    model = patched(config=HeadConfig(targets=ALL))
     plain = features(model).detach()
     with torch.autocast("cpu", torch.bfloat16), fastheads.capture_heads(model) as heads:
         out = features(model)

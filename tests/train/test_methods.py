@@ -31,7 +31,8 @@ def noise(model):
 
 def test_plain_lora_has_the_parameters_of_ha_lora_within_a_rounding():
     for depth, heads in ((12, 12), (24, 16), (4, 4)):
-        plain, own = METHODS["lora"].config(depth, heads), METHODS["ha-lora"].config(depth, heads)
+        plain, own = (METHODS[name].config(depth, heads, ("q", "o")) for name in ("lora", "ha-lora"))
+        assert plain.targets == own.targets == ("q", "o")
         assert not plain.per_head and own.per_head
         wanted = sum(r * (heads + 1) for r in own.rank)  # parameters per target, in units of D
         got = sum(2 * r for r in plain.rank)

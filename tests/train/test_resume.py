@@ -188,13 +188,15 @@ def test_what_is_computed_again_changes_no_result(base, problem, monkeypatch):
     checkpointed = torch.utils.checkpoint.checkpoint
     monkeypatch.setattr("open_clip.transformer.checkpoint", lambda *a, **k: seen.append(1) or checkpointed(*a, **k))
     for own in ({}, {"recompute": 2}, {"checkpointing": True}):
-        model, recipe = copy.deepcopy(base), dataclasses.replace(ONE_STEP, steps=2, **own)
+        targets = ("q", "v", "o", "mlp")
+        model, recipe = copy.deepcopy(base), dataclasses.replace(ONE_STEP, steps=2, targets=targets, **own)
         seen.clear()
         fit(model, METHODS["hap"], problem, recipe)
         assert bool(seen) == ("checkpointing" in own)
         again = [layer.recompute for layer in head_modules(model)]
         assert again == [bool(own.get("recompute")) and i % 2 == 0 for i in range(len(again))]
         results.append(fastheads.adapter_state_dict(model))
+        assert {key.split(".")[-3] for key in results[-1]} == {"attn", "out_proj", "c_fc", "c_proj"}
     for other in results[1:]:
         assert all(relative(other[name], results[0][name]) < 1e-5 for name in other)
 
