@@ -29,7 +29,8 @@ def test_every_model_has_a_row():
         ("open_clip", "RN50", "refused"),
         ("open_clip", "roberta-ViT-B-32", "fused"),
         ("timm", "deit_tiny_patch16_224", "fused"),
-        ("timm", "beit_base_patch16_224", "refused"),
+        ("timm", "beit_base_patch16_224", "fused"),
+        ("timm", "vit_dwee_patch16_reg1_gap_256", "refused"),
     ],
 )
 def test_a_row_is_what_the_code_says(library, model, kind):
