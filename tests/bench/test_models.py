@@ -25,12 +25,12 @@ def test_every_model_has_a_row():
     [
         ("open_clip", "ViT-B-16", "fused"),
         ("open_clip", "ViT-B-16-SigLIP", "fused"),
-        ("open_clip", "EVA02-B-16", "reference: rotary positions; gates would not fold"),
+        ("open_clip", "EVA02-B-16", "fused: gates would not fold"),
         ("open_clip", "RN50", "refused"),
         ("open_clip", "roberta-ViT-B-32", "fused"),
         ("timm", "deit_tiny_patch16_224", "fused"),
         ("timm", "beit_base_patch16_224", "fused"),
-        ("timm", "vit_base_patch16_xp_224", "refused"),
+        ("timm", "vit_dwee_patch16_reg1_gap_256", "refused"),
     ],
 )
 def test_a_row_is_what_the_code_says(library, model, kind):
