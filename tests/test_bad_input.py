@@ -148,13 +148,13 @@ both("impl", clip, ValueError, "impl", "'cuda'", "'auto'", impl="cuda")
 both("impl a number", clip, ValueError, "impl", "3", impl=3)
 row(
     "patch strict",
-    MODELS["attention_qk_norm"],
+    with_(attention(lambda: nn.MultiheadAttention(64, 4, dropout=0.1))),
     lambda m, t: fastheads.patch(m, strict=True),
     ValueError,
     "strict",
-    "visual.0",
+    "visual.1",
     "stacked",
-    "ln_q",
+    "attention dropout",
 )
 for layers, named_layer in [((3,), "3"), ((0, -4), "-4"), ((99,), "99")]:
     both(f"layers {layers}", clip, ValueError, "layers", named_layer, "0 … 2", config=HeadConfig(layers=layers))

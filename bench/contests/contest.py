@@ -161,8 +161,8 @@ class Group:
 
     def check(self, contender: Contender, case: Any) -> Verdict:
         """The verdict on a contender, by a small likeness of the case. Raises NotRunError as `tried` does."""
-        exact, plain_errors = _standard(self, case, contender.maths)
         found = contender.tried(case.small(0)).outputs()
+        exact, plain_errors = _standard(self, case, contender.maths)
         missing = sorted(set(exact) - set(found))
         if missing:
             raise ValueError(f"{contender.name}: gives no {', '.join(missing)}")

@@ -70,8 +70,10 @@ def _weights(layer: Layer, bias: bool = True) -> Weights:
     below = stored_out and layer.width == x.shape[2]
     tensors = (layer.w_in, b_in, layer.lora_A, layer.lora_B, *((layer.w_out, b_out) if below else (None, None)))
     found = Weights(*_kernels().fold(*tensors, num_heads=layer.num_heads, **options))
+    if below:
+        return found
     w_out, b_out = (t if t is None else t.to(x.dtype) for t in (layer.w_out, b_out))
-    return found if below else found._replace(out=w_out, out_bias=b_out)
+    return found._replace(out=w_out, out_bias=b_out)
 
 
 def _dropped(layer: Layer, x: Tensor) -> Tensor:
