@@ -1,4 +1,5 @@
-"""Triton's interpreter without what it does over and over: the same bits in three fifths of the time.
+"""Triton's interpreter without what it does over and over: the same bits in three fifths of the time; and with masks
+made of scalars, which Triton 3.9's refuses.
 
 Not a test file. Of a Triton whose interpreter is built otherwise nothing is changed.
 """
@@ -22,6 +23,7 @@ def quicken() -> None:
     if all(hasattr(interpreter, name) for name in PARTS):
         patch_once_per_launch(interpreter)
         remember_dtypes(interpreter)
+        keep_booleans(interpreter)
     if hasattr(core, "_type_for_tuple_values"):
         remember_shapes(core)
 
@@ -57,6 +59,19 @@ def remember_dtypes(interpreter: Any) -> None:
         return known[scalar.name]
 
     interpreter._get_np_dtype = np_dtype
+
+
+def keep_booleans(interpreter: Any) -> None:
+    """A block of one comparison's answer holds booleans. Triton goes by the type of what was compared, makes it int32,
+    and since 3.9 refuses that as a mask."""
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, block: Any, scalar: Any) -> Any:
+        if scalar.data.dtype == bool:
+            scalar = interpreter.TensorHandle(scalar.data, interpreter.tl.int1)
+        return splat(self, block, scalar)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
 
 
 def remember_shapes(core: Any) -> None:
