@@ -26,7 +26,8 @@ from bench.base.towers import SETTINGS
 from bench.contests import attentions
 from bench.contests.models import blocks_of, clip
 from fastheads.ledger import count
-from fastheads.train.planning import CONTEXT, GPUS, NOT_MEASURED, Step, build
+from fastheads.train.models import build
+from fastheads.train.planning import CONTEXT, GPUS, NOT_MEASURED, Step
 
 MODELS = ("ViT-B-16", "ViT-L-14", "ViT-H-14")
 PRECISIONS = ("amp-bf16", "bf16")

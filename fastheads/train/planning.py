@@ -22,7 +22,6 @@ from fastheads.losses import head_mmd
 from fastheads.model import gate_parameters, lora_parameters
 from fastheads.patching import patch
 from fastheads.train.methods import METHODS, ImageEncoder, Objective, check_text, class_logits
-from fastheads.train.models import build
 
 GIB = 2**30
 # Bytes of which PyTorch says on such a card that they are its total capacity.
@@ -157,6 +156,8 @@ def plan(
     for name, given, takes in (("gpu", gpu, GPUS), ("method", method, TRAINED), ("precision", precision, PRECISIONS)):
         if given not in takes:
             raise ValueError(f"{name}: got {given!r}; takes {', '.join(takes)}")
+    from fastheads.train.models import build  # with what loads weights and images, which few imports need
+
     name, model = (model, build(model, classes)) if isinstance(model, str) else (type(model).__name__, model)
     options: Any = {"method": method, "config": config, "rank": rank, "targets": targets, "precision": precision}
     options |= {"impl": impl, "classes": classes, "captions": captions}

@@ -18,7 +18,8 @@ from fastheads.kernels.launch import launching
 from fastheads.ops import fused, head_attention
 from fastheads.train.loop import prepare
 from fastheads.train.methods import METHODS, ImageEncoder, Objective
-from fastheads.train.planning import CONTEXT, GPUS, Step, build
+from fastheads.train.models import build
+from fastheads.train.planning import CONTEXT, GPUS, Step
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = read_json(ROOT / "bench" / "results" / "plan.json")

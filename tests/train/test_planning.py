@@ -12,7 +12,7 @@ from commands import run
 from standins import EMBED, vit, with_timm
 
 import fastheads
-from fastheads.train import planning
+from fastheads.train import models
 from fastheads.train.planning import CONTEXT, GPUS, Step, plan
 
 
@@ -103,7 +103,7 @@ def test_a_cpus_step_has_no_gpu_to_fit_into():
 
 
 def test_the_command_prints_the_plan(monkeypatch):
-    monkeypatch.setattr(planning, "build", lambda name, classes: small())
+    monkeypatch.setattr(models, "build", lambda name, classes: small())
     monkeypatch.setattr(Step, "largest", lambda self, room, start: start)
     code, out, err = run(
         "plan", "small", "--batch", "64", "--gpu", "A100-40", "--method", "lora", "--rank", "2", "4", "--json"
