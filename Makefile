@@ -19,6 +19,8 @@ SANITIZED ?= build/sanitize
 GRID ?= 2000
 LAYERS ?= build/layers
 
+TESTS_HF := $(addprefix tests/,$(addsuffix .py,hosts/test_huggingface hosts/test_text_encoders hosts/test_forms cli/test_huggingface))
+
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
 FOR_TEST := -e '.[demo,test]'
@@ -52,7 +54,7 @@ test: $(VENV)/.for-test ## the tests, on the versions in constraints.txt
 
 test-hf: $(VENV)/.for-test ## the tests of Hugging Face's models, with transformers beside the environment, not in it
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/transformers $(PINNED) transformers tokenizers
-	PYTHONPATH=build/transformers OMP_NUM_THREADS=1 $(BIN)/pytest tests/hosts/test_huggingface.py tests/cli/test_huggingface.py $(ARGS)
+	PYTHONPATH=build/transformers OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS_HF) $(ARGS)
 
 test-latest: ## the tests, on the newest torch, torchvision and open_clip
 	$(call make_venv,$(VENV_LATEST))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastheads.kernels.tiles import LONGEST_ON_CHIP, one_pass_fits
-from fastheads.reference import transformed
+from fastheads.reference import compute_dtype, transformed
 
 IMPL_VARIABLE = "FASTHEADS_IMPL"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -43,6 +43,35 @@ class Problem:
     extras: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
     index: int | None = None
+
+
+def problem_of(
+    x: Tensor,
+    w_in: Tensor,
+    lora_B: Tensor | None,
+    num_heads: int,
+    *,
+    dropout: bool,
+    mask: Tensor | None,
+    extras: tuple[str, ...] = (),
+    between: tuple[str, ...] = (),
+) -> Problem:
+    """What a call asks of an implementation."""
+    if mask is not None and mask.requires_grad:
+        extras += ("a mask that requires grad",)
+    return Problem(
+        device=x.device.type,
+        index=x.device.index,
+        dtype=compute_dtype(x),
+        stored=w_in.dtype,
+        num_heads=num_heads,
+        head_dim=w_in.shape[0] // 3 // num_heads,
+        rank=0 if lora_B is None else lora_B.shape[3],
+        length=x.shape[1],
+        dropout=dropout,
+        extras=extras + surroundings(),
+        between=between,
+    )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastheads import reference
 from fastheads.ops import cpu, fused
-from fastheads.ops.dispatch import Problem, choose, surroundings
+from fastheads.ops.dispatch import choose, problem_of
 from fastheads.ops.head_attention import plain, unwatched
 from fastheads.ops.layer import Layer
 from fastheads.reference import GATES, TARGETS
@@ -117,23 +117,11 @@ def head_attention_in_halves(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gated heads `[B, N, E]`, the pooled token's un-gated `[B, H, dh]` where asked for, and the probabilities
     `[B, H, N, N]` where they are in memory. The arguments are those of `head_attention`."""
-    dtype, tensors = reference.compute_dtype(x), (w_in, b_in, lora_A, lora_B, gate, mask)
+    tensors = w_in, b_in, lora_A, lora_B, gate, mask
     dropout = dropout_p > 0 and lora_A is not None
-    extras = ("probabilities",) * between.probabilities
-    extras += ("a mask that requires grad",) * (mask is not None and mask.requires_grad)
-    problem = Problem(
-        device=x.device.type,
-        index=x.device.index,
-        dtype=dtype,
-        stored=w_in.dtype,
-        num_heads=num_heads,
-        head_dim=w_in.shape[0] // 3 // num_heads,
-        rank=0 if lora_B is None else lora_B.shape[3],
-        length=x.shape[1],
-        dropout=dropout,
-        extras=extras + surroundings(),
-        between=("norms, positions or a scale",),
-    )
+    asked: Any = {"extras": ("probabilities",) * between.probabilities, "between": ("norms, positions or a scale",)}
+    problem = problem_of(x, w_in, lora_B, num_heads, dropout=dropout, mask=mask, **asked)
+    dtype = problem.dtype
     name = choose(impl, problem).name
     if not x.numel() or not _ours(name, x, *tensors):
         name = "reference"

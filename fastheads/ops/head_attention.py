@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastheads import reference
 from fastheads.ops import fused
-from fastheads.ops.dispatch import Problem, choose, looked_at, surroundings
+from fastheads.ops.dispatch import choose, looked_at, problem_of
 from fastheads.ops.flops import tell_counters
 from fastheads.reference import GATES, TARGETS, HeadAttentionOutput
 
@@ -193,20 +193,8 @@ def head_attention(
     _check(x, w_in, b_in, lora_A, lora_B, num_heads, targets, gate, w_out, b_out, mask, dropout_p, pool)
     if gate_form and gate_form not in GATES:
         raise ValueError(f"gate_form: got {gate_form!r}; takes {', '.join(map(repr, ('', *GATES)))}")
-    dtype = reference.compute_dtype(x)
     dropout = dropout_p > 0 and lora_A is not None
-    problem = Problem(
-        device=x.device.type,
-        index=x.device.index,
-        dtype=dtype,
-        stored=w_in.dtype,
-        num_heads=num_heads,
-        head_dim=w_in.shape[0] // 3 // num_heads,
-        rank=0 if lora_B is None else lora_B.shape[3],
-        length=x.shape[1],
-        dropout=dropout,
-        extras=(("a mask that requires grad",) if mask is not None and mask.requires_grad else ()) + surroundings(),
-    )
+    problem = problem_of(x, w_in, lora_B, num_heads, dropout=dropout, mask=mask)
     name = choose(impl, problem).name
     if gate_form and name == "reference":
         gate, gate_form = None if gate is None else GATES[gate_form](gate), ""
@@ -218,7 +206,7 @@ def head_attention(
     else:
         settings = (num_heads, [TARGETS.index(t) for t in targets], scale, causal, dropout_p, gate_form, name)
         projection = (None, None) if apart else (w_out, b_out)
-        out = _by_operator((*inputs, *projection, mask), dtype, dropout, pool, recompute, settings)
+        out = _by_operator((*inputs, *projection, mask), problem.dtype, dropout, pool, recompute, settings)
     return out._replace(o=F.linear(out.o, w_out, b_out)) if apart and w_out is not None else out
 
 
