@@ -1,11 +1,13 @@
-"""What a process of a test of `mmd(..., group=)` runs: importable by name, so that a spawned process finds it."""
+"""What a process of a test of the MMD runs: importable by name, so that a spawned process finds it."""
 
 import os
 
 import standins
 import torch
 import torch.distributed as dist
+from mmd_formulas import labels, randn
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import fastheads
 
@@ -78,3 +80,27 @@ def mmd_on_rank(rank, world, port, cases, out):
         loss.backward()
         torch.save({"loss": loss.detach(), "grads": [p.grad for p in model.parameters()]}, out / f"{i}-{rank}.pt")
     dist.destroy_process_group()
+
+
+class _InWorker(Dataset):
+    """Threads that torch has in the worker, those that an MMD begins there, and the MMD of each item's samples."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        there = os.listdir("/proc/self/task")  # Linux lists the threads of this process
+        loss = fastheads.mmd(randn(80, 6, seed=i), labels(40, 40))
+        return torch.get_num_threads(), len(os.listdir("/proc/self/task")) - len(there), loss
+
+
+def in_a_loaders_worker(rank):
+    """The MMD in a data loader's worker is the process's own, on one thread."""
+    torch.set_num_threads(2)
+    # with a parallel region before the fork
+    want = [fastheads.mmd(randn(80, 6, seed=i), labels(40, 40)) for i in range(2)]
+    found = list(DataLoader(_InWorker(), batch_size=None, num_workers=1, timeout=60))
+    assert found[0][1] == 0  # later the loader begins threads of its own, to hand tensors over
+    for (n, _, loss), expected in zip(found, want, strict=True):
+        assert n == 1
+        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)

@@ -1,16 +1,16 @@
 """`kernel_sums` and `mmd_fused` as operators: autograd, compile, autocast, strides, threads, repetition, memory."""
 
 import contextlib
-import os
 
 import pytest
 import torch
 from mmd_cases import BF16, F16, F32, F64, close, gammas_of, leaf
 from mmd_formulas import labels, randn
+from mmd_ranks import in_a_loaders_worker
+from processes import on_ranks
 from torch.autograd import gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 
 from bench.base.memory import peak_bytes
 from fastheads import reference
@@ -171,27 +171,10 @@ def test_the_loss_is_the_same_on_any_number_of_threads(threads, panels):
         close(gradient, found[0][1], 1e-13)
 
 
-class _InWorker(torch.utils.data.Dataset):
-    """Threads that torch has in the worker, and the MMD of each item's samples computed there."""
-
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, i):
-        loss = mmd(randn(80, 6, seed=i), labels(40, 40))
-        # Linux counts the threads of this process: the worker's own, and those the loader brings.
-        tasks = len(os.listdir("/proc/self/task")) if torch.get_num_threads() == 1 else -1
-        return torch.get_num_threads(), tasks, loss
-
-
-def test_a_data_loaders_worker_computes_on_one_thread(threads):
-    threads(2)
-    want = [mmd(randn(80, 6, seed=i), labels(40, 40)) for i in range(2)]  # with a parallel region before the fork
-    found = list(DataLoader(_InWorker(), batch_size=None, num_workers=1))
-    for (n, tasks, loss), expected in zip(found, want, strict=True):
-        assert n == 1
-        assert tasks <= 3, f"{tasks} threads in a worker that was given one"
-        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+def test_a_data_loaders_worker_computes_on_one_thread():
+    on_ranks(
+        in_a_loaders_worker, 1
+    )  # a process of its own: forked from this one, with all its threads, a worker may hang
 
 
 # ---- memory -------------------------------------------------------------------------------------
