@@ -116,7 +116,7 @@ def infer(layer: Layer, pool: int | Tensor | str | slice | None) -> tuple[Tensor
 
 def _few_tokens(x: Tensor, lora_A: Tensor) -> bool:
     """Whether x `[B, N, D]` has so few that products beside W cost less than folding the deltas into it."""
-    return x.dtype.itemsize >= 4 and x.shape[0] * x.shape[1] * (lora_A.numel() // x.shape[2]) < FEW * x.shape[2]
+    return x.shape[0] * x.shape[1] * (lora_A.numel() // x.shape[2]) < FEW * x.shape[2]
 
 
 def _folded(layer: Layer, gate: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastheads.reference import TARGETS, up_matrix
-
 
 class Layer(NamedTuple):
     """The operator's inputs that forward and backward read alike, in the order of its schema."""
@@ -71,10 +69,23 @@ class Layer(NamedTuple):
 
     def in_one_product(self, low: Tensor, w_in: Tensor, b_in: Tensor | None) -> Tensor:
         """`[x, T] [W, s·B]ᵀ + b`, rounded once; b_in in x's dtype."""
+        beside = self._beside(w_in)
+        return F.linear(torch.cat((self.x, low[..., : beside.shape[1] - w_in.shape[1]]), -1), beside, b_in)
+
+    def _beside(self, w_in: Tensor) -> Tensor:
+        """`[W, s·B]` in x's dtype, B as `up_matrix` lays it out, written in place."""
         _, lora_B = self.deltas()
-        up = up_matrix(lora_B, [TARGETS[part] for part in self.parts], self.scale, per_head=not self.shared)
-        both = torch.cat((self.x, low[..., : up.shape[1]]), -1)
-        return F.linear(both, cast_together(1, w_in, up, self.x.dtype), b_in)
+        T, H, dh, r = lora_B.shape
+        rows, D = w_in.shape
+        groups = 1 if self.shared else H
+        out = w_in.new_empty((rows, D + T * groups * r), dtype=self.x.dtype)
+        out[:, :D].copy_(w_in)
+        columns = out[:, D:].zero_().view(3, H, dh, T, groups, r)
+        for t, part in enumerate(self.parts):
+            heads = columns[part, :, :, t]  # [H, dh, groups, r]
+            own = heads.squeeze(2) if self.shared else heads.diagonal(0, 0, 2).permute(2, 0, 1)
+            own.copy_(self.scale * lora_B[t])
+        return out
 
 
 def cast_together(dim: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
