@@ -23,12 +23,14 @@ def read_readme() -> str:
 
 
 TRAIN = ["accelerate", "torchvision", "scikit-learn", "matplotlib", "rich", "pillow"]
+SWEEP = ["submitit", 'tomli; python_version < "3.11"']
 # The fonts of the demo's icons, as files; and what reads outlines from them.
 DEMO = [*TRAIN, "qtawesome==1.4.2", "fonttools"]
 BENCH = ["pytest-benchmark", "peft", 'xformers; platform_system == "Linux"', "pykeops"]
 # numpy<2.4: with a newer one, the interpreter of Triton 3.6 fails on every kernel.
 # setuptools: a test builds the package.
 TEST = [
+    *SWEEP,
     "hypothesis",
     "import-linter",
     "pytest",
@@ -81,7 +83,15 @@ setup(
         "safetensors",
         "numpy",
     ],
-    extras_require={"hf": ["transformers>=5"], "train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={
+        "hf": ["transformers>=5"],
+        "train": TRAIN,
+        "sweep": SWEEP,
+        "demo": DEMO,
+        "bench": BENCH,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["fastheads = fastheads.cli:main"]},
     zip_safe=False,
     classifiers=[

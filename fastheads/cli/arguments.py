@@ -181,11 +181,11 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    main = Parser(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
+    main = kind(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
     commands = main.add_subparsers(
-        dest="command", required=True, metavar="demo | check | plan | train | evaluate | merge | inspect"
+        dest="command", required=True, metavar="demo | check | plan | train | sweep | evaluate | merge | inspect"
     )
 
     demo = commands.add_parser(
@@ -281,6 +281,42 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--mmd-kernel", choices=kernels, default="adaptive", help="of the MMD (default: adaptive)")
     group.add_argument("--mmd-features", choices=features, default="heads", help="of the MMD (default: heads)")
     group.add_argument(
+        "--mmd-to",
+        choices=("gates", "lora", "both"),
+        default="gates",
+        help="what the MMD's gradient reaches; other than gates (the default) with --mmd-features embedding",
+    )
+    group.add_argument(
+        "--mmd-layers",
+        nargs="+",
+        type=_number,
+        default=None,
+        metavar="W",
+        help="how much the MMD of each layer counts (default: all alike)",
+    )
+    group.add_argument(
+        "--rank",
+        nargs="+",
+        type=count,
+        default=None,
+        metavar="R",
+        help="of HA-LoRA: one, or one a layer; plain LoRA gets as many parameters (default: the published ranks)",
+    )
+    group.add_argument(
+        "--gate", choices=("softmax", "sigmoid"), default=None, help="form of the gates (default: softmax)"
+    )
+    group.add_argument(
+        "--shared", action="store_true", help="one down-projection for all heads: plain LoRA, in any method"
+    )
+    group.add_argument(
+        "--sequential",
+        action="store_true",
+        help="one after the other: deltas in the first half of the steps, then gates",
+    )
+    group.add_argument(
+        "--wise-ft", action="store_true", help="score adapters averaged with the original too, as fine-tuning always is"
+    )
+    group.add_argument(
         "--context-weight",
         type=_number,
         default=None,
@@ -296,6 +332,19 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--cache-images", action="store_true", help="keep decoded images in memory")
     _again_options(group)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="a table of runs from a file: targets × seeds × methods × settings, as jobs",
+        description="Runs what a TOML file says: the keys are train's options without the dashes, a table "
+        "[methods.NAME] is a row with settings of its own, its [methods.NAME.search] values to choose from on the "
+        "sources, [submit] says where jobs run. A killed sweep goes on when started again.",
+        epilog="example: fastheads sweep studies/pacs-deit.toml",
+    )
+    sweep.add_argument("file", type=_path, metavar="FILE", help="the table, in TOML")
+    sweep.add_argument(
+        "--out", type=_path, default=None, metavar="DIR", help="default: runs/NAME, by the name of the file"
+    )
 
     evaluate = commands.add_parser(
         "evaluate",

@@ -1,4 +1,4 @@
-"""The command line: `fastheads demo | check | plan | train | evaluate | merge | inspect`."""
+"""The command line: `fastheads demo | check | plan | train | sweep | evaluate | merge | inspect`."""
 
 from __future__ import annotations
 
@@ -8,129 +8,24 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from fastheads.cli import data
+from fastheads.cli import data, sweep
 from fastheads.cli.arguments import InputError, parser
+from fastheads.cli.training import (
+    classes_of,
+    experiment,
+    load_adapter_of,
+    load_model,
+    prompts_of,
+    recipe_of,
+    set_up,
+    transforms_of,
+)
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from fastheads.train.data.domains import DomainFolders
     from fastheads.train.progress import Bars
-
-
-@contextmanager
-def _as_options() -> Iterator[None]:
-    """Errors that begin with an argument's name, with its option instead."""
-    try:
-        yield
-    except ValueError as e:
-        raise data.as_options(e, "^model", "^pretrained", "^image_size", "^method", "^context_weight") from e
-
-
-def _load_model(args: argparse.Namespace, classes: int = 1000) -> tuple[nn.Module, Any]:
-    """A model and its tokenizer, None where it has no text; what goes wrong, in words. classes: of a linear head.
-
-    Where the weights were trained with QuickGELU and the model named has none (OpenCLIP only warns), `args.model`
-    becomes the name of the one that has.
-    """
-    from fastheads.train import models
-    from fastheads.train.experiment import device
-
-    with _as_options():
-        name = _model_name(args)
-        model, tokenizer = models.load(name, args.pretrained, classes, args.image_size)
-    if name != args.model:
-        warnings.warn(
-            f"the weights {args.pretrained!r} of {args.model} were trained with QuickGELU, so this is {name}",
-            stacklevel=2,
-        )
-        args.model = name
-    return model.to(device()).eval(), tokenizer
-
-
-def _model_name(args: argparse.Namespace) -> str:
-    """The model's name, OpenCLIP's with the activation its weights want; chooses the weights where none are named."""
-    from fastheads.train import models
-
-    if args.model == "fastheads-demo":
-        from fastheads.demo.base import register
-
-        register()
-    if args.pretrained is None and args.command != "inspect":
-        args.pretrained = models.default_weights(args.model)
-    return models.with_activation(args.model, args.pretrained) if models.has_text(args.model) else args.model
-
-
-def _check_towers(args: argparse.Namespace, contexts: Mapping[str, float]) -> None:
-    """Raises what `patch` will, for each method with an adapter, before a weight or a picture is loaded; and what a
-    method (with its weight of the context's KL) lacks where the model has no text."""
-    from fastheads.patching import explain
-    from fastheads.train import models
-    from fastheads.train.methods import METHODS, check_text
-
-    text = models.has_text(args.model)
-    with _as_options():
-        name = _model_name(args)
-        try:
-            model = models.build(name, size=args.image_size)
-        except Exception:  # what cannot be built without a network is told when its weights are loaded
-            if not text:
-                raise
-            return
-        for method, context in contexts.items():
-            check_text(model, METHODS[method], context)
-    if text and args.fixed_head:
-        raise InputError(f"--fixed-head: {args.model} classifies by text, and has no linear head")
-    for method in contexts:
-        config = METHODS[method].config_for(model, args.targets)
-        if config is not None:
-            explain(model, config)
-
-
-def _transforms(model: nn.Module) -> Any:
-    """(training, evaluation) transforms of the model's own."""
-    from fastheads.train import models
-
-    with _as_options():
-        return models.transforms(model)
-
-
-def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
-    from fastheads.adapters import AnotherBaseError, load_adapter
-
-    try:
-        load_adapter(model, args.adapter, check_base=not args.any_base)
-    except AnotherBaseError as e:
-        raise InputError(f"--adapter: {e.what}; --any-base takes it all the same") from e
-
-
-def _classes(args: argparse.Namespace, otherwise: int) -> int:
-    """Of how many classes the linear head is that lies with `--adapter`, if there is one."""
-    from fastheads.adapters import read_adapter
-
-    if args.adapter is None:
-        return otherwise
-    about, tensors = read_adapter(args.adapter)
-    heads = [len(tensors[name]) for name in about["modules_to_save"] if tensors[name].dim() == 2]
-    return heads[0] if heads else otherwise
-
-
-def _prompts(args: argparse.Namespace) -> tuple[str, ...]:
-    from fastheads.losses.context import fill
-    from fastheads.train import models
-
-    if args.prompt and not models.has_text(args.model):
-        raise InputError(f"--prompt: {args.model} classifies by a linear head, and has no text tower to be prompted")
-    for prompt in args.prompt or ():
-        try:
-            fill(prompt, "class")
-        except ValueError as e:
-            raise InputError(f"--prompt: {str(e).removeprefix('templates: ')}") from e
-    return tuple(args.prompt or ("a photo of a {}.",))
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -162,100 +57,30 @@ def _train(args: argparse.Namespace) -> None:
 
     with Bars() as bars:  # before the imports, which can take half a minute
         from fastheads.train.experiment import is_main_process, table
+        from fastheads.train.methods import METHODS
         from fastheads.train.report.page import write_report
 
-        experiment, folders = _experiment(args, bars)
+        for name in args.method:
+            if name not in METHODS:
+                raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
+        recipes = {name: recipe_of(args, METHODS[name]) for name in args.method}  # bad numbers are told first
+        setting = set_up(args, [(METHODS[name], recipe) for name, recipe in recipes.items()])
+        found = experiment(
+            setting,
+            bars,
+            args.method,
+            lambda method, target: recipes[method],
+            targets=setting.targets,
+            seeds=lambda method: args.seed,
+            out=args.out,
+            command=args.typed,
+        )
         if not is_main_process():
             return
         with phase("writing the report"):
-            page = write_report(experiment, args.out, samples=folders.samples())
-    print("accuracy on the domain held out, %\n" + table(experiment))
+            page = write_report(found, args.out, samples=setting.folders.samples())
+    print("accuracy on the domain held out, %\n" + table(found))
     print(f"\nreport: {page}")
-
-
-def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], DomainFolders]:
-    """All of `train` but its output."""
-    from fastheads.train.data.images import UnreadableImageError
-    from fastheads.train.evaluation import make_problem
-    from fastheads.train.experiment import is_main_process, run_experiment
-    from fastheads.train.methods import METHODS
-    from fastheads.train.progress import phase
-    from fastheads.train.recipe import Recipe, check_run
-
-    targets, domains = data.targets_of(args)
-    for name in args.method:
-        if name not in METHODS:
-            raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
-
-    def recipe_of(method: str) -> Recipe:
-        encoder = METHODS[method].trains == "encoder"
-        context = float(METHODS[method].context) if args.context_weight is None else args.context_weight
-        return Recipe(
-            steps=args.steps,
-            per_domain=args.per_domain,
-            lr=args.lr if args.lr is not None else 1e-5 if encoder else 2e-4,
-            gate_lr=args.gate_lr,
-            weight_decay=args.weight_decay,
-            mmd_weight=args.mmd_weight,
-            context_weight=context,
-            mmd_kernel=args.mmd_kernel,
-            mmd_features=args.mmd_features,
-            targets=args.targets,
-            evaluate_every=args.evaluate_every,
-            save_every=args.save_every,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            cache=args.cache_images,
-            recompute=args.recompute if METHODS[method].trains == "adapter" else 0,
-            checkpointing=args.checkpointing,
-            fixed_head=args.fixed_head,
-        )
-
-    for method in args.method:  # bad numbers are told before the model is loaded
-        try:
-            check_run(METHODS[method], recipe_of(method), args.precision)
-        except ValueError as e:
-            raise data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision", "targets") from e
-    prompts = _prompts(args)
-    _check_towers(args, {method: recipe_of(method).context_weight for method in args.method})
-    folders = data.images_of(args, domains)
-    data.check_sources(args, folders, targets)
-    with phase(f"loading {args.model}"):
-        model, tokenizer = _load_model(args, len(folders.classes))
-        transforms = _transforms(model)
-    problem_of = lambda target, seed: make_problem(  # noqa: E731
-        model,
-        tokenizer,
-        folders,
-        target,
-        transforms,
-        prompts=prompts,
-        with_contexts=any(recipe_of(method).context_weight for method in args.method),
-        seed=seed,
-        sources=args.sources,
-        split_by=args.split_by,
-    )
-    name = args.data.absolute().name
-    try:
-        experiment = run_experiment(
-            model,
-            problem_of,
-            folders,
-            methods=args.method,
-            targets=targets,
-            seeds=lambda method: args.seed,
-            recipes=lambda method, target: recipe_of(method),
-            out=args.out,
-            title=f"{args.model} on {name}",
-            command=args.typed,
-            base_name=f"{args.model} {args.pretrained}".strip(),
-            dataset_name=name,
-            precision=args.precision,
-            watch=bars.watch if is_main_process() else None,
-        )
-    except UnreadableImageError as e:
-        raise InputError(f"{e}; once it can be read, the same command goes on from the last saved state") from e
-    return experiment, folders
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -273,13 +98,13 @@ def _scores(args: argparse.Namespace, bars: Bars) -> None:
     from fastheads.train.progress import phase
 
     data.check_domains(args, "--domain", args.domain or (), data.domains_of(args))
-    classes = _classes(args, 0)
-    prompts = _prompts(args)
+    classes = classes_of(args, 0)
+    prompts = prompts_of(args)
     folders = data.images_of(args, used=args.domain)
     with phase(f"loading {args.model}"):
-        model, tokenizer = _load_model(args, classes or len(folders.classes))
+        model, tokenizer = load_model(args, classes or len(folders.classes))
         if args.adapter is not None:
-            _load_adapter(model, args)
+            load_adapter_of(model, args)
     head = head_of(model)
     if head is None:
         with phase("encoding prompts"):
@@ -289,7 +114,7 @@ def _scores(args: argparse.Namespace, bars: Bars) -> None:
             f"--adapter, --pretrained: {args.model} has no head for the {len(folders.classes)} classes of {args.data}; "
             "takes an adapter that train wrote for them, or a checkpoint of train or merge"
         )
-    transform = _transforms(model)[1]
+    transform = transforms_of(model)[1]
     for name in args.domain or folders.domains:
         loader = evaluation_loader(folders, name, None, transform, args.batch_size, workers=args.workers)
         features, labels = image_features(model, loader, f"evaluating {name}")
@@ -303,8 +128,8 @@ def _merge(args: argparse.Namespace) -> None:
 
     if args.out.suffix != ".safetensors":
         raise InputError(f"--out: got {args.out}; takes a file name that ends in .safetensors")
-    model, _ = _load_model(args, _classes(args, 1000))
-    _load_adapter(model, args)
+    model, _ = load_model(args, classes_of(args, 1000))
+    load_adapter_of(model, args)
     path = models.save(fastheads.merge(model), args.out)
     print(f"{path}: {models.how_to_load(args.model, model, path, args.image_size)}")
 
@@ -316,7 +141,7 @@ def _inspect(args: argparse.Namespace) -> None:
     from fastheads.reference import GATES
 
     if args.adapter is None:
-        model, _ = _load_model(args)
+        model, _ = load_model(args)
         print(fastheads.explain(model))
         return
     about, tensors = read_adapter(args.adapter)
@@ -350,12 +175,14 @@ def _plan(args: argparse.Namespace) -> None:
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
 
 
-EXTRA = ("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
+EXTRA = dict.fromkeys(("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision"), "train")
+EXTRA |= dict.fromkeys(("submitit", "tomli"), "train,sweep")
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "check": data.check,
     "plan": _plan,
     "train": _train,
+    "sweep": sweep.sweep,
     "evaluate": _evaluate,
     "merge": _merge,
     "inspect": _inspect,
@@ -377,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("FASTHEADS_TRACEBACK"):
             raise
         hint = ""
-        if isinstance(e, ModuleNotFoundError) and (e.name or "").split(".")[0] in EXTRA:
-            hint = "; it comes with: pip install 'fastheads[train]'"
+        if isinstance(e, ModuleNotFoundError) and (missing := (e.name or "").split(".")[0]) in EXTRA:
+            hint = f"; it comes with: pip install 'fastheads[{EXTRA[missing]}]'"
         print(f"fastheads {args.command}: {' '.join(str(e).split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -161,8 +161,9 @@ def _mmd(
     pair_weights: Tensor | None = None,
     group: Any = None,
     impl: str = "auto",
+    layer_weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """`mmd` of the features `[L, N, H·dh]`, times their heads' gates `[L, H]` where given."""
+    """`mmd` of the features `[L, N, H·dh]`, times their heads' gates `[L, H]` where given; layers weighted so."""
     _check_samples(features, domains, num_domains)
     _check_kernel(kernel, features)
     check_impl(impl, names=MMD_NAMES)
@@ -196,7 +197,7 @@ def _mmd(
         pair_weights = None if pair_weights is None else pair_weights[which][:, which]
         num_domains = len(which)
     if small and choose_mmd(impl, x, num_domains) == "triton":
-        return _small(x, rows.domains, num_domains, kernel, estimator, gate).mean()
+        return _over_layers(_small(x, rows.domains, num_domains, kernel, estimator, gate), layer_weights)
     counts = reference.in_domain(rows.all_domains, num_domains).sum(0)
     counted = None if looked_at(domains) else reference.is_counted(rows.all_domains, num_domains)
     gammas, powers = bandwidths(rows.all, kernel, counted)
@@ -205,7 +206,19 @@ def _mmd(
         return reference.mmd_from_sums(K, counts, gammas.shape[1], estimator)
     coeff, constant = reference.mmd_weights(counts, gammas.shape[1], estimator, pair_weights)
     loss = rows.weighted_sums(num_domains, gammas, powers, coeff, impl)
-    return (loss + constant.to(loss.dtype)).mean()
+    return _over_layers(loss + constant.to(loss.dtype), layer_weights)
+
+
+def _over_layers(each: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """The weighted mean of `[L]`; None: all alike."""
+    return each.mean() if weights is None else each @ each.new_tensor(weights) / sum(weights)
+
+
+def _check_layer_weights(weights: Sequence[float], features: str, layers: int) -> None:
+    if features != "heads":
+        raise ValueError(f'layer_weights: got {weights!r} with features={features!r}; takes None but with "heads"')
+    if len(weights) != layers or not all(0 <= w < math.inf for w in weights) or not sum(weights):
+        raise ValueError(f"layer_weights: got {weights!r}; takes {layers} finite numbers ≥ 0, one a layer, not all 0")
 
 
 def _small(
@@ -238,9 +251,11 @@ def head_mmd(
     *,
     features: str = "heads",
     embedding: Tensor | None = None,
+    parameters: Sequence[Tensor] | None = None,
+    layer_weights: Sequence[float] | None = None,
     **mmd_options: Any,
 ) -> Tensor:
-    """The MMD of attention head purification: its gradient reaches the gates and nothing else.
+    """The MMD of attention head purification: its gradient reaches the gates and nothing else, unless told otherwise.
 
     Args:
         heads: what `capture_heads` recorded.
@@ -249,10 +264,13 @@ def head_mmd(
             un-gated heads constant, so each layer's gradient is its own. `"embedding"`: the final embedding; the
             gradient flows back through the whole tower to the gates, and only there.
         embedding: `[B, E]` for `"embedding"`: `model.encode_image(images)`, computed inside the same capture.
+        parameters: what the gradient reaches with `"embedding"` instead: `lora_parameters(model)`, or all adapters'.
+        layer_weights: L numbers ≥ 0: how much each layer of `"heads"` counts in the mean; None: all alike.
         mmd_options: of `mmd`.
 
     Returns a scalar. For `"embedding"` it is the first-order surrogate `L + Σ ⟨∂L/∂theta, theta − theta.detach()⟩`,
-    whose value and gates' gradient are L's: safe under DDP, whose hooks the inner `autograd.grad` does not run.
+    whose value and gates' (or parameters') gradient are L's: safe under DDP, whose hooks the inner `autograd.grad` does
+    not run.
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -260,24 +278,29 @@ def head_mmd(
         raise TypeError(f"heads: got {type(heads).__name__}; takes what `with capture_heads(model) as heads` yields")
     if mmd_options.get("reduction", "mean") != "mean":
         raise ValueError('reduction: head_mmd is a scalar; use mmd(…, reduction="none") on the features for pairs')
+    if layer_weights is not None:
+        _check_layer_weights(layer_weights, features, len(heads.thetas))
     if features == "heads":
-        return _mmd(heads.features.flatten(2), domains, heads.gates, **mmd_options)
+        if parameters is not None:
+            raise ValueError('parameters: the MMD of "heads" reaches gates alone; pass features="embedding" or None')
+        return _mmd(heads.features.flatten(2), domains, heads.gates, layer_weights=layer_weights, **mmd_options)
     if features != "embedding":
         raise ValueError(f'features: got {features!r}; takes "heads" or "embedding"')
     if embedding is None:
         raise ValueError('embedding: is needed with features="embedding": pass model.encode_image(images)')
-    thetas = [theta for theta in heads.thetas if theta.requires_grad]
-    if not thetas:
-        raise ValueError("heads: its gates are all frozen (requires_grad=False), so the MMD could train nothing")
+    reached = [p for p in (heads.thetas if parameters is None else parameters) if p.requires_grad]
+    if not reached:
+        name, what = ("heads", "its gates") if parameters is None else ("parameters", "they")
+        raise ValueError(f"{name}: {what} are all frozen (requires_grad=False), so the MMD could train nothing")
     if not isinstance(embedding, Tensor):
         raise TypeError(f"embedding: got {type(embedding).__name__}; takes a tensor [B, E]")
     if not embedding.requires_grad:
         raise ValueError("embedding: carries no gradient; compute it with gradients on, inside the capture")
     loss = mmd(embedding, domains, **mmd_options)
-    gradients = torch.autograd.grad(loss, thetas, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(loss, reached, retain_graph=True, allow_unused=True)
     if all(g is None for g in gradients):
         raise ValueError(
             "embedding: does not depend on the gates; compute it with the captured model, patched and enabled"
         )
-    pairs = [(g, theta) for g, theta in zip(gradients, thetas, strict=True) if g is not None]
-    return loss.detach() + torch.stack([(g * (theta - theta.detach())).sum() for g, theta in pairs]).sum()
+    pairs = [(g, p) for g, p in zip(gradients, reached, strict=True) if g is not None]
+    return loss.detach() + torch.stack([(g * (p - p.detach())).sum() for g, p in pairs]).sum()

@@ -121,9 +121,10 @@ def run_method(
     scores = {name: score(model, problem, name, part, recipe, probe) for name, part in parts}
     run["accuracy"] = {name: found.accuracy for name, found in scores.items()}
     run |= details(scores[problem.target], len(problem.folders.classes))
-    if method.trains == "encoder":
+    if method.trains == "encoder" or (method.trains == "adapter" and recipe.wise_ft):
         original = base.state_dict() | dict(zip(head_names(base), problem.head.values(), strict=True))
-        averaged = wise_ft(copy.deepcopy(model), original, WISE_FT_ALPHA)
+        tuned = merge(copy.deepcopy(model)) if is_patched(model) else copy.deepcopy(model)
+        averaged = wise_ft(tuned, original, WISE_FT_ALPHA)
         run["wise_ft_accuracy"] = {name: score(averaged, problem, name, part, recipe).accuracy for name, part in parts}
     run["peak_memory_mb"] = peak_memory_mb()
     if is_main_process():
@@ -186,7 +187,7 @@ def run_experiment(
     problem_of: Callable[[str, int], Problem],
     folders: DomainFolders,
     *,
-    methods: Sequence[str],
+    methods: Sequence[str | Method],
     targets: Sequence[str],
     seeds: Callable[[str], Sequence[int]],
     recipes: Callable[[str, str], Recipe],
@@ -197,9 +198,11 @@ def run_experiment(
     dataset_name: str,
     precision: str = "no",
     watch: Callable[[str], Report | None] | None = None,
+    record: bool = True,
 ) -> dict[str, Any]:
     """Every method on every held-out target with every seed; the results as one JSON-like dict, and `out/results.json`.
 
+    methods: ids, or methods of one's own. record: whether to write `out/results.json`.
     problem_of: (target, seed) → Problem. seeds: method id → seeds. recipes: (method id, target) → Recipe (its seed is
     set here). watch: called with the
     name of each run, gives the callback for its steps. Raises ValueError where a run's folder holds another one, before
@@ -207,16 +210,17 @@ def run_experiment(
     """
     began, runs, out = time.perf_counter(), [], out.expanduser()
     problem_of = functools.lru_cache(maxsize=1)(problem_of)
+    known = {m.id: m for m in (METHODS[m] if isinstance(m, str) else m for m in methods)}
     planned = [
         _Planned(
-            METHODS[name],
+            known[name],
             target,
             dataclasses.replace(recipes(name, target), seed=seed),
             out / target / f"seed{seed}" / name,
         )
         for target in targets
-        for seed in sorted({seed for name in methods for seed in seeds(name)})
-        for name in methods
+        for seed in sorted({seed for name in known for seed in seeds(name)})
+        for name in known
         if seed in seeds(name)
     ]
     earlier = [plan for plan in planned if plan.folder.exists()]
@@ -253,13 +257,13 @@ def run_experiment(
         },
         "model": _about(base, base_name),
         "methods": [
-            _method_entry(METHODS[name], [recipes(name, target) for target in targets], head_of(base) is not None)
-            for name in methods
+            _method_entry(method, [recipes(name, target) for target in targets], head_of(base) is not None)
+            for name, method in known.items()
         ],
         "runs": runs,
         "tuning": None,
     }
-    if is_main_process():
+    if record and is_main_process():
         write_json(out / "results.json", experiment)
     return experiment
 

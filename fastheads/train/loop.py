@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastheads.hosts.vision import checkpoint_blocks, head_names, head_of, image_tower
-from fastheads.model import gate_parameters, gates, is_patched
+from fastheads.model import gate_parameters, gates, is_patched, lora_parameters
 from fastheads.patching import patch
 from fastheads.train.earlier import check_state, corrupt, hashes, run_key, saved_state
 from fastheads.train.evaluation import Problem, fit_head, score
@@ -67,17 +67,17 @@ def prepare(
     *,
     teacher: bool = False,
     recompute: int = 0,
-    targets: tuple[str, ...] | None = None,
     fixed_head: bool = False,
+    **changes: Any,
 ) -> nn.Module:
     """Makes the parts of `model` trainable that the method trains, in place: patches it (`recompute` is `patch`'s,
-    `targets` are `Method.config`'s), or frees its image tower; and its linear head, if it has one, unless that is to be
+    `changes` are `Method.config`'s), or frees its image tower; and its linear head, if it has one, unless that is to be
     fixed.
 
     Returns a frozen copy of the original image tower where a `teacher` is asked for and the model can't be its own (a
     patched model can, under `disabled`), else an empty module. Raises what `patch` raises for a method that needs it.
     """
-    config, original = method.config_for(model, targets), None
+    config, original = method.config_for(model, **changes), None
     if config is not None:
         patch(model, config, recompute=recompute)
     else:
@@ -138,7 +138,7 @@ def fit(
     key |= {"processes": accelerator.num_processes}
     inner = model.to(accelerator.device)
     fit_head(inner, problem, recipe)
-    options: Any = {"recompute": recipe.recompute, "targets": recipe.targets, "fixed_head": recipe.fixed_head}
+    options: Any = {"recompute": recipe.recompute, "fixed_head": recipe.fixed_head, **recipe.adapter}
     teacher = prepare(inner, method, teacher=recipe.context_weight > 0, **options)
     if recipe.checkpointing:
         checkpoint_blocks(image_tower(inner))
@@ -158,7 +158,8 @@ def fit(
         context_weight=recipe.context_weight,
         teacher=None if isinstance(teacher, nn.Identity) else teacher.to(accelerator.device),
         mmd_features=recipe.mmd_features,
-        mmd_options={"kernel": recipe.mmd_kernel},
+        mmd_to=recipe.mmd_to,
+        mmd_options={"kernel": recipe.mmd_kernel, "layer_weights": recipe.mmd_layers},
     )
     progress = _Progress()
     state = _State(accelerator, inner, progress, schedule, out, key=key)
@@ -175,6 +176,8 @@ def fit(
         with accelerator.autocast():
             parts = objective(wrapped, inner, images, labels, domains)
         accelerator.backward(parts["loss"])
+        if recipe.sequential:
+            _hold(inner, gates=progress.step < recipe.steps // 2)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -216,6 +219,12 @@ def _record(progress: _Progress, model: nn.Module, step: int, values: dict[str, 
         progress.history.setdefault(name, []).append(value)
     if with_gates:
         _record_gates(progress, model)
+
+
+def _hold(model: nn.Module, *, gates: bool) -> None:
+    """Takes the gradients of the gates, or of the deltas: without one AdamW leaves a parameter as it is."""
+    for p in gate_parameters(model) if gates else lora_parameters(model):
+        p.grad = None
 
 
 def _train_mode(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from fastheads.hosts import find_tower
 from fastheads.hosts.vision import answer, head_of
 from fastheads.losses import context_kl, head_mmd
 from fastheads.losses.context import evaluating
-from fastheads.model import is_patched
+from fastheads.model import gate_parameters, is_patched, lora_parameters
 from fastheads.patching import disabled
 
 
@@ -41,32 +41,43 @@ class Method:
         """Whether it needs a text tower."""
         return self.trains == "nothing" or self.context
 
-    def config(self, depth: int, num_heads: int, targets: tuple[str, ...] | None = None) -> HeadConfig | None:
+    def config(
+        self,
+        depth: int,
+        num_heads: int,
+        targets: tuple[str, ...] | None = None,
+        rank: tuple[int, ...] | None = None,
+        gate: str | None = None,
+        shared: bool = False,
+    ) -> HeadConfig | None:
         """The adapter's config for a tower of `depth` layers and `num_heads` heads; None where it has none.
 
-        targets: of the deltas; None: query and value. Plain LoRA has as many parameters in the attention as HA-LoRA at
-        the published ranks: rank · (H + 1) / 2, rounded; in the MLP it has that rank too, HA-LoRA its own.
+        targets: of the deltas; None: query and value. rank: of HA-LoRA, one, or one a layer; None: the published ones.
+        gate: the form of gates, where the method has some; None: the method's. shared: plain LoRA's down-projections in
+        place of HA-LoRA's. Plain LoRA has as many parameters in the attention as HA-LoRA: rank · (H + 1) / 2, rounded;
+        in the MLP it has that rank too, HA-LoRA its own.
         """
         if self.trains != "adapter":
             return None
+        gate = gate or self.gate if self.gate else None
         if not self.lora:
-            return HeadConfig(rank=0, gate=self.gate)
-        config = HeadConfig.hap(depth, gate=self.gate, per_head=self.per_head)
+            return HeadConfig(rank=0, gate=gate)
+        per_head = self.per_head and not shared
+        config = HeadConfig.hap(depth, gate=gate, per_head=per_head)
         config = replace(config, targets=targets) if targets else config
-        if self.per_head or not isinstance(config.rank, tuple):
-            return config
-        matched = tuple(max(1, round(r * (num_heads + 1) / 2)) for r in config.rank)
-        return replace(config, rank=matched)
+        ranks = config.rank if rank is None else rank * depth if len(rank) == 1 else rank
+        assert isinstance(ranks, tuple)
+        return replace(config, rank=ranks if per_head else tuple(max(1, round(r * (num_heads + 1) / 2)) for r in ranks))
 
-    def config_for(self, model: nn.Module, targets: tuple[str, ...] | None = None) -> HeadConfig | None:
-        """The adapter's config for a model's image tower, `targets` as in `config`; None where the method has none.
+    def config_for(self, model: nn.Module, **changes: Any) -> HeadConfig | None:
+        """The adapter's config for a model's image tower, with `config`'s other arguments; None where it has none.
 
         Raises TypeError for a method with an adapter and a tower that has no attention layers to adapt.
         """
         if self.trains != "adapter":
             return None
         attentions: Any = find_tower(model, "visual").attentions
-        return self.config(len(attentions), getattr(attentions[0], "num_heads", 1), targets)
+        return self.config(len(attentions), getattr(attentions[0], "num_heads", 1), **changes)
 
 
 METHODS = {
@@ -167,7 +178,8 @@ class Objective:
         logit_scale: the factor of both softmaxes.
         num_domains: S, domain ids are below it.
         teacher: the frozen original image tower under full fine-tuning; None: the patched model under `disabled`.
-        mmd_features: "heads" or "embedding". mmd_options: of `fastheads.mmd`.
+        mmd_features: "heads" or "embedding". mmd_to: what the MMD's gradient reaches, "gates", "lora" or "both".
+        mmd_options: of `fastheads.mmd`.
     """
 
     classifier: Tensor | None
@@ -178,6 +190,7 @@ class Objective:
     context_weight: float = 0.0
     teacher: nn.Module | None = None
     mmd_features: str = "heads"
+    mmd_to: str = "gates"
     mmd_options: dict[str, Any] | None = None
 
     def __call__(
@@ -200,6 +213,7 @@ class Objective:
                 domains,
                 features=self.mmd_features,
                 embedding=features if self.mmd_features == "embedding" else None,
+                parameters=self._reached(model),
                 num_domains=self.num_domains,
                 **(self.mmd_options or {}),
             )
@@ -211,6 +225,12 @@ class Objective:
             parts["context_kl"] = context_kl(features, original, self.contexts, self.logit_scale)
             loss = loss + self.context_weight * parts["context_kl"]
         return {"loss": loss, **parts}
+
+    def _reached(self, model: nn.Module) -> list[nn.Parameter] | None:
+        """What the MMD trains, where that is not the gates alone."""
+        if self.mmd_to == "gates":
+            return None
+        return lora_parameters(model) + (gate_parameters(model) if self.mmd_to == "both" else [])
 
 
 def original_features(model: nn.Module, images: Tensor, teacher: nn.Module | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from fastheads.config import HeadConfig
 from fastheads.reference import PRESETS
@@ -15,8 +16,10 @@ class Recipe:
     """The numbers of a training run. Weights of 0 switch a loss off.
 
     lr: of LoRA and a linear head, or of the encoder under full fine-tuning. fixed_head: the head stays as fitted.
-    gate_lr: of the gates, which have no weight decay. targets: of the adapters' deltas, as in HeadConfig; None: the
-    method's.
+    gate_lr: of the gates, which have no weight decay. targets, rank, gate, shared: of `Method.config`.
+    mmd_to: what the MMD's gradient reaches: "gates", "lora" or "both"; mmd_layers: how much each layer's MMD counts.
+    sequential: deltas alone in the first half of the steps, then gates alone. wise_ft: adapters are scored averaged
+    with the original too, as full fine-tuning always is.
     per_domain: images of each source domain in a step, on each process.
     recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass.
     """
@@ -30,7 +33,13 @@ class Recipe:
     context_weight: float = 0.0
     mmd_kernel: str = "adaptive"
     mmd_features: str = "heads"
+    mmd_to: str = "gates"
+    mmd_layers: tuple[float, ...] | None = None
     targets: tuple[str, ...] | None = None
+    rank: tuple[int, ...] | None = None
+    gate: str | None = None
+    shared: bool = False
+    sequential: bool = False
     evaluate_every: int = 500
     save_every: int = 500
     batch_size: int = 256
@@ -39,11 +48,20 @@ class Recipe:
     recompute: int = 0
     checkpointing: bool = False
     fixed_head: bool = False
+    wise_ft: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.targets is not None:
             object.__setattr__(self, "targets", HeadConfig(targets=self.targets).targets)  # checked, and in full
+        for name in ("rank", "mmd_layers"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.rank is not None and 0 in HeadConfig(rank=self.rank).rank:  # type: ignore[operator]
+            raise ValueError(f"rank: got {self.rank!r}; takes integers ≥ 1")
+        for name, takes in (("gate", ("softmax", "sigmoid", None)), ("mmd_to", ("gates", "lora", "both"))):
+            if getattr(self, name) not in takes:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes {', '.join(map(repr, takes))}")
         for name in ("steps", "per_domain", "evaluate_every", "save_every", "batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; takes an integer ≥ 1")
@@ -54,14 +72,26 @@ class Recipe:
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number ≥ 0")
 
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The arguments of `Method.config`."""
+        return {name: getattr(self, name) for name in ("targets", "rank", "gate", "shared")}
+
 
 def check_run(method: Method, recipe: Recipe, precision: str = "no") -> None:
     """That `fit` can run a recipe: its MMD, if it has one, has a gradient in this precision, and enough images.
 
     Raises ValueError.
     """
+    if recipe.sequential and not (method.lora and method.gate):
+        raise ValueError(f"sequential: got True, but {method.id} has not both deltas and gates; takes False")
     if not (method.mmd and recipe.mmd_weight):
         return
+    if recipe.mmd_to != "gates" and (recipe.mmd_features != "embedding" or not method.lora):
+        raise ValueError(
+            f"mmd_to: got {recipe.mmd_to!r}, but {method.id}'s MMD of mmd_features={recipe.mmd_features!r} reaches "
+            'gates alone; takes "gates", or mmd_features="embedding" and a method with deltas'
+        )
     if precision == "fp16" and recipe.mmd_features == "embedding":
         raise ValueError(
             'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '

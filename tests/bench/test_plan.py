@@ -37,7 +37,7 @@ def measured(model, method, precision, recompute, around, targets):
     """The peak of the same step with values in it, by the allocator's events."""
     own, teacher = METHODS[method], None
     if own.trains == "adapter":
-        patch(model, own.config_for(model, targets), impl="cpu", recompute=recompute)
+        patch(model, own.config_for(model, targets=targets), impl="cpu", recompute=recompute)
     else:
         teacher = prepare(model, own, teacher=own.context)
     objective = Objective(

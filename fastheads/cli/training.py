@@ -1,0 +1,233 @@
+"""A model, its images and the numbers of its training, from the options of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastheads.cli import data
+from fastheads.cli.arguments import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastheads.train.data.domains import DomainFolders
+    from fastheads.train.evaluation import Problem
+    from fastheads.train.methods import Method
+    from fastheads.train.progress import Bars
+    from fastheads.train.recipe import Recipe
+
+
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Errors that begin with an argument's name, with its option instead."""
+    try:
+        yield
+    except ValueError as e:
+        raise data.as_options(e, "^model", "^pretrained", "^image_size", "^method", "^context_weight", "^rank") from e
+
+
+def load_model(args: argparse.Namespace, classes: int = 1000) -> tuple[nn.Module, Any]:
+    """A model and its tokenizer, None where it has no text; what goes wrong, in words. classes: of a linear head.
+
+    Where the weights were trained with QuickGELU and the model named has none (OpenCLIP only warns), `args.model`
+    becomes the name of the one that has.
+    """
+    from fastheads.train import models
+    from fastheads.train.experiment import device
+
+    with _as_options():
+        name = _model_name(args)
+        model, tokenizer = models.load(name, args.pretrained, classes, args.image_size)
+    if name != args.model:
+        warnings.warn(
+            f"the weights {args.pretrained!r} of {args.model} were trained with QuickGELU, so this is {name}",
+            stacklevel=2,
+        )
+        args.model = name
+    return model.to(device()).eval(), tokenizer
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    """The model's name, OpenCLIP's with the activation its weights want; chooses the weights where none are named."""
+    from fastheads.train import models
+
+    if args.model == "fastheads-demo":
+        from fastheads.demo.base import register
+
+        register()
+    if args.pretrained is None and args.command != "inspect":
+        args.pretrained = models.default_weights(args.model)
+    return models.with_activation(args.model, args.pretrained) if models.has_text(args.model) else args.model
+
+
+def _check_towers(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> None:
+    """Raises what `patch` will, for each method with an adapter, before a weight or a picture is loaded; and what a
+    method (with its weight of the context's KL) lacks where the model has no text."""
+    from fastheads.patching import explain
+    from fastheads.train import models
+    from fastheads.train.methods import check_text
+
+    text = models.has_text(args.model)
+    with _as_options():
+        name = _model_name(args)
+        try:
+            model = models.build(name, size=args.image_size)
+        except Exception:  # what cannot be built without a network is told when its weights are loaded
+            if not text:
+                raise
+            return
+        for method, recipe in rows:
+            check_text(model, method, recipe.context_weight)
+        if text and args.fixed_head:
+            raise InputError(f"--fixed-head: {args.model} classifies by text, and has no linear head")
+        for method, recipe in rows:
+            config = method.config_for(model, **recipe.adapter)
+            if config is not None:
+                explain(model, config)
+
+
+def transforms_of(model: nn.Module) -> Any:
+    """(training, evaluation) transforms of the model's own."""
+    from fastheads.train import models
+
+    with _as_options():
+        return models.transforms(model)
+
+
+def load_adapter_of(model: nn.Module, args: argparse.Namespace) -> None:
+    from fastheads.adapters import AnotherBaseError, load_adapter
+
+    try:
+        load_adapter(model, args.adapter, check_base=not args.any_base)
+    except AnotherBaseError as e:
+        raise InputError(f"--adapter: {e.what}; --any-base takes it all the same") from e
+
+
+def classes_of(args: argparse.Namespace, otherwise: int) -> int:
+    """Of how many classes the linear head is that lies with `--adapter`, if there is one."""
+    from fastheads.adapters import read_adapter
+
+    if args.adapter is None:
+        return otherwise
+    about, tensors = read_adapter(args.adapter)
+    heads = [len(tensors[name]) for name in about["modules_to_save"] if tensors[name].dim() == 2]
+    return heads[0] if heads else otherwise
+
+
+def prompts_of(args: argparse.Namespace) -> tuple[str, ...]:
+    from fastheads.losses.context import fill
+    from fastheads.train import models
+
+    if args.prompt and not models.has_text(args.model):
+        raise InputError(f"--prompt: {args.model} classifies by a linear head, and has no text tower to be prompted")
+    for prompt in args.prompt or ():
+        try:
+            fill(prompt, "class")
+        except ValueError as e:
+            raise InputError(f"--prompt: {str(e).removeprefix('templates: ')}") from e
+    return tuple(args.prompt or ("a photo of a {}.",))
+
+
+def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
+    """The numbers of a training run of `method`. Raises InputError where it can't be run by them."""
+    from fastheads.train.recipe import Recipe, check_run
+
+    lr = args.lr if args.lr is not None else 1e-5 if method.trains == "encoder" else 2e-4
+    context = float(method.context) if args.context_weight is None else args.context_weight
+    same = (
+        *("steps", "per_domain", "gate_lr", "weight_decay", "mmd_weight", "mmd_kernel", "mmd_features", "mmd_to"),
+        *("mmd_layers", "targets", "rank", "gate", "shared", "sequential", "evaluate_every", "save_every"),
+        *("batch_size", "workers", "checkpointing", "fixed_head", "wise_ft"),
+    )
+    try:
+        recipe = Recipe(
+            lr=lr,
+            context_weight=context,
+            cache=args.cache_images,
+            recompute=args.recompute if method.trains == "adapter" else 0,
+            **{name: getattr(args, name) for name in same},
+        )
+        check_run(method, recipe, args.precision)
+    except ValueError as e:
+        raise data.as_options(e, *same, "precision") from e
+    return recipe
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What runs are on: a model, images, and the problem of holding out a target, by (target, seed)."""
+
+    model: nn.Module
+    folders: DomainFolders
+    problem_of: Callable[[str, int], Problem]
+    targets: Sequence[str]
+    about: dict[str, Any]
+
+
+def set_up(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> Setting:
+    """Loads the model and lists the images; what is wrong with either, or for a method, in words.
+
+    `about` has `run_experiment`'s title, base_name, dataset_name, precision.
+    """
+    from fastheads.train.evaluation import make_problem
+    from fastheads.train.progress import phase
+
+    targets, domains = data.targets_of(args)
+    prompts = prompts_of(args)
+    _check_towers(args, rows)
+    folders = data.images_of(args, domains)
+    data.check_sources(args, folders, targets)
+    with phase(f"loading {args.model}"):
+        model, tokenizer = load_model(args, len(folders.classes))
+        transforms = transforms_of(model)
+    problem_of = lambda target, seed: make_problem(  # noqa: E731
+        model,
+        tokenizer,
+        folders,
+        target,
+        transforms,
+        prompts=prompts,
+        with_contexts=any(recipe.context_weight for _, recipe in rows),
+        seed=seed,
+        sources=args.sources,
+        split_by=args.split_by,
+    )
+    name = args.data.absolute().name
+    about = {
+        "title": f"{args.model} on {name}",
+        "base_name": f"{args.model} {args.pretrained}".strip(),
+        "dataset_name": name,
+        "precision": args.precision,
+    }
+    return Setting(model, folders, problem_of, targets, about)
+
+
+def experiment(
+    setting: Setting,
+    bars: Bars,
+    methods: Sequence[Method],
+    recipes: Callable[[str, str], Recipe],
+    **options: Any,
+) -> dict[str, Any]:
+    """`run_experiment` on a setting, of every method; `options`: the others of its arguments."""
+    from fastheads.train.data.images import UnreadableImageError
+    from fastheads.train.experiment import is_main_process, run_experiment
+
+    try:
+        return run_experiment(
+            setting.model,
+            setting.problem_of,
+            setting.folders,
+            methods=methods,
+            recipes=recipes,
+            watch=bars.watch if is_main_process() else None,
+            **setting.about,
+            **options,
+        )
+    except UnreadableImageError as e:
+        raise InputError(f"{e}; once it can be read, the same command goes on from the last saved state") from e
