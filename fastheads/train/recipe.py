@@ -17,7 +17,7 @@ class Recipe:
     lr: of LoRA and a linear head, or of the encoder under full fine-tuning. fixed_head: the head stays as fitted.
     gate_lr: of the gates, which have no weight decay. targets: of the adapters' deltas, as in HeadConfig; None: the
     method's.
-    per_domain: images of each source domain in a step, on each process.
+    per_domain: images of each source domain in a step, over all processes.
     recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass.
     """
 
