@@ -20,7 +20,6 @@ from fastheads.train.data.batches import (
     Loader,
     Transform,
     evaluation_loader,
-    keep_decoded,
     training_loader,
 )
 from fastheads.train.data.domains import DomainFolders
@@ -74,8 +73,6 @@ class Problem:
 
     def training_loader(self, recipe: Recipe, *, start: int = 0, process: int = 0, processes: int = 1) -> Loader:
         """Balanced batches from step `start` on: of `processes` this one's share."""
-        if recipe.cache:
-            keep_decoded(self.folders, self.sources)
         return training_loader(
             self.folders,
             self.sources,
@@ -89,14 +86,13 @@ class Problem:
             processes=processes,
             workers=recipe.workers,
             device=self.device,
+            keep=recipe.cache,
         )
 
     def evaluation_loader(self, domain: str, part: str, recipe: Recipe) -> Loader:
         """The images of a domain in order; `part`: "training", "validation" or "all"."""
         key = (domain, part, recipe.batch_size, recipe.workers, recipe.cache)
         if key not in self.loaders:
-            if recipe.cache:
-                keep_decoded(self.folders, [domain])
             indices = {"training": self.training, "validation": self.validation, "all": {}}[part].get(domain)
             self.loaders[key] = evaluation_loader(
                 self.folders,
@@ -105,6 +101,7 @@ class Problem:
                 self.transforms[1],
                 recipe.batch_size,
                 workers=recipe.workers,
+                keep=recipe.cache,
             )
         return self.loaders[key]
 

@@ -79,6 +79,14 @@ class Images(Dataset[Item]):
             torch.default_generator.manual_seed(seed[0])
             return self.transform(image), label, domain
 
+    def keep_decoded(self) -> None:
+        """Decodes the items into `folders.decoded`, uint8 `[H, W, 3]`; workers that are forked share them."""
+        kept = self.folders.decoded
+        paths = [path for d, file in self.items if (path := self.folders.files[d][file][0]) not in kept]
+        if paths:
+            with phase("decoding images", len(paths), "images") as advance:
+                decode_all(paths, kept, advance=advance)
+
     def __getitems__(self, keys: Sequence[int | Key]) -> tuple[list[Tensor], float]:
         """A batch, and the seconds it took."""
         began = time.perf_counter()
@@ -89,10 +97,13 @@ class Images(Dataset[Item]):
 class Loader(DataLoader[Item]):
     """Batches on `device`: (images, class indices, domain indices).
 
-    A transform that has a `finish` (see `Views`) finishes whole batches, there. `rates` says who waits for whom.
+    A transform that has a `finish` (see `Views`) finishes whole batches, there. `rates` says who waits for whom. With
+    `keep` the decoded images stay in memory.
     """
 
-    def __init__(self, images: Images, workers: int, device: torch.device, **options: Any) -> None:
+    def __init__(self, images: Images, workers: int, device: torch.device, keep: bool, **options: Any) -> None:
+        if keep:
+            images.keep_decoded()
         # A generator of its own: a loader otherwise draws from the global one at each iteration.
         options |= {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available(), "collate_fn": _as_it_is}
         if workers and images.folders.decoded and "fork" in multiprocessing.get_all_start_methods():
@@ -120,14 +131,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def keep_decoded(folders: DomainFolders, domains: Sequence[str]) -> None:
-    """Decodes these domains' images into memory, once, as uint8 `[H, W, 3]`; workers that are forked share them."""
-    lacking = [path for path in folders.paths(domains) if path not in folders.decoded]
-    if lacking:
-        with phase("decoding images", len(lacking), "images") as advance:
-            decode_all(lacking, folders.decoded, advance=advance)
-
-
 def training_loader(
     folders: DomainFolders,
     sources: Sequence[str],
@@ -141,12 +144,13 @@ def training_loader(
     processes: int = 1,
     workers: int = 0,
     device: torch.device = CPU,
+    keep: bool = False,
 ) -> Loader:
     """Balanced batches of the sources: (images `[S * per_domain, 3, H, W]`, classes, domains).
 
     `train_indices` holds, per source, the file indices to draw from (the first of `split`'s two);
     `steps` is the length of the whole run, of which steps `start` to `steps - 1` come. Of `processes`, this one gets
-    its share of each batch (see `BalancedBatches`).
+    its share of each batch (see `BalancedBatches`). keep: decoded images in memory.
     """
     indices = {folders.index(name): train_indices.get(name, ()) for name in sources}
     for name in sources:
@@ -154,7 +158,7 @@ def training_loader(
             raise ValueError(f"train_indices[{name!r}]: got no image, expected at least one")
     batches = BalancedBatches(indices, per_domain, steps, seed=seed, start=start, process=process, processes=processes)
     items = [(domain, file) for domain, files in batches.indices.items() for file in files]
-    return Loader(Images(folders, items, transform), workers, device, batch_sampler=batches)
+    return Loader(Images(folders, items, transform), workers, device, keep, batch_sampler=batches)
 
 
 def evaluation_loader(
@@ -165,6 +169,7 @@ def evaluation_loader(
     batch_size: int,
     workers: int = 0,
     device: torch.device = CPU,
+    keep: bool = False,
 ) -> Loader:
     """The images of one domain in order, those at `indices` or (None) all; no batch dropped."""
     index = folders.index(domain)

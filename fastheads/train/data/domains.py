@@ -37,7 +37,7 @@ class DomainFolders:
     root: the folder, or the list, they were read from. `files[d]` holds domain d's `(file, class index)`, class by
     class: a domain index is a position in `domains`, a file index a position in `files[d]`. class_names: what prompts
     call the classes. skipped: what was passed over in reading, in words. unreadable: images left out by `without`.
-    decoded: images kept in memory (`batches.keep_decoded`).
+    decoded: images kept in memory (`Images.keep_decoded`).
     """
 
     root: Path
@@ -118,7 +118,8 @@ def read_domains(
     hidden entries, system folders (`SYSTEM`), links in a circle, and files that are no images by extension are skipped.
 
     Args:
-        root: a folder, of domains or of shards (`fastheads.train.data.shards`), or a `.csv` with the columns path, domain and class, or a `.json` with a list of such objects.
+        root: a folder of domains or of shards (`fastheads.train.data.shards`), or a `.csv` with the columns path,
+            domain and class, or a `.json` with a list of such objects.
             Paths are relative to the list's folder; whatever is listed is an image.
         class_names: a file that says what prompts call the classes (see `read_class_names`); None: the classes' own
             names, "_" as space.

@@ -1,10 +1,10 @@
 """Images in WebDataset shards, with an index that says what they are and where: `fastheads shards DATA OUT`.
 
     OUT/00000.tar, 00001.tar …   each image's own bytes, with its class (.cls) and what it is (.json), mixed
-    OUT/index.json               of each shard its size; of each image its domain, class, name, shard, place and checksum
+    OUT/index.json               of each shard its size; of each image domain, class, name, shard, place and checksum
 
-Whoever reads WebDataset streams the shards; here an image is read at its place, so that sampling stays what it is. Read,
-they are the folder they were made from: the same names in the same order, as paths whose bytes lie in a shard.
+Whoever reads WebDataset streams the shards; here an image is read at its place, so that sampling stays what it is. They
+are read as the folder they were made from: the same names in the same order, as paths whose bytes lie in a shard.
 """
 
 import io

@@ -134,13 +134,15 @@ def test_evaluation_goes_through_all_images_in_order_or_those_asked_for(folders)
 def test_decoded_images_give_the_same_batches_and_no_file_is_read_again(folders, workers):
     expected = list(loader(folders))
     evaluated = list(data.evaluation_loader(folders, "art", None, to_tensor, 4))
-    data.keep_decoded(folders, folders.domains)
+    loader(folders, keep=True)
+    data.evaluation_loader(folders, "art", None, to_tensor, 4, keep=True)
+    assert {path.parts[-3] for path in folders.decoded} == {"art", "sketch"}
     for path in folders.paths():
         path.unlink()
-    data.keep_decoded(folders, folders.domains)
     for _ in range(2):  # two runs share what was decoded
-        assert_same_batches(loader(folders, workers=workers), expected)
-    assert_same_batches(data.evaluation_loader(folders, "art", None, to_tensor, 4, workers=workers), evaluated)
+        assert_same_batches(loader(folders, keep=True, workers=workers), expected)
+    again = data.evaluation_loader(folders, "art", None, to_tensor, 4, keep=True, workers=workers)
+    assert_same_batches(again, evaluated)
 
 
 def test_a_transform_in_place_cannot_spoil_what_is_kept(folders):
@@ -149,18 +151,18 @@ def test_a_transform_in_place_cannot_spoil_what_is_kept(folders):
         image.paste(0, (0, 0, *image.size))
         return view
 
-    data.keep_decoded(folders, folders.domains)
     images = data.Images(folders, [(0, 0)], blacken)
+    images.keep_decoded()
     assert torch.equal(images[0][0], images[0][0]) and images[0][0].any()
 
 
 def test_the_memory_that_images_take_is_told_from_headers(folders, monkeypatch):
-    paths = folders.paths()
+    paths = folders.paths(["art"])
     for looked_at in (512, 3):
         monkeypatch.setattr(reading, "LOOKED_AT", looked_at)
-        assert reading.decoded_bytes(paths) == len(paths) * 20 * 16 * 3
-    data.keep_decoded(folders, folders.domains)
-    assert sum(kept.nbytes for kept in folders.decoded.values()) == len(paths) * 20 * 16 * 3
+        assert reading.decoded_bytes(paths) == 6 * 20 * 16 * 3
+    data.evaluation_loader(folders, "art", None, to_tensor, 4, keep=True)
+    assert sum(kept.nbytes for kept in folders.decoded.values()) == 6 * 20 * 16 * 3
 
 
 def test_rates_say_who_waits(folders):

@@ -10,7 +10,6 @@ import torch
 from loading import loader, noisy
 from pictures import write_image, write_set
 
-from fastheads.train.data import batches as data
 from fastheads.train.data.domains import domain_names, read_domains
 from fastheads.train.data.images import decode, look, unreadable
 from fastheads.train.data.packing import write_shards
@@ -60,9 +59,7 @@ def test_batches_do_not_depend_on_what_holds_the_images(made, tmp_path, holder, 
     if holder == "list of shards":
         write_shards(read_domains(tmp_path / "list.json"), tmp_path / "packed")
     held = read_domains({"list": tmp_path / "list.json", "list of shards": tmp_path / "packed"}.get(holder, packed))
-    if holder == "memory":
-        data.keep_decoded(held, held.domains)
-    got = list(loader(held, start=start, workers=2 if holder == "shards" else 0))
+    got = list(loader(held, start=start, workers=2 if holder == "shards" else 0, keep=holder == "memory"))
     assert len(got) == len(expected)
     for batch, other in zip(got, expected, strict=True):
         assert all(map(torch.equal, batch, other))
