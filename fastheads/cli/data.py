@@ -14,8 +14,8 @@ from fastheads.cli.arguments import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fastheads.train.data.batches import Split
     from fastheads.train.data.domains import DomainFolders, Unreadable
+    from fastheads.train.data.sampling import Split
 
 
 def as_options(error: Exception, *names: str) -> InputError:

@@ -91,7 +91,7 @@ def demo_problem(
         open_clip.get_tokenizer(MODEL),
         folders,
         target,
-        clip_transforms(size, mean, std, flip=False),  # type: ignore[arg-type]
+        clip_transforms(size, mean, std, flip=False, pillow=True),  # type: ignore[arg-type]
         prompts=(PROMPT,),
         contexts=sayings(),
         seed=seed,

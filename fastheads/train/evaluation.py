@@ -14,8 +14,16 @@ from torch.utils.data import DataLoader
 
 from fastheads.hosts.vision import answer, head_of
 from fastheads.losses.context import class_text_weights, context_text_weights, evaluating, fill
-from fastheads.train.data.batches import Images, Split, Transform, evaluation_loader, split, training_loader
+from fastheads.train.data.batches import (
+    CPU,
+    Images,
+    Loader,
+    Transform,
+    evaluation_loader,
+    training_loader,
+)
 from fastheads.train.data.domains import DomainFolders
+from fastheads.train.data.sampling import Split, split
 from fastheads.train.methods import class_logits
 from fastheads.train.progress import phase
 from fastheads.train.recipe import Recipe
@@ -39,8 +47,8 @@ class Problem:
 
     training, validation: file indices per source, an 80/20 split. classifier `[C, E]` and contexts `[T, E]` come from
     the frozen text tower, None where a linear head classifies; logit_scale is the factor itself; prompts are the
-    classifier's templates, written out; loaders keeps the evaluation loaders; images, decoded ones of every run on the
-    problem, where a recipe caches; head, what a linear head starts from, once it is fitted.
+    classifier's templates, written out; device, where batches are wanted; loaders keeps the evaluation loaders; head,
+    what a linear head starts from, once it is fitted.
     """
 
     folders: DomainFolders
@@ -54,17 +62,17 @@ class Problem:
     logit_scale: float
     prompts: tuple[str, ...] = ()
     split_by: str = "image"
-    loaders: dict[Any, DataLoader[Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
-    images: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    device: torch.device = CPU
+    loaders: dict[Any, Loader] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     head: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Problem:
-        """The same with its tensors on `device`."""
+        """The same with its tensors and its training batches on `device`."""
         classifier, contexts = (None if t is None else t.to(device) for t in (self.classifier, self.contexts))
-        return dataclasses.replace(self, classifier=classifier, contexts=contexts)
+        return dataclasses.replace(self, classifier=classifier, contexts=contexts, device=device)
 
-    def training_loader(self, recipe: Recipe, *, start: int = 0, process: int = 0) -> DataLoader[Any]:
-        """Balanced batches from step `start` on; every process draws its own."""
+    def training_loader(self, recipe: Recipe, *, start: int = 0, process: int = 0, processes: int = 1) -> Loader:
+        """Balanced batches from step `start` on: of `processes` this one's share."""
         return training_loader(
             self.folders,
             self.sources,
@@ -72,13 +80,16 @@ class Problem:
             self.transforms[0],
             recipe.per_domain,
             recipe.steps,
-            seed=recipe.seed + 1_000_003 * process,
+            seed=recipe.seed,
             start=start,
+            process=process,
+            processes=processes,
             workers=recipe.workers,
-            cache=self.images if recipe.cache else False,
+            device=self.device,
+            keep=recipe.cache,
         )
 
-    def evaluation_loader(self, domain: str, part: str, recipe: Recipe) -> DataLoader[Any]:
+    def evaluation_loader(self, domain: str, part: str, recipe: Recipe) -> Loader:
         """The images of a domain in order; `part`: "training", "validation" or "all"."""
         key = (domain, part, recipe.batch_size, recipe.workers, recipe.cache)
         if key not in self.loaders:
@@ -90,7 +101,7 @@ class Problem:
                 self.transforms[1],
                 recipe.batch_size,
                 workers=recipe.workers,
-                cache=self.images if recipe.cache else False,
+                keep=recipe.cache,
             )
         return self.loaders[key]
 

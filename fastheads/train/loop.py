@@ -168,7 +168,8 @@ def fit(
     if progress.step == 0:
         _record_gates(progress, inner)
     _train_mode(inner)
-    loader = problem.training_loader(recipe, start=progress.step, process=accelerator.process_index)
+    share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    loader = problem.training_loader(recipe, start=progress.step, **share)
     record_every = max(1, recipe.steps // 200)
     began = time.perf_counter() - progress.seconds
     for images, labels, domains in loader:
@@ -190,8 +191,9 @@ def fit(
         if step % record_every == 0 or last:
             _record(progress, inner, step, values, with_gates=step % (10 * record_every) == 0 or last)
         if report is not None:
-            rate = step * len(labels) * accelerator.num_processes / progress.seconds
-            report({"step": step, "steps": recipe.steps, "images_per_second": rate, **values})
+            rate = step * recipe.per_domain * len(problem.sources) / progress.seconds
+            rates = {name: each * accelerator.num_processes for name, each in loader.rates().items()}
+            report({"step": step, "steps": recipe.steps, "images_per_second": rate, **rates, **values})
         if step % recipe.evaluate_every == 0 or last:
             _select(progress, inner, problem, recipe)
         if step % recipe.save_every == 0 and not last:
@@ -201,7 +203,7 @@ def fit(
         tensor.data.copy_(progress.best["weights"][name])
     state.save()
     accelerator.free_memory()
-    images_seen = recipe.steps * recipe.per_domain * len(problem.sources) * accelerator.num_processes
+    images_seen = recipe.steps * recipe.per_domain * len(problem.sources)
     return {
         "selected_step": progress.best["step"],
         "validation_loss": progress.best["loss"],

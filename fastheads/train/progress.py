@@ -143,6 +143,8 @@ class Bars:
                     text += f" {label} {values[part]:.3f}"
             if "images_per_second" in values:
                 text += f" {values['images_per_second']:.0f} images/s"
+            if "loader" in values and "model" in values:
+                text += f" (loader {values['loader']:.0f}, model {values['model']:.0f})"
             with self._lock:
                 task.note, task.total = text, values["steps"]
                 task.update(values["step"])

@@ -20,7 +20,7 @@ class Recipe:
     mmd_to: what the MMD's gradient reaches: "gates", "lora" or "both"; mmd_layers: how much each layer's MMD counts.
     sequential: deltas alone in the first half of the steps, then gates alone. wise_ft: adapters are scored averaged
     with the original too, as full fine-tuning always is.
-    per_domain: images of each source domain in a step, on each process.
+    per_domain: images of each source domain in a step, over all processes.
     recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass.
     """
 

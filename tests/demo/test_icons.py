@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from fastheads.demo import drawings, fonts, icons, looks
-from fastheads.train.data.batches import split
 from fastheads.train.data.domains import read_domains
+from fastheads.train.data.sampling import split
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from fastheads.train.loop import fit, trainable
 from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe
 
-RECIPE = Recipe(steps=3, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=3, save_every=2)
+RECIPE = Recipe(steps=3, per_domain=4, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=3, save_every=2)
 
 
 @pytest.mark.slow

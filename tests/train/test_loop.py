@@ -54,12 +54,13 @@ def test_the_best_weights_on_source_validation_are_kept(base, problem, monkeypat
 
 
 def test_the_target_is_never_loaded_in_training(base, problem, monkeypatch):
-    from fastheads.train.data import batches as data
+    from fastheads.train.data import images
 
     opened = []
-    decode = data.decode
-    monkeypatch.setattr(data, "decode", lambda path: opened.append(path) or decode(path))
-    fit(base, METHODS["hap"], problem, RECIPE)
+    decode = images.decode
+    monkeypatch.setattr(images, "decode", lambda path: opened.append(path) or decode(path))
+    folders = dataclasses.replace(problem.folders, decoded={})
+    fit(base, METHODS["hap"], dataclasses.replace(problem, folders=folders, loaders={}), RECIPE)
     assert {path.parts[-3] for path in opened} == {"blue", "green"}
 
 

@@ -1,4 +1,4 @@
-"""Images of several domains: splitting, balanced batches, transforms.
+"""Batches of images of several domains: loading, transforms.
 
     folders = read_domains("data/PACS")                     # fastheads.train.data.domains
     indices = {name: split(folders, name)[0] for name in sources}
@@ -8,84 +8,41 @@ Batch t, augmentation included, is a function of (seed, t) alone, whatever the w
 sees what an uninterrupted run sees from step t on. No loader draws from torch's global generator.
 """
 
-import hashlib
-import operator
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import multiprocessing
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 try:
     from PIL import Image
     from torchvision import transforms
+    from torchvision.transforms import functional
+    from torchvision.transforms.v2.functional import resized_crop_image
 except ImportError as error:
     raise ImportError(
         f"fastheads.train.data.batches needs torchvision and Pillow ({error}): pip install fastheads[train]"
     ) from error
 
 from fastheads.train.data.domains import DomainFolders
-from fastheads.train.data.images import decode
+from fastheads.train.data.images import decode, decode_all
+from fastheads.train.data.sampling import BalancedBatches, Key, at_least
+from fastheads.train.progress import phase
 
-SPLITS = ("image", "folder")  # what `split` keeps whole
+RECENT = 32  # batches that rates are the median of
 
-Split = tuple[list[int], list[int]]  # training, validation: file indices of one domain
-Transform = Callable[[Image.Image], torch.Tensor]
-Item = tuple[torch.Tensor, int, int]  # image [3, H, W], class index, domain index
+Transform = Callable[[Image.Image], Tensor]
+Item = tuple[Tensor, int, int]  # image [3, H, W], class index, domain index
+Batch = tuple[Tensor, Tensor, Tensor]  # images [B, 3, H, W], class indices [B], domain indices [B]
 Pair = tuple[int, int]  # domain index, file index
-Key = tuple[int, int, int]  # domain index, file index, augmentation seed
-Cache = bool | dict[Pair, np.ndarray]  # whether to keep decoded images; or where
 
-
-def split(folders: DomainFolders, domain: str, *, holdout: float = 0.2, seed: int = 0, by: str = "image") -> Split:
-    """Training and validation file indices of one domain, disjoint, each in ascending order.
-
-    DomainBed's rule: a seeded shuffle whose first `int(n * holdout)` (at least one) are held out.
-    The seed is mixed with the domain's name: a split depends neither on the other domains nor on
-    which one is the target. (The shuffle is not DomainBed's, bit for bit.)
-
-    by: "image", or "folder": images that lie in one folder below their class stay on one side (pictures of one object,
-    say, that would tell the answer), whole folders are held out up to `holdout` of the images, and every class keeps
-    one. Raises ValueError where no class has two.
-    """
-    files = folders.files[folders.index(domain)]
-    count = len(files)
-    if not 0 < holdout < 1:
-        raise ValueError(f"holdout: got {holdout}, expected a fraction between 0 and 1, exclusive")
-    if count < 2:
-        raise ValueError(f"{folders.root}: {count} image(s) in domain {domain!r}, expected at least 2 to split")
-    if by not in SPLITS:
-        raise ValueError(f"by: got {by!r}; takes {' or '.join(map(repr, SPLITS))}")
-    held_out = min(max(int(count * holdout), 1), count - 1)
-    if by == "folder":
-        return _split_folders(folders, domain, held_out, operator.index(seed))
-    order = _shuffled(count, "split", operator.index(seed), domain)
-    return sorted(order[held_out:]), sorted(order[:held_out])
-
-
-def _split_folders(folders: DomainFolders, domain: str, most: int, seed: int) -> Split:
-    """Whole folders, `most` images at most, unless the first has more; every class keeps a folder."""
-    files = folders.files[folders.index(domain)]
-    groups: dict[tuple[int, str], list[int]] = {}
-    for i, (path, label) in enumerate(files):
-        alone = path.parent == folders.root / domain / folders.classes[label]
-        groups.setdefault((label, str(path if alone else path.parent)), []).append(i)
-    left = Counter(label for label, _ in groups)
-    held: list[int] = []
-    keys = list(groups)
-    for at in _shuffled(len(keys), "split", seed, domain):
-        label, members = keys[at][0], groups[keys[at]]
-        if left[label] > 1 and (not held or len(held) + len(members) <= most):
-            left[label] -= 1
-            held += members
-    if not held:
-        raise ValueError(
-            f"{folders.root}: no class of domain {domain!r} has images in two folders below it, so none can be held "
-            'out; split by "image"'
-        )
-    return sorted(set(range(len(files))) - set(held)), sorted(held)
+CPU = torch.device("cpu")
 
 
 class Images(Dataset[Item]):
@@ -94,24 +51,16 @@ class Images(Dataset[Item]):
     A position yields its item; a key (domain index, file index, augmentation seed) yields it with
     `transform` under torch's CPU generator seeded so, whose state is put back afterwards. Draws
     from `random` or numpy escape the seed. A key outside `items` is refused: no held-out image
-    slips into training. `cache` keeps decoded images as uint8 arrays, one cache per worker; a dict: in there, so that
-    others can share it.
+    slips into training. What `folders.decoded` holds is not read again.
     """
 
-    def __init__(
-        self,
-        folders: DomainFolders,
-        items: Sequence[Pair],
-        transform: Transform,
-        cache: Cache = False,
-    ) -> None:
+    def __init__(self, folders: DomainFolders, items: Sequence[Pair], transform: Transform) -> None:
         sizes = [len(files) for files in folders.files]
         for domain, file in items:
             if not (0 <= domain < len(sizes) and 0 <= file < sizes[domain]):
                 raise ValueError(f"items: got {(domain, file)}, expected indices within {sizes}")
         self.folders, self.items, self.transform = folders, tuple(items), transform
         self._members = frozenset(self.items)
-        self._cache: dict[Pair, np.ndarray] | None = cache if isinstance(cache, dict) else {} if cache else None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -120,7 +69,9 @@ class Images(Dataset[Item]):
         domain, file, *seed = key if isinstance(key, tuple) else self.items[key]
         if seed and (domain, file) not in self._members:
             raise ValueError(f"key: got {key}, whose (domain, file) is not among the items")
-        image, label = self._image(domain, file), self.folders.files[domain][file][1]
+        path, label = self.folders.files[domain][file]
+        kept = self.folders.decoded.get(path)
+        image = decode(path) if kept is None else Image.fromarray(kept)
         if not seed:
             return self.transform(image), label, domain
         # 11 to 27 µs an item. torch.manual_seed takes 370 and reseeds the GPUs' generators too.
@@ -128,63 +79,56 @@ class Images(Dataset[Item]):
             torch.default_generator.manual_seed(seed[0])
             return self.transform(image), label, domain
 
-    def _image(self, domain: int, file: int) -> Image.Image:
-        path = self.folders.files[domain][file][0]
-        if self._cache is None:
-            return decode(path)
-        if (domain, file) not in self._cache:
-            self._cache[domain, file] = np.asarray(decode(path))
-        return Image.fromarray(self._cache[domain, file])
+    def keep_decoded(self) -> None:
+        """Decodes the items into `folders.decoded`, uint8 `[H, W, 3]`; workers that are forked share them."""
+        kept = self.folders.decoded
+        paths = [path for d, file in self.items if (path := self.folders.files[d][file][0]) not in kept]
+        if paths:
+            with phase("decoding images", len(paths), "images") as advance:
+                decode_all(paths, kept, advance=advance)
+
+    def __getitems__(self, keys: Sequence[int | Key]) -> tuple[list[Tensor], float]:
+        """A batch, and the seconds it took."""
+        began = time.perf_counter()
+        batch = default_collate([self[key] for key in keys])
+        return batch, time.perf_counter() - began
 
 
-class BalancedBatches(Sampler[list[Key]]):
-    """One batch of keys per step: `per_domain` images of each domain, domain by domain.
+class Loader(DataLoader[Item]):
+    """Batches on `device`: (images, class indices, domain indices).
 
-    `indices` holds, per domain index, the file indices to draw from. Each domain is gone through
-    in seeded shuffles of its own, every image once before any comes again; a batch may span two
-    shuffles. Steps run from `start` to `steps - 1`.
+    A transform that has a `finish` (see `Views`) finishes whole batches, there. `rates` says who waits for whom. With
+    `keep` the decoded images stay in memory.
     """
 
-    drop_last = False  # with `batch_size`, what accelerate asks of a batch sampler
+    def __init__(self, images: Images, workers: int, device: torch.device, keep: bool, **options: Any) -> None:
+        if keep:
+            images.keep_decoded()
+        # A generator of its own: a loader otherwise draws from the global one at each iteration.
+        options |= {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available(), "collate_fn": _as_it_is}
+        if workers and images.folders.decoded and "fork" in multiprocessing.get_all_start_methods():
+            options["multiprocessing_context"] = "fork"  # which shares the decoded images, where others would copy them
+        super().__init__(images, num_workers=at_least("workers", workers, 0), **options)
+        self.device = device
+        self.finish: Callable[[Tensor], Tensor] = getattr(images.transform, "finish", _as_it_is)
+        self._loading, self._using = (deque[float](maxlen=RECENT) for _ in range(2))  # seconds per image
 
-    def __init__(
-        self,
-        indices: Mapping[int, Sequence[int]],
-        per_domain: int,
-        steps: int,
-        *,
-        seed: int = 0,
-        start: int = 0,
-    ) -> None:
-        self.indices = {int(d): sorted({int(i) for i in indices[d]}) for d in sorted(indices)}
-        sizes = [len(files) for files in self.indices.values()]
-        if not sizes or not min(sizes):
-            raise ValueError(f"indices: got {sizes} images by domain, expected one or more of each")
-        self.per_domain = _at_least("per_domain", per_domain, 1)
-        self.start = _at_least("start", start, 0)
-        self.steps = _at_least("steps", steps, max(start, 1))
-        self.seed = operator.index(seed)
-        self.batch_size = self.per_domain * len(self.indices)
-        self._orders: dict[int, tuple[int, list[int]]] = {}
+    def __iter__(self) -> Any:
+        for (images, labels, domains), seconds in super().__iter__():
+            self._loading.append(seconds / len(labels) / max(1, self.num_workers))
+            images, labels, domains = (t.to(self.device, non_blocking=True) for t in (images, labels, domains))
+            began = time.perf_counter()
+            yield self.finish(images), labels, domains
+            self._using.append((time.perf_counter() - began) / len(labels))
 
-    def __len__(self) -> int:
-        return self.steps - self.start
+    def rates(self) -> dict[str, float]:
+        """Images per second that this process's workers can bring, and that what it does with them can take."""
+        each = {"loader": self._loading, "model": self._using}
+        return {name: 1 / max(statistics.median(seconds), 1e-9) for name, seconds in each.items() if seconds}
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        return map(self.batch, range(self.start, self.steps))
 
-    def batch(self, step: int) -> list[Key]:
-        """The keys of one step: a function of the seed and the step alone."""
-        keys = []
-        for domain, files in self.indices.items():
-            for drawn in range(step * self.per_domain, (step + 1) * self.per_domain):
-                epoch, place = divmod(drawn, len(files))
-                if self._orders.get(domain, (-1,))[0] != epoch:
-                    order = _shuffled(len(files), "epoch", self.seed, domain, epoch)
-                    self._orders[domain] = epoch, order
-                file = files[self._orders[domain][1][place]]
-                keys.append((domain, file, _mixed("augment", self.seed, domain, drawn)))
-        return keys
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def training_loader(
@@ -196,21 +140,25 @@ def training_loader(
     steps: int,
     seed: int = 0,
     start: int = 0,
+    process: int = 0,
+    processes: int = 1,
     workers: int = 0,
-    cache: Cache = False,
-) -> DataLoader[Item]:
+    device: torch.device = CPU,
+    keep: bool = False,
+) -> Loader:
     """Balanced batches of the sources: (images `[S * per_domain, 3, H, W]`, classes, domains).
 
     `train_indices` holds, per source, the file indices to draw from (the first of `split`'s two);
-    `steps` is the length of the whole run, of which steps `start` to `steps - 1` come.
+    `steps` is the length of the whole run, of which steps `start` to `steps - 1` come. Of `processes`, this one gets
+    its share of each batch (see `BalancedBatches`). keep: decoded images in memory.
     """
     indices = {folders.index(name): train_indices.get(name, ()) for name in sources}
     for name in sources:
         if not len(train_indices.get(name, ())):
             raise ValueError(f"train_indices[{name!r}]: got no image, expected at least one")
-    batches = BalancedBatches(indices, per_domain, steps, seed=seed, start=start)
+    batches = BalancedBatches(indices, per_domain, steps, seed=seed, start=start, process=process, processes=processes)
     items = [(domain, file) for domain, files in batches.indices.items() for file in files]
-    return _loader(Images(folders, items, transform, cache), workers, batch_sampler=batches)
+    return Loader(Images(folders, items, transform), workers, device, keep, batch_sampler=batches)
 
 
 def evaluation_loader(
@@ -220,16 +168,57 @@ def evaluation_loader(
     transform: Transform,
     batch_size: int,
     workers: int = 0,
-    cache: Cache = False,
-) -> DataLoader[Item]:
+    device: torch.device = CPU,
+    keep: bool = False,
+) -> Loader:
     """The images of one domain in order, those at `indices` or (None) all; no batch dropped."""
     index = folders.index(domain)
     files = range(len(folders.files[index])) if indices is None else indices
     if not len(files):
         raise ValueError(f"indices: got no image of {domain!r}, expected at least one, or None")
-    images = Images(folders, [(index, file) for file in files], transform, cache)
-    # Workers stay for the next iteration when they hold a cache, which dies with them.
-    return _loader(images, workers, batch_size=batch_size, persistent_workers=cache is not False and workers > 0)
+    return Loader(Images(folders, [(index, file) for file in files], transform), workers, device, batch_size=batch_size)
+
+
+class Views:
+    """Random views of an RGB image for training: uint8 `[3, size, size]`; `finish` makes float32 batches of them.
+
+    A part of `scale` of the area, of a ratio of sides from 3:4 to 4:3, resized; with `flip` every second one mirrored.
+    Resized by torchvision's uint8 kernels, in half the time of Pillow's and within 2 of its 255 levels, or with
+    `pillow` by that.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        flip: bool,
+        scale: tuple[float, float],
+        interpolation: str,
+        pillow: bool,
+    ) -> None:
+        self.size, self.mean, self.std, self.flip, self.scale, self.pillow = size, mean, std, flip, scale, pillow
+        self.mode = transforms.InterpolationMode(interpolation)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        crop = transforms.RandomResizedCrop.get_params(image, list(self.scale), [3 / 4, 4 / 3])
+        size = [self.size, self.size]
+        if self.pillow:
+            view = functional.pil_to_tensor(functional.resized_crop(image, *crop, size, self.mode))
+        else:
+            view = resized_crop_image(functional.pil_to_tensor(image), *crop, size, self.mode)
+        return view.flip(-1) if self.flip and torch.rand(1) < 0.5 else view
+
+    def finish(self, views: Tensor) -> Tensor:
+        """`[B, 3, size, size]`, normalised, where they are."""
+        mean, std = _constants(tuple(self.mean), tuple(self.std), views.device)
+        return views.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.lru_cache
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor((mean, std), device=device)[..., None, None]
 
 
 def clip_transforms(
@@ -241,11 +230,11 @@ def clip_transforms(
     scale: tuple[float, float] = (0.7, 1.0),
     interpolation: str = "bicubic",
     evaluation: Transform | None = None,
-) -> tuple[Transform, Transform]:
-    """(training, evaluation) transforms: RGB image → float32 `[3, image_size, image_size]`.
-
-    Training crops a random part of `scale` of the area and, with `flip` (not for digits or
-    letters), mirrors every second image; evaluation is CLIP's (shorter side to size, centre crop) unless given.
+    pillow: bool = False,
+) -> tuple[Views, Transform]:
+    """Training `Views`, which crop a random part of `scale` of the area and, with `flip` (not for digits or letters),
+    mirror every second image; and the evaluation transform, RGB image → float32 `[3, image_size, image_size]`: CLIP's
+    (shorter side to size, centre crop) unless given.
     """
     size = image_size if isinstance(image_size, int) else image_size[0]
     if size < 1 or image_size not in (size, (size, size), [size, size]):
@@ -255,32 +244,7 @@ def clip_transforms(
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale: got {scale}, expected (low, high) with 0 < low <= high <= 1")
     mode = transforms.InterpolationMode(interpolation)
-    crop = transforms.RandomResizedCrop(size, scale=scale, interpolation=mode)
-    train = [crop, transforms.RandomHorizontalFlip()] if flip else [crop]
+    views = Views(size, mean, std, flip=flip, scale=scale, interpolation=interpolation, pillow=pillow)
     whole = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(size)]
     end = [transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return transforms.Compose(train + end), evaluation or transforms.Compose(whole + end)
-
-
-def _loader(images: Images, workers: int, **options: Any) -> DataLoader[Item]:
-    # A generator of its own: a loader otherwise draws from the global one at each iteration.
-    options |= {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
-    return DataLoader(images, num_workers=_at_least("workers", workers, 0), **options)
-
-
-def _mixed(*parts: int | str) -> int:
-    """A 64 bit seed from numbers and names; the same in every process, version and machine."""
-    text = "/".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _shuffled(count: int, *parts: int | str) -> list[int]:
-    # RandomState: numpy promises that its streams never change, which its Generator's may.
-    state = np.random.RandomState(np.random.MT19937(_mixed(*parts)))
-    return list(map(int, state.permutation(count)))
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if operator.index(value) < least:
-        raise ValueError(f"{name}: got {value}, expected an integer of at least {least}")
-    return operator.index(value)
+    return views, evaluation or transforms.Compose(whole + end)

@@ -1,4 +1,4 @@
-"""What images there are: domains, classes and files, read from folders laid out as DomainBed's or from a list.
+"""What images there are: domains, classes and files, read from folders laid out as DomainBed's, a list or shards.
 
     folders = read_domains("data/PACS")      # root/<domain>/<class>/<image>, images at any depth below the class
     folders = read_domains("data/pacs.csv")  # path,domain,class (or the same as JSON)
@@ -10,13 +10,14 @@ import dataclasses
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fastheads.train.data.lists import SUFFIXES, Found, read_class_names, read_list
+from fastheads.train.data.lists import SUFFIXES, read_class_names, read_list
+from fastheads.train.data.shards import is_shards, read_shards
 
 # torchvision's ImageFolder reads these, but for .gif.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -36,6 +37,7 @@ class DomainFolders:
     root: the folder, or the list, they were read from. `files[d]` holds domain d's `(file, class index)`, class by
     class: a domain index is a position in `domains`, a file index a position in `files[d]`. class_names: what prompts
     call the classes. skipped: what was passed over in reading, in words. unreadable: images left out by `without`.
+    decoded: images kept in memory (`Images.keep_decoded`).
     """
 
     root: Path
@@ -45,6 +47,7 @@ class DomainFolders:
     class_names: tuple[str, ...]
     skipped: str = dataclasses.field(default="", compare=False)
     unreadable: tuple[Unreadable, ...] = ()
+    decoded: dict[Path, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def counts(self) -> list[list[int]]:
         """Number of images, `[domain][class]`."""
@@ -99,7 +102,7 @@ class DomainFolders:
 def domain_names(root: str | Path) -> list[str]:
     """The domains of a folder or list, sorted, without a look at the images. Raises as `read_domains`."""
     root = _existing(root)
-    return sorted(_folders(root, _Skipped(root)) if root.is_dir() else read_list(root))
+    return sorted(_listed(root) or _folders(root, _Skipped(root)))
 
 
 def read_domains(
@@ -115,7 +118,8 @@ def read_domains(
     hidden entries, system folders (`SYSTEM`), links in a circle, and files that are no images by extension are skipped.
 
     Args:
-        root: a folder, or a `.csv` with the columns path, domain and class, or a `.json` with a list of such objects.
+        root: a folder of domains or of shards (`fastheads.train.data.shards`), or a `.csv` with the columns path,
+            domain and class, or a `.json` with a list of such objects.
             Paths are relative to the list's folder; whatever is listed is an image.
         class_names: a file that says what prompts call the classes (see `read_class_names`); None: the classes' own
             names, "_" as space.
@@ -128,9 +132,9 @@ def read_domains(
     """
     root = _existing(root)
     skipped = _Skipped(root)
-    found: Found = {}
-    listed = {} if root.is_dir() else read_list(root)
-    names = sorted(_folders(root, skipped) if root.is_dir() else listed)
+    found: dict[str, Mapping[str, Sequence[Path | str]]] = {}
+    listed = _listed(root)
+    names = sorted(listed or _folders(root, skipped))
     unknown = [name for name in domains or () if name not in names]
     if unknown:
         raise ValueError(f"domains: got {unknown}, not in {root}, expected some of {names}")
@@ -147,7 +151,11 @@ def read_domains(
     if unwritable:
         raise ValueError(f"{root}: the name {_shown(unwritable[0])!r} is not UTF-8; takes names that are")
     files = tuple(
-        tuple((Path(path), i) for i, label in enumerate(classes) for path in found[name].get(label, ()))
+        tuple(
+            (Path(path) if isinstance(path, str) else path, i)
+            for i, label in enumerate(classes)
+            for path in found[name].get(label, ())
+        )
         for name in names
     )
     called = tuple(label.replace("_", " ") for label in classes)
@@ -156,6 +164,13 @@ def read_domains(
     folders = DomainFolders(root, tuple(names), tuple(classes), files, called, str(skipped))
     _check_complete(folders)
     return folders
+
+
+def _listed(root: Path) -> Mapping[str, Mapping[str, Sequence[Path | str]]]:
+    """What a list or an index names, by domain and class; nothing where `root` is a folder of domains."""
+    if not root.is_dir():
+        return read_list(root)
+    return read_shards(root) if is_shards(root) else {}
 
 
 def _existing(root: str | Path) -> Path:

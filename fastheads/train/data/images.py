@@ -1,10 +1,11 @@
 """Files as images: decoding one, and finding those among many that cannot be decoded."""
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,9 @@ except ImportError as error:
 # The last bytes of a whole file, by Pillow's name of its format.
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 CHUNK = 64  # images looked at between two reports
+LOOKED_AT = 512  # images whose headers tell how large all are
+
+Result = TypeVar("Result")
 
 
 class UnreadableImageError(ValueError):
@@ -33,13 +37,17 @@ def decode(path: Path) -> Image.Image:
     Unlike there, 16 bit grey keeps its high byte: Pillow clips it at 255, which is nearly white.
     """
     try:
-        with Image.open(path) as file:
-            image: Image.Image = file
+        with path.open("rb") as file:
+            image: Image.Image = Image.open(file)
             _check_mode(image)
             if image.mode == "I" or image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             # By way of RGBA: the same pixels, without Pillow's warning on transparent palettes.
-            return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+            image = image.convert("RGBA") if image.mode == "P" else image
+            if image.mode != "RGB":
+                return image.convert("RGB")
+            image.load()
+            return image
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, and more
         raise UnreadableImageError(unreadable_message(path, _reason(path, error))) from error
 
@@ -50,7 +58,7 @@ def look(path: Path) -> None:
     One without the usual end is decoded, to be sure. An error in the middle stays unseen.
     """
     try:
-        with open(path, "rb") as file, Image.open(file) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             _check_mode(image)
             whole = _ends_well(file, image.format or "")
     except Exception as error:
@@ -79,16 +87,42 @@ def unreadable(
                 found.append((path, _reason(path, error.__cause__ or error)))
         return found
 
+    return [each for found in _in_threads(failures, paths, advance) for each in found]
+
+
+def decoded_bytes(paths: Sequence[Path]) -> int:
+    """About how much memory the images take as decoded pixels: by the headers of up to `LOOKED_AT` of them."""
+    sizes = []
+    for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
+        with path.open("rb") as file, Image.open(file) as image:
+            sizes.append(3 * image.width * image.height)
+    return len(paths) * sum(sizes) // max(1, len(sizes))
+
+
+def decode_all(
+    paths: Sequence[Path], kept: dict[Path, np.ndarray], *, advance: Callable[[int], None] = lambda count: None
+) -> None:
+    """Decodes into `kept`, as uint8 `[H, W, 3]`; in threads. advance: as for `unreadable`."""
+
+    def pixels(chunk: Sequence[Path]) -> list[np.ndarray]:
+        return [np.array(decode(path)) for path in chunk]
+
+    kept.update(zip(paths, itertools.chain.from_iterable(_in_threads(pixels, paths, advance)), strict=True))
+
+
+def _in_threads(
+    work: Callable[[Sequence[Path]], Result], paths: Sequence[Path], advance: Callable[[int], None]
+) -> Iterator[Result]:
+    """`work` on chunks of `paths`, its results in their order."""
     Image.init()  # Pillow loads its plugins at the first need, which two threads must not do at once
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    pool, found = ThreadPoolExecutor(), []
+    pool = ThreadPoolExecutor()
     try:
-        for chunk, failed in zip(chunks, pool.map(failures, chunks), strict=True):
-            found += failed
+        for chunk, result in zip(chunks, pool.map(work, chunks), strict=True):
+            yield result
             advance(len(chunk))
     finally:
         pool.shutdown(cancel_futures=True)
-    return found
 
 
 def unreadable_message(path: Path, reason: str) -> str:
@@ -105,7 +139,7 @@ def _ends_well(file: BinaryIO, kind: str) -> bool:
     """Whether the file ends as a whole one does; True where its format doesn't tell."""
     if kind == "WEBP":
         file.seek(4)
-        return int.from_bytes(file.read(4), "little") + 8 <= os.fstat(file.fileno()).st_size
+        return int.from_bytes(file.read(4), "little") + 8 <= file.seek(0, os.SEEK_END)
     end = ENDS.get(kind, b"")
     file.seek(-len(end), os.SEEK_END)
     return file.read() == end
@@ -116,5 +150,6 @@ def _reason(path: Path, error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnidentifiedImageError):
-        return "no image format that Pillow knows" if path.stat().st_size else "the file is empty"
+        with path.open("rb") as file:
+            return "no image format that Pillow knows" if file.read(1) else "the file is empty"
     return " ".join(str(error).split()) or type(error).__name__

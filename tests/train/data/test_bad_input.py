@@ -8,6 +8,7 @@ from loading import MEAN, STD, loader, to_tensor
 from pictures import CLASSES, DOMAINS
 
 from fastheads.train.data import batches as data
+from fastheads.train.data import sampling
 from fastheads.train.data.domains import read_domains
 
 
@@ -37,16 +38,16 @@ def one_image_each(root):
 
 BAD = {
     "split of an unknown domain": (
-        *(lambda r: data.split(read_domains(r), "arts"), ValueError),
+        *(lambda r: sampling.split(read_domains(r), "arts"), ValueError),
         "/set: no domain 'arts', expected one of ('art', 'photo', 'sketch')",
     ),
     "split of one image": (
-        *(lambda r: data.split(read_domains(one_image_each(r)), "art"), ValueError),
+        *(lambda r: sampling.split(read_domains(one_image_each(r)), "art"), ValueError),
         "/set: 1 image(s) in domain 'art', expected at least 2",
     ),
     **{
         f"holdout {value}": (
-            *(lambda r, v=value: data.split(read_domains(r), "art", holdout=v), ValueError),
+            *(lambda r, v=value: sampling.split(read_domains(r), "art", holdout=v), ValueError),
             f"holdout: got {value}, expected",
         )
         for value in (0, 1, -0.1, 1.5, float("nan"))
@@ -61,8 +62,16 @@ BAD = {
     ),
     "no source": (*(lambda r: training(r, sources=()), ValueError), "indices: got [] images"),
     "no image of a domain": (
-        *(lambda r: data.BalancedBatches({0: [1], 1: []}, 1, 1), ValueError),
+        *(lambda r: sampling.BalancedBatches({0: [1], 1: []}, 1, 1), ValueError),
         "indices: got [1, 0] images by domain, expected",
+    ),
+    "more processes than images": (
+        *(lambda r: training(r, per_domain=3, processes=4), ValueError),
+        "per_domain: got 3 for 4 processes, expected an image for each of them or more",
+    ),
+    "process 2 of 2": (
+        *(lambda r: training(r, process=2, processes=2), ValueError),
+        "process: got 2 of 2 processes, expected one below their number",
     ),
     "unknown source": (
         *(lambda r: training(r, sources=("x",), indices={"x": [0]}), ValueError),

@@ -1,16 +1,17 @@
-"""fastheads.train.data.batches: the split, balanced batches that resume, evaluation, the cache."""
+"""fastheads.train.data.batches: batches that resume, evaluation, decoded images kept."""
 
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from loading import loader, noisy, to_tensor
-from pictures import BROKEN, write_image
+from pictures import BROKEN
 from PIL import Image
 
 from fastheads.train.data import batches as data
-from fastheads.train.data.domains import read_domains
+from fastheads.train.data import images as reading
 
 
 def assert_same_batches(got, expected):
@@ -19,85 +20,6 @@ def assert_same_batches(got, expected):
     for batch, other in zip(got, expected, strict=True):
         for value, reference in zip(batch, other, strict=True):
             assert torch.equal(value, reference)
-
-
-# --- the split ----------------------------------------------------------------------------------
-
-
-def test_split_is_disjoint_complete_and_a_fifth_held_out(folders):
-    for domain, held_out in (("art", 1), ("photo", 2), ("sketch", 1)):  # of 6, 10 and 4
-        train, validation = data.split(folders, domain)
-        count = len(folders.files[folders.index(domain)])
-        assert sorted(train + validation) == list(range(count))
-        assert len(validation) == held_out
-    assert len(data.split(folders, "photo", holdout=0.5)[1]) == 5
-    assert len(data.split(folders, "sketch", holdout=0.99)[0]) == 1
-
-
-def test_split_of_a_seed_never_changes(folders):
-    # Written down once: another split would put validation images into runs that resume.
-    assert data.split(folders, "photo", seed=0)[1] == [3, 6]
-    assert data.split(folders, "photo", seed=np.int64(0))[1] == [3, 6]
-    assert data.split(folders, "photo", seed=1)[1] == [2, 7]
-
-
-def test_batches_of_a_seed_never_change():
-    batch = data.BalancedBatches({0: range(4), 2: range(4)}, 2, 2, seed=5).batch(1)
-    assert [key[:2] for key in batch] == [(0, 2), (0, 0), (2, 3), (2, 1)]
-    assert batch[0][2] == 8365929630057263191
-    same = data.BalancedBatches({2: range(4), np.int64(0): range(4)}, 2, 2, seed=np.int64(5))
-    assert same.batch(1) == batch
-
-
-def test_split_does_not_depend_on_the_other_domains(root, folders):
-    alone = read_domains(root, domains=["photo", "sketch"])
-    for seed in range(5):
-        assert data.split(alone, "photo", seed=seed) == data.split(folders, "photo", seed=seed)
-
-
-def test_two_domains_of_a_size_are_split_differently(root):
-    for i in range(40):
-        write_image(root / "art" / "dog" / f"more{i}.png", size=(1, 1))
-        write_image(root / "photo" / "dog" / f"more{i}.png", size=(1, 1))
-    for i in range(4):
-        write_image(root / "art" / "cat" / f"more{i}.png", size=(1, 1))
-    folders = read_domains(root)
-    assert len(folders.files[0]) == len(folders.files[1])
-    assert data.split(folders, "art") != data.split(folders, "photo")
-
-
-@pytest.fixture
-def objects(tmp_path):
-    """Two classes; five pictures of each of four dogs, of one cat, and two cats that have no folder of their own."""
-    for domain in ("art", "photo"):
-        for at in range(4):
-            for i in range(5):
-                write_image(tmp_path / domain / "dog" / f"dog{at}" / f"{i}.png", size=(1, 1))
-        for i in range(5):
-            write_image(tmp_path / domain / "cat" / "felix" / f"{i}.png", size=(1, 1))
-        for i in range(2):
-            write_image(tmp_path / domain / "cat" / f"{i}.png", size=(1, 1))
-    return read_domains(tmp_path)
-
-
-def test_split_by_folder_keeps_folders_whole_and_every_class_in_training(objects):
-    paths = [path for path, _ in objects.files[0]]
-    seen = set()
-    for seed in range(20):
-        train, validation = data.split(objects, "art", seed=seed, by="folder")
-        assert sorted(train + validation) == list(range(27)) and 1 <= len(validation) <= 5
-        folders = [{paths[i].parent.name for i in part} - {"cat"} for part in (train, validation)]
-        assert folders[0].isdisjoint(folders[1])
-        assert {objects.files[0][i][1] for i in train} == {0, 1}
-        seen.add(tuple(validation))
-    assert len(seen) > 5
-    assert data.split(objects, "art", by="folder") == data.split(objects, "art", by="folder")
-    assert any(len({paths[i].parent.name for i in data.split(objects, "art", seed=s)[1]}) > 1 for s in range(3))
-
-
-def test_split_by_folder_needs_two_folders_of_a_class(folders):
-    with pytest.raises(ValueError, match="by: got 'class'; takes 'image' or 'folder'"):
-        data.split(folders, "art", by="class")
 
 
 # --- balanced batches ---------------------------------------------------------------------------
@@ -119,28 +41,6 @@ def test_labels_and_domains_are_those_of_the_image(folders):
     for images, labels, domains in loader(folders, transform=to_tensor):
         for image, label, domain in zip(images, labels.tolist(), domains.tolist(), strict=True):
             assert truth[image.permute(1, 2, 0).contiguous().numpy().tobytes()] == (label, domain)
-
-
-@pytest.mark.parametrize("per_domain", [1, 3, 7, 12])
-def test_every_image_comes_once_before_any_comes_again(per_domain):
-    indices = {0: [0, 2, 3, 5, 9], 2: list(range(7))}
-    keys = [k for batch in data.BalancedBatches(indices, per_domain, 35, seed=3) for k in batch]
-    for domain, files in indices.items():
-        drawn = [file for d, file, _ in keys if d == domain]
-        epochs = [drawn[i : i + len(files)] for i in range(0, len(drawn), len(files))]
-        assert all(sorted(epoch) == files for epoch in epochs)
-        if len(epochs) > 6:
-            assert len({tuple(epoch) for epoch in epochs}) > 3  # shuffled anew each time
-
-
-def test_seeds_and_domains_are_shuffled_and_augmented_apart():
-    def drawn(seed, domain):
-        batch = data.BalancedBatches({0: range(50), 1: range(50)}, 50, 1, seed=seed).batch(0)
-        return [key[1:] for key in batch if key[0] == domain]
-
-    runs = [drawn(seed, domain) for seed in (0, 1, 2**40) for domain in (0, 1)]
-    assert len({tuple(file for file, _ in run) for run in runs}) == 6
-    assert len({seed for run in runs for _, seed in run}) == 300
 
 
 def test_indices_in_any_order_give_the_same_batches(folders):
@@ -230,35 +130,53 @@ def test_evaluation_goes_through_all_images_in_order_or_those_asked_for(folders)
     assert domains.tolist() == [1, 1, 1, 1]
 
 
-def test_the_cache_gives_the_same_batches_without_reading_a_file_twice(folders, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_decoded_images_give_the_same_batches_and_no_file_is_read_again(folders, workers):
     expected = list(loader(folders))
-    read = Counter()
-    decode = data.decode
-    monkeypatch.setattr(data, "decode", lambda path: read.update([path]) or decode(path))
-    assert_same_batches(loader(folders, cache=True), expected)
-    assert set(read.values()) == {1} and len(read) == 10
-    shared = {}
-    for _ in range(2):  # two runs that share what was decoded
-        assert_same_batches(loader(folders, cache=shared), expected)
-    assert set(read.values()) == {2} and len(shared) == 10
+    evaluated = list(data.evaluation_loader(folders, "art", None, to_tensor, 4))
+    loader(folders, keep=True)
+    data.evaluation_loader(folders, "art", None, to_tensor, 4, keep=True)
+    assert {path.parts[-3] for path in folders.decoded} == {"art", "sketch"}
+    for path in folders.paths():
+        path.unlink()
+    for _ in range(2):  # two runs share what was decoded
+        assert_same_batches(loader(folders, keep=True, workers=workers), expected)
+    again = data.evaluation_loader(folders, "art", None, to_tensor, 4, keep=True, workers=workers)
+    assert_same_batches(again, evaluated)
 
 
-def test_a_transform_in_place_cannot_spoil_the_cache(folders):
+def test_a_transform_in_place_cannot_spoil_what_is_kept(folders):
     def blacken(image):
         view = to_tensor(image)
         image.paste(0, (0, 0, *image.size))
         return view
 
-    images = data.Images(folders, [(0, 0)], blacken, cache=True)
+    images = data.Images(folders, [(0, 0)], blacken)
+    images.keep_decoded()
     assert torch.equal(images[0][0], images[0][0]) and images[0][0].any()
 
 
-def test_workers_keep_their_cache_from_one_evaluation_to_the_next(folders):
-    batches = data.evaluation_loader(folders, "art", None, to_tensor, 4, workers=1, cache=True)
-    first = list(batches)
-    for path, _ in folders.files[0]:
-        path.unlink()
-    assert_same_batches(batches, first)
+def test_the_memory_that_images_take_is_told_from_headers(folders, monkeypatch):
+    paths = folders.paths(["art"])
+    for looked_at in (512, 3):
+        monkeypatch.setattr(reading, "LOOKED_AT", looked_at)
+        assert reading.decoded_bytes(paths) == 6 * 20 * 16 * 3
+    data.evaluation_loader(folders, "art", None, to_tensor, 4, keep=True)
+    assert sum(kept.nbytes for kept in folders.decoded.values()) == 6 * 20 * 16 * 3
+
+
+def test_rates_say_who_waits(folders):
+    def slow(image):
+        time.sleep(0.01)
+        return to_tensor(image)
+
+    batches = loader(folders, slow, per_domain=1)
+    assert batches.rates() == {}
+    for _ in batches:
+        time.sleep(0.1)
+    rates = batches.rates()
+    assert rates.keys() == {"loader", "model"}
+    assert rates["model"] < 2 / 0.1 < rates["loader"] < 1 / 0.01
 
 
 # --- what can't be read ----------------------------------------------------------------------

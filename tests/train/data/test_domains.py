@@ -9,8 +9,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fastheads.train.data import domains
-from fastheads.train.data.batches import split
 from fastheads.train.data.domains import domain_names, read_domains
+from fastheads.train.data.sampling import split
 
 
 def same_as_image_folder(folders):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from pictures import CLASSES, DOMAINS, write_image, write_set
 
-from fastheads.train.data.batches import split, training_loader
+from fastheads.train.data.batches import training_loader
 from fastheads.train.data.domains import domain_names, read_domains
+from fastheads.train.data.sampling import split
 
 
 @pytest.fixture(scope="module")
