@@ -1,10 +1,11 @@
 """Attention backward: dQ, dK, dV and the gate's gradient from qkv, the log-sum-exp and dO alone, for every head h.
 
-    P = exp(q kᵀ / sqrt(dh) + mask − lse)     dP = dO Vᵀ (dO not gated)      δ_i = Σ_j P_ij dP_ij     dg_h = Σ_{b,i} δ_i
+    P = exp(q kᵀ / sqrt(dh) + mask − lse)     dP = dO Vᵀ      δ_i = Σ_j P_ij dP_ij     dg_h = Σ_{b,i} δ_i
     dS = g P ∘ (dP − δ) / sqrt(dh)            dQ = dS K                      dK = dSᵀ Q               dV = g Pᵀ dO
 
-Nothing reads the output o: δ comes from a whole row of keys, so dg is right at g = 0 too. Each form is right for some
-problems (`tiles.BACKWARD`); its products, of `[N, dh]` and `[dh, N]`, are what it costs:
+dO is the gradient of the gated output, not multiplied by g. δ_i is the mean of row i of dP under P: in code b_mean and
+p_mean, for delta is LoRA's. Nothing reads the output o: δ comes from a whole row of keys, so dg is right at g = 0 too.
+Each form is right for some problems (`tiles.BACKWARD`); its products, of `[N, dh]` and `[dh, N]`, are what it costs:
 
     at once   all keys on chip, with their dK and dV; queries go by: S, dP, dQ, dK, dV                           5
     apart     δ and dQ (S, dP; again, and dQ), then dK and dV (S, dP, dK, dV), in one launch or two              9
@@ -72,9 +73,9 @@ def gate_of(x, HEAD: tl.constexpr):
 def load_lse(p_lse, o_m, rows):
     """lse in base 2. Rows that see nothing, and rows that aren't there, get +inf: their P is 0, never NaN. So do rows
     that see only keys masked by a huge number, where float32's numbers are 1 or more apart: at −1e9 exp(S − lse) is
-    anything from 0 to infinity."""
+    anything from 0 to infinity. They pass no gradient, though the forward gave them an output."""
     b_lse = tl.load(p_lse + o_m, mask=o_m < rows, other=float("inf")) * heads.LOG2E
-    return tl.where(b_lse < -1.2e7, float("inf"), b_lse)  # -1 / float32's epsilon
+    return tl.where(b_lse < -1.2e7, float("inf"), b_lse)  # -1 / float32's epsilon, in base 2
 
 
 @triton.jit

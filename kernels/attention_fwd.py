@@ -1,5 +1,5 @@
-"""Attention forward: every head's deltas, softmax and gate in one pass over q, k, v, which are read where the
-projection's product left them, `[B, N, 3E]`.
+"""Attention forward: every head's deltas, softmax and gate in one kernel; q, k and v are read where the projection's
+product left them, `[B, N, 3E]`.
 
     q_h = q0_h + s·T_h B_hᵀ, the same for k and v where they have a delta;      T_h = x A_hᵀ
     o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h                         lse_h = log Σ exp(…)
@@ -25,7 +25,8 @@ from fastheads.kernels.launch import architecture, check_contiguous, launch, on_
 from fastheads.kernels.low_rank import LowRank, given
 from fastheads.kernels.tiles import FORWARD, Row, Tiles, cdiv, row_for
 
-# p_cls: `[B, H, 1 | blocks of queries, dh]`; which token: that of every image, or of each (p_tokens `[B]`).
+# p_cls: `[B, H, 1 | blocks of queries, dh]`; not gated. token: the pooled one of every image, or
+# the first of a mean; where p_tokens `[B]` is given each image has its own.
 Pool = namedtuple("Pool", "p_cls p_tokens token")
 OutOfHead = namedtuple("OutOfHead", "o p_lse gate p_cls token")
 
@@ -97,7 +98,8 @@ def softmax_of_none(ROWS: tl.constexpr, b_up, HEAD: tl.constexpr):
 def softmax_store(
     state, b_up, out, start, rows, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, POOL: tl.constexpr
 ):
-    """o / l, and (P T_v / l) (s·B_v)ᵀ where v has a delta: the pooled token as it is; all of it gated, rounded once."""
+    """o / l, and (P T_v / l) (s·B_v)ᵀ where v has a delta. The pooled token un-gated, in float32; all gated, then
+    rounded once."""
     b_max, b_sum, b_acc = state
     o_m = start + tl.arange(0, ROWS)
     m_m = o_m < rows
@@ -185,8 +187,8 @@ def attention_fwd_kernel(
             b_ks = b_ks + (b_k,)
             b_vs = b_vs + (b_v,)
         full = rows - rows % TILES.block_m if TILES.tail > 0 else rows
-        # Full blocks, then the tail: a loop too, of one round, for outside of one keys and values would leave shared
-        # memory for registers.
+        # Full blocks, then the tail, in a loop of one round: outside of a loop the compiler moves keys and values from
+        # shared memory to registers.
         bounds = (0, full, rows)
         ROWS: tl.constexpr = (TILES.block_m, TILES.tail)
         for t in tl.static_range(2 if TILES.tail > 0 else 1):
@@ -199,17 +201,17 @@ def attention_fwd_kernel(
         o_m = i_m * TILES.block_m + tl.arange(0, TILES.block_m)
         b_q = load_queries(q, b_up, o_m, rows, HEAD, LOW)
         state = softmax_of_none(TILES.block_m, b_up[2], HEAD)
-        last, full = rows, rows // TILES.block_n * TILES.block_n
+        last, full_keys = rows, rows // TILES.block_n * TILES.block_n
         if CAUSAL:
             last = tl.minimum(rows, (i_m + 1) * TILES.block_m)
-            full = i_m * TILES.block_m // TILES.block_n * TILES.block_n
+            full_keys = i_m * TILES.block_m // TILES.block_n * TILES.block_n
         # Full blocks of keys, of which nothing is masked but by the mask given; then those at the edge.
-        bounds = (0, full, last)
-        for EDGE in tl.static_range(2):
-            for start in range(bounds[EDGE], bounds[EDGE + 1], TILES.block_n):
+        bounds = (0, full_keys, last)
+        for edge in tl.static_range(2):
+            for start in range(bounds[edge], bounds[edge + 1], TILES.block_n):
                 o_n = start + tl.arange(0, TILES.block_n)
                 b_k, b_v = load_keys(k, v, b_up, o_n, rows, HEAD, LOW)
-                state = softmax_step(state, b_q, b_k, b_v, o_m, o_n, rows, b_mask, EDGE, CAUSAL and EDGE, HEAD)
+                state = softmax_step(state, b_q, b_k, b_v, o_m, o_n, rows, b_mask, edge, CAUSAL and edge, HEAD)
         softmax_store(state, b_up[2], out, i_m * TILES.block_m, rows, TILES.block_m, TILES, HEAD, POOL)
 
 

@@ -19,7 +19,7 @@ Matrix = namedtuple("Matrix", "p stride_m stride_n")
 
 
 def padded_rank(columns: int) -> int:
-    """The rows that A takes below the weights: its own, up to a multiple of 16. Triton loads a row of `[B, N, 3D + R]`
+    """The rows that A takes below the weights: its own, up to a multiple of 16. Triton loads a row of `[B, N, 3E + R]`
     16 bytes at a time only where it knows its length for a multiple of 16 elements."""
     return up_to_16(columns)
 
@@ -75,11 +75,11 @@ def fold_kernel(
                 p_ar = p_a + i_r * rank * D + o_n
                 p_br = p_b + ((i_t * HEADS + i_h) * DIM + o_d) * rank
                 b_d = tl.zeros([BM, BN], tl.float32)
-                # a rank of 2 to 64 would be padding in tl.dot, and this is exact float32 on every chip
+                # small ranks would be padded to 16 in tl.dot, and this is exact float32 on every chip
                 for r in range(rank):
                     b_a = tl.load(p_ar + r * D, mask=m_n, other=0.0)
-                    b_b = tl.load(p_br + r, mask=o_d < DIM, other=0.0)
-                    b_d += b_b[:, None] * b_a[None, :]
+                    b_up = tl.load(p_br + r, mask=o_d < DIM, other=0.0)
+                    b_d += b_up[:, None] * b_a[None, :]
                 b_w += scale * b_d
         store_block(p_out, p_out_bias, p_b_in, b_w, o_m, o_n, m_w, 0, (o_d < DIM) & (i_n == 0), D)
     elif i_o < 0:

@@ -4,7 +4,8 @@ Names say what a thing is: p_ a pointer, o_ offsets, m_ a mask, b_ a tile or wha
 keys, o_r either. A head's rows are tuples of tiles `[R, P]`, in pieces along head_dim: 80 columns are 64 and 16, not
 128. What is not there is None in a launch and () on chip, whose type is known when a kernel is compiled.
 
-q, k and v are parts 0, 1 and 2. Side by side in a row, part p of head h is the head p·H + h of 3·H.
+In shapes T counts targets and B images. q, k and v are parts 0, 1 and 2. Side by side in a row, part p of head h is the
+head p·H + h of 3·H.
 
 A delta, `y += s·T Bᵀ` with `T = x Aᵀ`, goes by these names:
 
@@ -112,7 +113,7 @@ def program(blocks, HEAD: tl.constexpr):
 
 @triton.jit
 def rows_of_head(x, b, h, HEAD: tl.constexpr):
-    """Head h of x's own, which may be 3·H."""
+    """Rows of head h of x: of H heads, or of 3·H where x is qkv; h = 0 begins at x's first column."""
     return RowsOfHead(x.p + b * x.stride_b + h * HEAD.dim, x.stride_n, ())
 
 
@@ -181,11 +182,11 @@ def theta_gradient(b_dg, p_gate, h, HEAD: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_x, o_r, stride, rows, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, EDGE: tl.constexpr):
-    """Columns first … first + WIDTH - 1 of rows o_r, `[R, WIDTH]`; zero past `rows` and (EDGE: some are) COLUMNS."""
+def load_tile(p_x, o_r, stride, rows, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, RAGGED: tl.constexpr):
+    """Columns first … first + WIDTH - 1 of rows o_r, `[R, WIDTH]`; zero past `rows` and (RAGGED: some are) COLUMNS."""
     o_c = first + tl.arange(0, WIDTH)
     m_x = (o_r < rows)[:, None]
-    if EDGE:
+    if RAGGED:
         m_x = m_x & (o_c < COLUMNS)[None, :]
     return tl.load(p_x + o_r.to(tl.int64)[:, None] * stride + o_c[None, :], mask=m_x, other=0.0)
 
@@ -239,7 +240,7 @@ def load_part(x, o_r, rows, HEAD: tl.constexpr, LOW: tl.constexpr):
 
     For gradients that will do. The sum loses what is under half a unit of y0, which in the forward pass is the whole
     effect of a small delta; a gradient is only as far off as 16 bits put any. (What that does to P's sum:
-    `attention_bwd.query_rows`.)
+    `attention_bwd.inverse_of`.)
     """
     b_y = load_head(x, o_r, rows, HEAD, x.p.dtype.element_ty)
     if len(x.delta) > 0:

@@ -26,7 +26,7 @@ Lora = namedtuple("Lora", "p stride_t stride_h stride_r p_up scale")
 @triton.jit
 def add_columns(
     b_y, b_x, weight, lora, start, width, h,
-    PART: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, EDGE: tl.constexpr,
+    PART: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """y + x Wᵀ, tiles `[R, P]`, and T + x Aᵀ beside them, for some columns of x."""
     b_sums = ()
@@ -34,13 +34,13 @@ def add_columns(
     for i in tl.static_range(len(HEAD.pieces)):
         o_d = HEAD.pieces[i][0] + tl.arange(0, HEAD.pieces[i][1])
         # [P, block_n]
-        b_w = heads.load_tile(p_w, o_d, weight.stride, HEAD.dim, start, TILES.block_n, width, EDGE)
+        b_w = heads.load_tile(p_w, o_d, weight.stride, HEAD.dim, start, TILES.block_n, width, RAGGED)
         b_sums = b_sums + (tl.dot(b_x, tl.trans(b_w), b_y[i], input_precision=HEAD.precision),)
     if LOW.target_of[PART] >= 0:
         p_a = lora.p + LOW.target_of[PART] * lora.stride_t + h * lora.stride_h
         # [r, block_n]
         o_a = tl.arange(0, LOW.tile)
-        b_a = heads.load_tile(p_a, o_a, lora.stride_r, LOW.rank, start, TILES.block_n, width, EDGE)
+        b_a = heads.load_tile(p_a, o_a, lora.stride_r, LOW.rank, start, TILES.block_n, width, RAGGED)
         b_sums = b_sums + (tl.dot(b_x, tl.trans(b_a), b_y[len(HEAD.pieces)], input_precision=HEAD.precision),)
     return b_sums
 
@@ -66,7 +66,7 @@ def add_rest(b_y, b_up, p_bias, dtype: tl.constexpr, h, PART: tl.constexpr, HEAD
 def project_rows(
     x, weight, lora, b_up, first, rows, width, h,
     PARTS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr,
-    EDGE: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """The parts (of q 0, k 1, v 2) of one head for ROWS rows of x: for each a tuple of tiles `[R, P]`."""
     o_r = first + tl.arange(0, ROWS)
@@ -76,11 +76,11 @@ def project_rows(
     # width is D, known at run time only: a loop of known length would be unrolled.
     for start in range(0, width, TILES.block_n):
         # [R, block_n]
-        b_x = heads.load_tile(x.p, o_r, x.stride, rows, start, TILES.block_n, width, EDGE)
+        b_x = heads.load_tile(x.p, o_r, x.stride, rows, start, TILES.block_n, width, RAGGED)
         b_new = ()
         for j in tl.static_range(len(PARTS)):
             b_new = b_new + (
-                add_columns(b_ys[j], b_x, weight, lora, start, width, h, PARTS[j], TILES, HEAD, LOW, EDGE),
+                add_columns(b_ys[j], b_x, weight, lora, start, width, h, PARTS[j], TILES, HEAD, LOW, RAGGED),
             )
         b_ys = b_new
     b_out = ()
@@ -93,7 +93,7 @@ def project_rows(
 def one_pass_fwd_kernel(
     x, weight, lora, width, mask, p_gate, o, p_lse, pool, rows,
     TILES: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, CAUSAL: tl.constexpr, POOL: tl.constexpr,
-    EDGE: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """o_h = g_h · softmax(q_h k_hᵀ / sqrt(dh) + mask) v_h and lse_h of x `[N, D]`.
 
@@ -109,7 +109,7 @@ def one_pass_fwd_kernel(
     for c in tl.static_range(len(TILES.chunks)):
         b_k, b_v = project_rows(
             x_b, weight, lora, b_up, TILES.chunks[c][0], rows, width, h,
-            (1, 2), TILES.chunks[c][1], TILES, HEAD, LOW, EDGE,
+            (1, 2), TILES.chunks[c][1], TILES, HEAD, LOW, RAGGED,
         )  # fmt: skip
         b_ks = b_ks + (b_k,)
         b_vs = b_vs + (b_v,)
@@ -118,7 +118,8 @@ def one_pass_fwd_kernel(
     ROWS: tl.constexpr = (TILES.block_m, TILES.tail)
     for t in tl.static_range(2 if TILES.tail > 0 else 1):
         for start in range(bounds[t], bounds[t + 1], ROWS[t]):
-            b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), ROWS[t], TILES, HEAD, LOW, EDGE)
+            b_q = project_rows(x_b, weight, lora, b_up, start, rows, width, h, (0,), ROWS[t], TILES, HEAD, LOW, RAGGED)
+            # (): v is complete, its delta is in b_vs
             attend_chunks(b_q[0], b_ks, b_vs, (), b_mask, out, start, rows, ROWS[t], TILES, HEAD, CAUSAL, POOL)
 
 
@@ -147,7 +148,8 @@ def one_pass_fwd(
         lora_B: `[T, H, dh, r]` float32, or None.
         num_heads: H.
         parts: which of q (0), k (1), v (2) target t is, T of them.
-        scale, gate, gate_form, mask, causal, pool: as in `attention_fwd`.
+        scale: s.
+        gate, gate_form, mask, causal, pool: as in `attention_fwd`.
 
     Returns o `[B, N, E]`, lse `[B, H, N]`, cls `[B, H, dh]` as `attention_fwd` does.
     """
@@ -160,5 +162,5 @@ def one_pass_fwd(
         s_t, s_h, s_r = strides(lora_A, 0, 1, 2)
         lora = Lora(lora_A, s_t, 0 if low.shared else s_h, s_r, packed(lora_B), float(scale))
     inputs = (heads.as_rows(x), Weight(w_in, w_in.stride(0), packed(b_in)), lora, x.shape[2])
-    more: Any = {"gate": gate, "mask": mask, "causal": causal, "pool": pool, "EDGE": x.shape[2] % tiles.block_n != 0}
+    more: Any = {"gate": gate, "mask": mask, "causal": causal, "pool": pool, "RAGGED": x.shape[2] % tiles.block_n != 0}
     return attend(one_pass_fwd_kernel, 1, inputs, x, tiles, head, low, **more)

@@ -1,6 +1,6 @@
 """The partial sums that the backward kernels leave, added up: the gates' gradient and dB, in one launch.
 
-Always in the same order, in float32: a program has some columns, and adds their rows from the first to the last.
+Always in the same order, in float32: a program has some columns, adds every ROWS-th of their rows, then those sums.
 """
 
 import torch
@@ -29,21 +29,21 @@ def column_sums(p_x, o_c, rows, columns, ROWS: tl.constexpr):
 
 @triton.jit
 def sums_kernel(
-    p_gates, p_gate, p_dgate, rows, p_parts, p_db, splits, columns,
+    p_dg_parts, p_theta, p_dgate, rows, p_db_parts, p_db, splits, columns,
     HEAD: tl.constexpr, GATE_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dg `[H]`, or dθ, by the first program, of partial sums `[rows, H]`; dB of `[splits, columns]`, BN a program."""
     i_n = tl.program_id(0)
-    if p_gates is not None:
+    if p_dg_parts is not None:
         if i_n == 0:
             o_h = tl.arange(0, HEAD.gates)
-            b_dg = column_sums(p_gates, o_h, rows, HEAD.heads, GATE_ROWS)
-            tl.store(p_dgate + o_h, heads.theta_gradient(b_dg, p_gate, o_h, HEAD), mask=o_h < HEAD.heads)
+            b_dg = column_sums(p_dg_parts, o_h, rows, HEAD.heads, GATE_ROWS)
+            tl.store(p_dgate + o_h, heads.theta_gradient(b_dg, p_theta, o_h, HEAD), mask=o_h < HEAD.heads)
         i_n -= 1
-    if p_parts is not None:
+    if p_db_parts is not None:
         if i_n >= 0:
             o_n = i_n * BN + tl.arange(0, BN)
-            tl.store(p_db + o_n, column_sums(p_parts, o_n, splits, columns, BM), mask=o_n < columns)
+            tl.store(p_db + o_n, column_sums(p_db_parts, o_n, splits, columns, BM), mask=o_n < columns)
 
 
 def sums(

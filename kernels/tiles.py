@@ -48,7 +48,8 @@ class Tiles(NamedTuple):
     block_m: queries at a time; block_n: keys that stream, or in one_pass columns of x.
     key_m, key_n: of the backward's second sweep: queries that stream by, keys at a time.
     tail, key_tail: queries of the last block, keys of the second sweep's last, where so few are left; 0: as the others.
-    one_launch: both sweeps of the backward in one program per (image, head); else two launches, a program per block.
+    one_launch: where keys stream, both sweeps of the backward in one program per (image, head); else two launches, a
+        program per block.
     """
 
     chunks: tuple[tuple[int, int], ...]
@@ -272,7 +273,7 @@ def row_for(
     table: Table, arch: int, head_dim: int, length: int, dtype: torch.dtype, *,
     deltas: int = 0, rank: int = 0, masked: bool = False, spread: bool = False,
 ) -> Row:  # fmt: skip
-    """The first row of the chip's family that takes the problem; arch as `launch.architecture` says it."""
+    """The first row of the chip's family that takes the problem, else its last. arch: of `launch.architecture`."""
     family, columns = FAMILY.get(arch, 0), up_to_16(head_dim)
     # Bytes of all keys, values and T, 16 bits each; asked of the forward pass alone, for the others' rows say a length.
     on_chip = 2 * up_to_16(length) * (2 * columns + deltas * dot_width(rank))
