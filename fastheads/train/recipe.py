@@ -36,7 +36,7 @@ class Recipe:
     batch_size: int = 256
     workers: int = 0
     cache: bool = False
-    recompute: int = 0
+    recompute: int | str = 0
     checkpointing: bool = False
     fixed_head: bool = False
     seed: int = 0
