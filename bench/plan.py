@@ -31,8 +31,14 @@ from fastheads.train.planning import CONTEXT, GPUS, NOT_MEASURED, Step
 
 MODELS = ("ViT-B-16", "ViT-L-14", "ViT-H-14")
 PRECISIONS = ("amp-bf16", "bf16")
-WAYS: dict[str, dict[str, Any]] = {"": {}, "recompute": {"recompute": True}, "checkpointing": {"checkpointing": True}}
-LAYERS = ("plain", "factored", "merged", "stacked", "delta", "one_pass", "stacked, recompute", "reference", "cpu")
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    "norms": {"recompute": "norms"},
+    "recompute": {"recompute": True},
+    "checkpointing": {"checkpointing": True},
+}
+LAYERS = ("plain", "factored", "merged", "stacked", "delta", "one_pass", "reference", "cpu")
+LAYERS += ("stacked, norms", "delta, norms", "stacked, recompute")
 # Of the blocks around the layers too; see docs/memory.md.
 BLOCKS = ("stacked, recompute 2", "stacked, operator saved", "stacked, checkpointing", "stacked, offloaded")
 AT = 256  # images in a batch, where layers are counted
@@ -89,7 +95,7 @@ def _saved(path: str, precision: str, layers: int) -> Mapping[str, int]:
                 model,
                 fastheads.HeadConfig(rank=ranks),
                 impl=impl,
-                recompute={"recompute": 1, "recompute 2": 2}.get(way, 0),
+                recompute={"norms": "norms", "recompute": 1, "recompute 2": 2}.get(way, 0),
             )
     if way == "checkpointing":
         model.visual.set_grad_checkpointing()

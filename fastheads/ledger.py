@@ -115,11 +115,11 @@ def _workspace(func: Any, args: Any) -> int:
     (B, N, D), impl = x.shape, args[-1]
     columns = 3 * D + (0 if lora_A is None else lora_A.numel() // D)
     if backward:
-        dtype, projected = x.dtype, args[fused.TENSORS + 2]
-        kept = projected is not None and projected.numel()
-        rows = columns * (1 if kept else 2)
+        dtype, projected = x.dtype, args[fused.TENSORS + 2 : fused.TENSORS + 4]
+        kept = sum(t.shape[-1] for t in projected if t is not None)
+        rows = columns + max(0, columns - kept)
     else:
-        dtype, kept = args[fused.TENSORS + 4], args[fused.TENSORS + 3] == "projections"
+        dtype, kept = args[fused.TENSORS + 4], args[fused.TENSORS + 3] in fused.KEPT
         rows = 0 if kept or impl == "one_pass" else columns
     cast = w_in.dtype != dtype
     weights = columns * D if cast or (lora_A is not None and (backward or impl != "one_pass")) else 0

@@ -107,9 +107,11 @@ class _Plan:
 
 # ------------------------------------------------------------------------------------------------ planning
 
+POLICIES = {"none": 0, "norms": 0, "projections": 1}  # of `recompute`: every which layer projects again
+
 
 def _plan(
-    model: nn.Module, config: HeadConfig | None, impl: str, recompute: int = False
+    model: nn.Module, config: HeadConfig | None, impl: str, recompute: int | str = False
 ) -> tuple[HeadConfig, list[_Plan]]:
     """What patching would do. Raises, naming the argument, where it cannot; changes nothing."""
     if config is not None and not isinstance(config, HeadConfig):
@@ -117,10 +119,11 @@ def _plan(
     if config is None:
         config = HeadConfig.hap(len(find_tower(model, "visual").attentions))
     ops.dispatch.check_impl(impl)
-    if not isinstance(recompute, int) or recompute < 0:
+    every = POLICIES.get(recompute, -1) if isinstance(recompute, str) else recompute
+    if not isinstance(every, int) or every < 0:
         raise ValueError(
-            f"recompute: got {recompute!r}; takes True, False, or k ≥ 1 for every k-th layer "
-            "(whole blocks: model.set_grad_checkpointing())"
+            f"recompute: got {recompute!r}; takes True, False, k ≥ 1 for every k-th layer, or "
+            f"{', '.join(map(repr, POLICIES))} (whole blocks: model.set_grad_checkpointing())"
         )
     plans = []
     for tower_name in config.towers:
@@ -161,7 +164,7 @@ def _plan(
                 "device": weight.device,
                 "dtype": weight.dtype,
                 "impl": impl,
-                "recompute": recompute > 0 and place % recompute == 0,
+                "recompute": "norms" if recompute == "norms" else every > 0 and place % every == 0,
             }
             plans.append(_Plan(report, module, host, options, linears))
     return config, plans
@@ -213,7 +216,7 @@ def patch(
     *,
     impl: str = "auto",
     strict: bool = False,
-    recompute: bool | int = False,
+    recompute: bool | int | str = False,
 ) -> PatchReport:
     """Puts per-head LoRA and gates into the attention layers of an OpenCLIP model, in place.
 
@@ -225,9 +228,10 @@ def patch(
         config: what to adapt; None: `HeadConfig.hap(depth)`, the published ranks on the image tower.
         impl: `"auto"` or the name of the implementation of every layer.
         strict: raise where a selected layer runs on the plain reference path.
-        recompute: keep a layer's input alone for the backward pass, and compute its heads again there: True, or k for
-            every k-th of a tower's adapted layers, from the first. Whole blocks, MLPs among them, are OpenCLIP's to
-            compute again: `model.set_grad_checkpointing()`, with this or without.
+        recompute: what a layer computes again in the backward pass. False or `"none"`: nothing. `"norms"`: its input,
+            from what LayerNorm keeps, and the low-rank projection. True or `"projections"`: queries, keys and values
+            too, or, k, those of every k-th of a tower's adapted layers, from the first. Whole blocks, MLPs among them,
+            are OpenCLIP's to compute again: `model.set_grad_checkpointing()`, with this or without.
 
     Returns a report; printing it shows each layer's path, and why.
 

@@ -68,9 +68,8 @@ def sweep(
     p_g, dom, b_y2, p_gammas, lowest, N, S, POWERS: tl.constexpr, UNBIASED: tl.constexpr, BACKWARD: tl.constexpr,
     BN: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Loss `[BR]` and K `[BS, BS]` by blocks of rows of the kernel matrix; M is left behind −A."""
+    """Loss `[BR]` and K `[BS, BS]` by blocks of rows of the kernel matrix; M is left in −A's place."""
     o_n, o_s = tl.arange(0, BN), tl.arange(0, BS)
-    p_m = p_g + BN * BN
     # [BN, BS] one-hot; [BS] samples per domain
     b_b = load_domains(dom, o_n, o_n < N, S)
     b_right = tl.where(b_b[:, None] == o_s[None, :], 1.0, 0.0)
@@ -88,9 +87,14 @@ def sweep(
         m_i = b_a >= 0
         same = o_i[:, None] == o_n[None, :]
         # [BR, BN]
+        # Left of these rows' own square lies −(A + Aᵀ) already, for the rows above have M by now.
+        p_below = p_g + o_n[None, :] * BN + o_i[:, None]
+        tl.debug_barrier()
         b_gi = tl.load(p_g + o_i[:, None] * BN + o_n[None, :], mask=m_i[:, None], other=0.0)
-        b_gi += tl.load(p_g + o_n[None, :] * BN + o_i[:, None], mask=m_i[:, None], other=0.0)
+        b_gi += tl.load(p_below, mask=m_i[:, None] & (o_n >= i)[None, :], other=0.0)
         b_x2 = -tl.load(p_g + o_i * (BN + 1), mask=m_i, other=0.0)
+        tl.debug_barrier()
+        tl.store(p_below, b_gi, mask=(o_n >= i + BR)[None, :])
         b_k, b_w = gaussians(b_x2, b_y2, b_gi, same, p_gammas, lowest, POWERS)
         b_in = tl.where(b_a[:, None] == o_s[None, :], 1.0, 0.0)
         b_size = tl.sum(b_in * b_counts[None, :], 1)
@@ -108,7 +112,7 @@ def sweep(
         if BACKWARD:
             b_m = tl.where(same, 0.0, 4 * b_w * b_c)
             b_m = tl.where(same, -tl.sum(b_m, 1)[:, None], b_m)
-            tl.store(p_m + o_i[:, None] * BN + o_n[None, :], b_m)
+            tl.store(p_g + o_i[:, None] * BN + o_n[None, :], b_m)
     return b_loss, b_sums
 
 
@@ -145,8 +149,8 @@ def mmd_small_kernel(
         presets: γ_u = 2^u / (4 m),  m = (2/n) Σ_i ‖x_i − x̄‖², "dan" of n² − n pairs: n / (n − 1) times that
 
     heads: how many, features of each, chunks of BD in each, heads per program (without gates, of BC features).
-    The first of a layer's programs stores loss and sums. A and M, `[BN, BN]` each, go through memory, to be worked on
-    by blocks of rows: with all that hangs on their columns there are too few registers.
+    The first of a layer's programs stores loss and sums. A `[BN, BN]` goes through memory, and M in its place, to be
+    worked on by blocks of rows: with all that hangs on their columns there are too few registers.
     """
     pid = tl.program_id(0)
     i_l, i_s = (pid // slices).to(tl.int64), pid % slices
@@ -160,8 +164,7 @@ def mmd_small_kernel(
     first = tl.minimum(tl.min(tl.where(m_n, o_n, BN), 0), N - 1)
     n = tl.maximum(tl.sum(tl.where(m_n, 1.0, 0.0), 0), 1.0)
     b_g, b_raw = minus_gram(x_l, dom, p_gates, first, n, 0, H * chunks, N, DH, chunks, S, BN, BD)
-    p_g = p_work + pid.to(tl.int64) * (2 * BN * BN)
-    p_m = p_g + BN * BN
+    p_g = p_work + pid.to(tl.int64) * (BN * BN)
     tl.store(p_g + o_n[:, None] * BN + o_n[None, :], b_g)
     tl.debug_barrier()
     # squared norms as the product rounds them: where points nearly meet, its errors cancel
@@ -183,11 +186,11 @@ def mmd_small_kernel(
             for h in range(i_s * share, tl.minimum(i_s * share + share, H)):
                 c = h * chunks
                 b_gh, _ = minus_gram(x_l, dom, None, first, n, c, c + chunks, N, DH, chunks, S, BN, BD)
-                b_m = tl.load(p_m + o_n[:, None] * BN + o_n[None, :], mask=(o_n < N)[:, None], other=0.0)
+                b_m = tl.load(p_g + o_n[:, None] * BN + o_n[None, :], mask=(o_n < N)[:, None], other=0.0)
                 tl.store(dx_l[0] + h, -tl.load(p_gates + h) * tl.sum(tl.sum(b_m * b_gh, 1), 0))
         else:
             f = i_s * share * BC
-            store_dx(dx_l, x_l, dom, p_m, first, f, tl.minimum(f + share * BC, DH), N, DH, S, BN, BC, BK)
+            store_dx(dx_l, x_l, dom, p_g, first, f, tl.minimum(f + share * BC, DH), N, DH, S, BN, BC, BK)
 
 
 def mmd_small(
@@ -235,7 +238,7 @@ def mmd_small(
     slices = cdiv(parts, share) if backward else 1
     options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     loss, sums = torch.empty((L,), **options), torch.empty((L, S, S), **options)
-    work = torch.empty((L, slices, 2, tile["BN"], tile["BN"]), **options)
+    work = torch.empty((L, slices, tile["BN"], tile["BN"]), **options)
     if gate is None and x.dtype == torch.bfloat16:  # float32's range: no loss scale is lost on it
         options["dtype"] = x.dtype
     grad = torch.empty((L, N, D) if gate is None else (L, H), **options) if backward else None

@@ -50,12 +50,21 @@ def saved(impl, layers=2, recompute=False, offload=False):
 
 @pytest.mark.parametrize(
     ("impl", "recompute", "rows"),
-    [("stacked", False, 4), ("delta", False, 4), ("stacked", True, 1), ("one_pass", False, 1)],
+    [
+        ("stacked", False, 4),
+        ("delta", False, 4),
+        ("one_pass", False, 1),
+        ("stacked", "norms", 3),
+        ("delta", "norms", 3),
+        ("stacked", True, 0),
+        ("one_pass", True, 0),
+    ],
 )
 def test_a_layer_keeps_what_its_shapes_say(impl, recompute, rows):
     B = 8
     four, two = (saved(impl, layers, recompute)(B)["attention"] for layers in (4, 2))
-    low = 0 if rows == 1 else 16  # T's columns: two targets, four heads, rank two
+    # T's columns: two targets, four heads, rank two
+    low = 16 if rows == 4 or (impl, recompute) == ("delta", "norms") else 0
     expected = 2 * B * TOKENS * (rows * WIDTH + low)  # LayerNorm's output; q, k, v
     expected += 4 * B * TOKENS * (HEADS + 2)  # log-sum-exp, LayerNorm's mean and deviation
     assert (four - two) / 2 == expected

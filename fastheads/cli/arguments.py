@@ -39,6 +39,10 @@ def _whole(least: int) -> Callable[[str], int]:
     return convert
 
 
+def _norms_or_every(text: str) -> int | str:
+    return text if text == "norms" else _whole(1)(text)
+
+
 def _finite(text: str) -> float:
     try:
         return float(text) if math.isfinite(float(text)) else -1.0
@@ -125,11 +129,12 @@ def _again_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--recompute",
         nargs="?",
-        type=_whole(1),
+        type=_norms_or_every,
         const=1,
         default=0,
         metavar="K",
-        help="less memory: compute the heads again in the backward pass, of all layers or every K-th",
+        help="less memory: compute the heads again in the backward pass, of all layers or every K-th; "
+        '"norms": no more than LayerNorm\'s output',
     )
     parser.add_argument("--checkpointing", action="store_true", help="less memory: compute whole blocks again")
 

@@ -78,7 +78,7 @@ class HeadLoRA(Adapter):
         device: torch.device,
         dtype: torch.dtype,
         impl: str = "auto",
-        recompute: bool = False,
+        recompute: bool | str = False,
     ) -> None:
         super().__init__(config, rank=rank, tower=tower, layer=layer)
         self.num_heads, self.targets, self.gate_kind = num_heads, config.projections, config.gate

@@ -53,6 +53,8 @@ def backward(
     """The gradients that are needed, in the notation of `fused.backward`. projected and heads: None where not kept."""
     if projected is None:
         projected, low = project(layer)
+    elif low is None and layer.lora_A is not None:
+        low = _low(layer)
     each, gate = heads_of(projected, layer.num_heads), _gate(layer)
     options: dict[str, Any] = {"mask": layer.mask, "causal": layer.causal}
     if heads is None:
@@ -144,9 +146,9 @@ def project(layer: Layer) -> tuple[Tensor, Tensor | None]:
     x, bias = layer.x, None if layer.b_in is None else layer.b_in.to(layer.x.dtype)
     if layer.lora_A is None:
         return F.linear(x, layer.w_in.to(x.dtype), bias), None
-    lora_A, lora_B = layer.deltas()
+    _, lora_B = layer.deltas()
     T, H, dh, r = lora_B.shape
-    low = F.linear(_dropped(layer, x), lora_A.reshape(-1, x.shape[2]).to(x.dtype))
+    low = _low(layer)
     if x.dtype.itemsize < 4:
         return layer.in_one_product(low, layer.w_in, bias), low
     y, up = F.linear(x, layer.w_in.to(x.dtype), bias), lora_B.to(x.dtype).mT
@@ -155,6 +157,12 @@ def project(layer: Layer) -> tuple[Tensor, Tensor | None]:
     for t, part in enumerate(layer.parts):
         heads[part].baddbmm_(each[t].expand(H, -1, -1), up[t], alpha=layer.scale)
     return y, low
+
+
+def _low(layer: Layer) -> Tensor:
+    """`T = x Aᵀ`, `[B, N, C]`, of the dropped-out x."""
+    x, (lora_A, _) = layer.x, layer.deltas()
+    return F.linear(_dropped(layer, x), lora_A.reshape(-1, x.shape[2]).to(x.dtype))
 
 
 def _low_rank_bwd(dy: Sequence[Tensor], low: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:

@@ -151,6 +151,7 @@ def _on_its_gpu(x: Tensor) -> Iterator[None]:
 # between them forward pool_tokens, pool, pool_token, keep and dtype, backward lse, projected, low, heads, needed and
 # dtype.
 TENSORS, BETWEEN = 10, 5  # forward
+KEPT = ("projections", "qkv")  # values of keep that keep q, k and v
 GRADIENTS = ("x", "w_in", "b_in", "lora_A", "lora_B", "gate")
 
 
@@ -188,7 +189,9 @@ def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
                 kept = product.whole, product.apart, None
             if weights.out is not None:
                 o = F.linear(o, weights.out, weights.out_bias)
-    if keep != "projections":
+    if keep == "qkv":
+        kept = kept[0], kept[1] if impl == "delta" else None, kept[2]
+    elif keep != "projections":
         kept = (None, None, None)
     x_cast = None if given.dtype == dtype or keep == "nothing" else x
     return o, lse, cls, *kept, x_cast
@@ -227,10 +230,12 @@ def forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     B, N, D = x.shape
     wide = torch.promote_types(dtype, torch.float32)
     kept: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
-    if keep == "projections" and impl == "cpu":
-        kept = cpu.kept_shapes(layer)
-    elif keep == "projections" and impl != "one_pass":
-        R = 0 if layer.lora_A is None else _kernels().padded_rank(layer.lora_A.numel() // D)
+    if keep in KEPT and impl == "cpu":
+        qkv, low, heads = cpu.kept_shapes(layer)
+        kept = qkv, low if keep == "projections" else (0,), heads
+    elif keep in KEPT and impl != "one_pass":
+        without = layer.lora_A is None or (keep == "qkv" and layer.merged)
+        R = 0 if without or layer.lora_A is None else _kernels().padded_rank(layer.lora_A.numel() // D)
         apart = layer.seed is not None and R > 0
         kept = (B, N, 3 * layer.width + (0 if apart else R)), (B, N, R) if apart else (0,), (0,)
     return (
@@ -308,11 +313,16 @@ def _gradients(
         layer = layer._replace(impl="delta")
     x, E3 = layer.x, layer.w_in.shape[0]
     weights = Weights(layer.w_in, None)  # as it is, where nothing reads it
-    if projected is None or need["x"] or layer.w_out is not None:
-        weights = _weights(layer, bias=projected is None)
+    product = None if projected is None else _Product(projected, low, E3)
+    again = product is not None and product.low is None and (need["lora_A"] or need["lora_B"])
+    if product is None or again or need["x"] or layer.w_out is not None:
+        weights = _weights(layer, bias=product is None)
     if weights.out is not None:
         do = (do.flatten(0, 1) @ weights.out).view(*x.shape[:2], layer.width)
-    product = _project(layer, weights, low_too=True) if projected is None else _Product(projected, low, E3)
+    if product is None:
+        product = _project(layer, weights, low_too=True)
+    elif again:
+        product = product._replace(apart=F.linear(_dropped(layer, x), weights.own[E3:]))
     qkv, low = product.qkv, product.low
     dqkv, dboth = _room_for_gradients(layer, low, need)
     _, dgate = _kernels().attention_bwd(do, qkv, lse, delta=_delta(layer, product), out=dqkv, **layer.attend)

@@ -14,13 +14,15 @@ from fastheads import reference
 from fastheads.ops import fused
 from fastheads.ops.dispatch import choose, looked_at, problem_of
 from fastheads.ops.flops import tell_counters
+from fastheads.ops.norms import Normed, normed
 from fastheads.reference import GATES, TARGETS, HeadAttentionOutput
 
 __all__ = ["HeadAttentionOutput", "head_attention", "unwatched"]
 
 # gate_form: "" where gate holds the gates' values, else it is theta, and the form what makes gates of it.
 # pool: "" for none, "token" (pool_token), "tokens" (pool_tokens [B]) or "mean" (over pool_token and those after it).
-# keep: "projections" for a backward pass, "inputs" for one that computes them again, "nothing" where none will come.
+# keep: for a backward pass "projections"; "qkv": without T, where the attention kernel does not read it; "inputs": it
+# computes all again; "nothing" where none will come.
 # dtype: what is computed in; of the backward pass, whose x has it, that of dx.
 _PROBLEM = "int num_heads, int[] parts, float scale, bool causal, float dropout_p, str gate_form, str impl"
 _TENSORS = (
@@ -53,6 +55,7 @@ _BACKWARD = torch.ops.fastheads.head_attention_backward.default
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _INPUTS = 11  # of the operator that are tensors, or None; they come first
+_KEEP: dict[bool | str, str] = {False: "projections", "norms": "qkv", True: "inputs"}  # by recompute
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
@@ -96,9 +99,10 @@ class _HeadAttention(torch.autograd.Function):
         problem, x = others[4:], cast(Tensor, tensors[0])
         if tensors[5] is None and problem[-1] == "cpu" and projected is not None and projected.numel():
             heads = o  # un-gated as they are
-        kept_x = x if x_cast is None or not x_cast.numel() else x_cast
-        ctx.save_for_backward(kept_x, *tensors[1:10], lse, projected, low, heads)
-        ctx.settings = x.dtype, *problem
+        norm = None if others[2] == "projections" else normed(x)
+        kept_x = None if norm is not None else x if x_cast is None or not x_cast.numel() else x_cast
+        ctx.save_for_backward(kept_x, *tensors[1:10], lse, projected, low, heads, *(norm or ()))
+        ctx.settings, ctx.dtype = (x.dtype, *problem), others[3]
         # What only the backward pass reads need not be an output where no operator is.
         output = output[:3] if keyset is None else output
         ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
@@ -110,7 +114,11 @@ class _HeadAttention(torch.autograd.Function):
         do = grad_outputs[0]
         if do is None:
             return (None,) * (2 + _INPUTS)
-        needed, saved = ctx.needs_input_grad[2:8], ctx.saved_tensors
+        needed, (x, *saved) = ctx.needs_input_grad[2:8], ctx.saved_tensors
+        if x is None:
+            kept = len(saved) - len(Normed._fields)
+            x, saved = Normed(*saved[kept:]).output(ctx.settings[0], ctx.dtype), saved[:kept]
+        saved = [x, *saved]
         if torch.is_grad_enabled() or not unwatched(do, *saved):
             grads = _BACKWARD(do, *saved, list(needed), *ctx.settings)
             grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
@@ -171,7 +179,7 @@ def head_attention(
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
     pool: int | Tensor | str | slice | None = None,
-    recompute: bool = False,
+    recompute: bool | str = False,
     impl: str = "auto",
 ) -> HeadAttentionOutput:
     """Self-attention with per-head low-rank deltas and gates: `reference.head_attention` has arguments and formula.
@@ -185,12 +193,16 @@ def head_attention(
             `reference.GATES` says how gates are made; the kernels make them, and give theta's gradient.
         w_out, b_out: `[D, E]`, `[D]` or None: the output projection; with it o is `o w_outᵀ + b_out`, the layer's
             answer. The kernels cast it in the launch that casts w_in; a trained one is a linear layer of its own.
-        recompute: keep x and lse for the backward pass, and compute the projections again there.
+        recompute: for the backward pass keep x and lse alone, and compute the projections again there. `"norms"`: keep
+            q, k and v too. Neither keeps an x that LayerNorm put out, which is made again from what LayerNorm keeps
+            (`norms.normed` says where).
         impl: `"auto"` or the name of an implementation (`dispatch.NAMES`).
 
     Raises ValueError for a tensor that does not fit the others, naming it, and for an `impl` that cannot compute this.
     """
     _check(x, w_in, b_in, lora_A, lora_B, num_heads, targets, gate, w_out, b_out, mask, dropout_p, pool)
+    if recompute not in _KEEP:
+        raise ValueError(f"recompute: got {recompute!r}; takes {', '.join(map(repr, _KEEP))}")
     if gate_form and gate_form not in GATES:
         raise ValueError(f"gate_form: got {gate_form!r}; takes {', '.join(map(repr, ('', *GATES)))}")
     dropout = dropout_p > 0 and lora_A is not None
@@ -215,14 +227,16 @@ def _trained(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
-def _by_formula(inputs: tuple[Tensor | None, ...], recompute: bool, options: dict[str, Any]) -> HeadAttentionOutput:
+def _by_formula(
+    inputs: tuple[Tensor | None, ...], recompute: bool | str, options: dict[str, Any]
+) -> HeadAttentionOutput:
     """The reference, as differentiable as the operator."""
 
     def plain(*tensors: Any) -> HeadAttentionOutput:
         out = reference.head_attention(*tensors[:5], gate=tensors[5], **options)
         return HeadAttentionOutput(out.o, out.lse.detach(), out.cls)
 
-    if recompute and torch.is_grad_enabled():
+    if _KEEP[recompute] == "inputs" and torch.is_grad_enabled():
         return cast(HeadAttentionOutput, checkpoint(plain, *inputs, use_reentrant=False))
     return plain(*inputs)
 
@@ -232,7 +246,7 @@ def _by_operator(
     dtype: torch.dtype,
     dropout: bool,
     pool: int | Tensor | str | slice | None,
-    recompute: bool,
+    recompute: bool | str,
     settings: tuple[Any, ...],
 ) -> HeadAttentionOutput:
     """The operator on x, w_in … mask, with its settings num_heads … impl; without the dispatcher where nobody looks."""
@@ -249,7 +263,7 @@ def _by_operator(
     kind = "" if pool is None else "mean" if mean else "token" if isinstance(pool, int) else "tokens"
     given: Any = (*tensors, seed, pool if isinstance(pool, Tensor) else None)
     token = pool if isinstance(pool, int) else mean.start if mean else 0
-    keep = ("inputs" if recompute else "projections") if backward else "nothing"
+    keep = _KEEP[recompute] if backward else "nothing"
     others: Any = (kind, token, keep, dtype, *settings)
     if not unwatched(*given):
         o, lse, cls, *_ = _FORWARD(*given, *others)

@@ -60,7 +60,7 @@ class Plan:
     text: str
     precision: str
     impl: str
-    recompute: int
+    recompute: int | str
     checkpointing: bool
     room: int | None
     model_bytes: dict[str, int]
@@ -85,7 +85,8 @@ class Plan:
         return {**asdict(self), "total": self.total, "fits": self.fits, **note}
 
     def __str__(self) -> str:
-        again = f"recompute {self.recompute:d}".removesuffix(" 1") if self.recompute else ""
+        kind = int(self.recompute) if isinstance(self.recompute, bool) else self.recompute
+        again = f"recompute {kind}".removesuffix(" 1") if kind else ""
         parts = (self.method, self.text, self.precision, self.impl, again, "checkpointing" * self.checkpointing)
         how = ", ".join(filter(None, parts))
         lines = [f"{self.model}, batch {self.batch:,}: {how}", f"{'':<32}{'MB':>10}{'per image':>11}"]
@@ -121,7 +122,7 @@ def plan(
     rank: int | Sequence[int] | None = None,
     targets: Sequence[str] | None = None,
     precision: str = "amp-bf16",
-    recompute: bool | int = False,
+    recompute: bool | int | str = False,
     checkpointing: bool = False,
     impl: str = "auto",
     classes: int = 345,
@@ -158,6 +159,7 @@ def plan(
             raise ValueError(f"{name}: got {given!r}; takes {', '.join(takes)}")
     from fastheads.train.models import build  # with what loads weights and images, which few imports need
 
+    recompute = 0 if recompute == "none" else recompute
     name, model = (model, build(model, classes)) if isinstance(model, str) else (type(model).__name__, model)
     options: Any = {"method": method, "config": config, "rank": rank, "targets": targets, "precision": precision}
     options |= {"impl": impl, "classes": classes, "captions": captions}
@@ -225,7 +227,7 @@ class Step:
         rank: int | Sequence[int] | None = None,
         targets: Sequence[str] | None = None,
         precision: str = "amp-bf16",
-        recompute: bool | int = False,
+        recompute: bool | int | str = False,
         checkpointing: bool = False,
         impl: str = "auto",
         classes: int = 345,

@@ -45,7 +45,7 @@ class Recipe:
     batch_size: int = 256
     workers: int = 0
     cache: bool = False
-    recompute: int = 0
+    recompute: int | str = 0
     checkpointing: bool = False
     fixed_head: bool = False
     wise_ft: bool = False

@@ -76,6 +76,7 @@ def nothing(model):
     ("method", "precision", "recompute", "around", "targets"),
     [
         ("hap", "fp32", 0, nothing, None),
+        ("hap", "fp32", "norms", nothing, None),
         ("hap", "fp32", 1, nothing, None),
         ("hap", "fp32", 2, nothing, None),
         ("hap", "fp32", 0, checkpointing, None),
@@ -83,6 +84,7 @@ def nothing(model):
         ("lora", "fp32", 0, nothing, ("q", "v", "o", "mlp")),
         ("car-ft", "fp32", 0, nothing, None),
         ("hap", "amp-bf16", 0, nothing, None),
+        ("hap", "amp-bf16", "norms", nothing, None),
         ("hap", "amp-bf16", 0, checkpointing, None),
         ("hap", "amp-bf16", 0, nothing, ("q", "v", "o", "mlp")),
     ],
@@ -116,7 +118,7 @@ class Inside(ledger._Alive):
         return out
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, "norms", True])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("impl", ["stacked", "delta", "one_pass"])
 def test_the_rule_for_what_launchers_hold_is_within_three_percent(impl, stored, recompute):
@@ -148,7 +150,7 @@ def test_the_page_shows_the_result_file():
 
 def test_the_result_file_is_that_of_the_code():
     rows = {(row["path"], row["precision"]): row for row in RESULTS["kept"]}
-    for path in ("plain", "stacked, recompute", "stacked, operator saved"):
+    for path in ("plain", "delta, norms", "stacked, recompute", "stacked, operator saved"):
         assert kept(path, "bf16") == rows[path, "bf16"]
     first = RESULTS["fits"][0]
     step = Step(build(first["model"]), precision=first["precision"])
@@ -157,13 +159,21 @@ def test_the_result_file_is_that_of_the_code():
     assert step.total(batch) <= room < step.total(batch + 1)
 
 
-def of_plains(path):
+def of_plains(path, precision):
     """What a layer keeps, as a share of plain PyTorch's."""
     rows = {(row["path"], row["precision"]): row.get("layer") for row in RESULTS["kept"]}
-    return rows[path, "bf16"] / rows["plain", "bf16"]
+    return rows[path, precision] / rows["plain", precision]
 
 
-# The goals were 0.55 and 0.25; missed, for LayerNorm's output is kept beside its input.
-@pytest.mark.parametrize(("path", "most"), [("stacked", 0.63), ("stacked, recompute", 0.252)])
-def test_a_layer_keeps_no_more_than_it_did(path, most):
-    assert of_plains(path) <= most
+@pytest.mark.parametrize(
+    ("path", "precision", "most"),
+    [
+        ("stacked", "bf16", 0.63),
+        ("stacked, norms", "amp-bf16", 0.55),
+        ("delta, norms", "bf16", 0.55),
+        ("stacked, recompute", "amp-bf16", 0.25),
+        ("stacked, recompute", "bf16", 0.25),
+    ],
+)
+def test_a_layer_keeps_no_more_than_that_of_plains(path, precision, most):
+    assert of_plains(path, precision) <= most

@@ -19,7 +19,9 @@ from fastheads.hosts.wrappers import plain_names
 from fastheads.ops import fused
 
 PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
-RECOMPUTE, CHECKPOINTING, SELECTIVE, OFFLOADED = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+NORMS, RECOMPUTE, CHECKPOINTING, SELECTIVE, OFFLOADED = re.findall(
+    r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL
+)
 
 # float32 twice, in another order of sums
 SAME = 1e-4
@@ -110,13 +112,14 @@ def by_page(patch, around="", forward=FEATURES):
 @pytest.mark.parametrize(
     ("code", "runs"),
     [
+        ((NORMS,), 1),
         ((RECOMPUTE,), 1),
         ((PLAIN, CHECKPOINTING), 2),
         ((PLAIN, SELECTIVE), 1),
         ((PLAIN, "", OFFLOADED), 1),
         ((RECOMPUTE, SELECTIVE, OFFLOADED), 1),
     ],
-    ids=["recompute", "checkpointing", "selective", "offloaded", "together"],
+    ids=["norms", "recompute", "checkpointing", "selective", "offloaded", "together"],
 )
 def test_the_pages_ways_give_the_same_gradients(code, runs):
     features, found, ran = by_page(*code)
@@ -127,11 +130,12 @@ def test_the_pages_ways_give_the_same_gradients(code, runs):
 
 
 def test_every_kth_adapted_layer_recomputes():
-    for k, expected in [(False, []), (True, [0, 1, 2]), (2, [0, 2]), (3, [0])]:
+    every = [0, 1, 2]
+    for k, expected in [(False, []), ("none", []), (True, every), ("projections", every), (2, [0, 2]), (3, [0])]:
         model = clip(layers=4)
         fastheads.patch(model, HeadConfig(layers=(1, 2, 3)), recompute=k)
         own = [block.attn for block in model.visual.transformer.resblocks[1:]]
-        assert [i for i, attention in enumerate(own) if attention.heads.recompute] == expected
+        assert [i for i, attention in enumerate(own) if attention.heads.recompute is True] == expected
 
 
 def test_recompute_saves_memory_in_a_whole_model():
@@ -171,7 +175,7 @@ def test_a_step_on_two_processes_is_a_single_processs(wrap, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- compile
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, "norms", True])
 def test_a_compiled_tower_trains_as_the_eager_one(recompute):
     torch._dynamo.reset()
     model = TowerOf(patched(config=HeadConfig(), recompute=recompute), "visual")
