@@ -66,7 +66,7 @@ def prepare(
     method: Method,
     *,
     teacher: bool = False,
-    recompute: int = 0,
+    recompute: bool | int | str = 0,
     fixed_head: bool = False,
     **changes: Any,
 ) -> nn.Module:
