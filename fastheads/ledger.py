@@ -230,14 +230,16 @@ PARTS |= {"self_attn": "attention", "layer_norm1": "attention", "layer_norm2": "
 def _part(name: str) -> str | None:
     """The part of the model that a module's tensors are told under; None: that of the module around it.
 
-    A model without a text tower is "visual" itself.
+    A model without a text tower, or of Hugging Face's, is "visual" itself.
     """
     path = name.split(".")
+    if "text_model" in path:
+        return "text tower" if path[-1] == "text_model" else None
     if path[0] != "visual":
         return "text tower" if name in ("text", "transformer", "token_embedding", "ln_final") else None
     stack = next((path.index(name) for name in BLOCKS if name in path), None)
     if stack is None:
-        return "ends of the tower" if len(path) == 1 else None
+        return "ends of the tower" if len(path) == 1 or path[-1] == "vision_model" else None
     inside = path[stack + 1 :]
     return "residual stream" if len(inside) == 1 else PARTS.get(inside[-1]) if len(inside) == 2 else None
 

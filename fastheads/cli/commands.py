@@ -62,7 +62,7 @@ def _model_name(args: argparse.Namespace) -> str:
         register()
     if args.pretrained is None and args.command != "inspect":
         args.pretrained = models.default_weights(args.model)
-    return models.with_activation(args.model, args.pretrained) if models.has_text(args.model) else args.model
+    return models.with_activation(args.model, args.pretrained)
 
 
 def _check_towers(args: argparse.Namespace, contexts: Mapping[str, float]) -> None:
@@ -78,7 +78,7 @@ def _check_towers(args: argparse.Namespace, contexts: Mapping[str, float]) -> No
         try:
             model = models.build(name, size=args.image_size)
         except Exception:  # what cannot be built without a network is told when its weights are loaded
-            if not text:
+            if not text or models.is_folder(args.model):
                 raise
             return
         for method, context in contexts.items():
@@ -99,11 +99,11 @@ def _transforms(model: nn.Module) -> Any:
         return models.transforms(model)
 
 
-def _load_adapter(model: nn.Module, args: argparse.Namespace) -> None:
+def _load_adapter(model: nn.Module, args: argparse.Namespace, classes: Sequence[str] | None = None) -> None:
     from fastheads.adapters import AnotherBaseError, load_adapter
 
     try:
-        load_adapter(model, args.adapter, check_base=not args.any_base)
+        load_adapter(model, args.adapter, check_base=not args.any_base, classes=classes)
     except AnotherBaseError as e:
         raise InputError(f"--adapter: {e.what}; --any-base takes it all the same") from e
 
@@ -279,7 +279,7 @@ def _scores(args: argparse.Namespace, bars: Bars) -> None:
     with phase(f"loading {args.model}"):
         model, tokenizer = _load_model(args, classes or len(folders.classes))
         if args.adapter is not None:
-            _load_adapter(model, args)
+            _load_adapter(model, args, None if head_of(model) is None else folders.classes)
     head = head_of(model)
     if head is None:
         with phase("encoding prompts"):
@@ -329,6 +329,8 @@ def _inspect(args: argparse.Namespace) -> None:
     for word, names in (("with", about["modules_to_save"]), ("without", about["trained_beside"])):
         if names:
             print(f"{word:<8} {first_few(names)}, trained beside the adapter")
+    if about.get("classes"):
+        print(f"classes  {first_few(about['classes'], 10, 'classes')}")
     gate = about["config"]["gate"]
     for name, theta in tensors.items():
         if name.endswith(".theta"):
