@@ -59,9 +59,14 @@ def is_folder(name: str) -> bool:
     return path.is_dir() and (os.sep in name or (path / "config.json").is_file())
 
 
+def _holds_its_own(name: str) -> bool:
+    """Whether OpenCLIP finds a model's weights with the model: "hf-hub:…", "local-dir:…"."""
+    return ":" in name and not name.startswith(TIMM)
+
+
 def default_weights(name: str) -> str:
-    """The weights of a model for which none are named: a tag; "" for a folder, which holds its own."""
-    if is_folder(name):
+    """The weights of a model for which none are named: a tag; "" for a folder, or a hub's, which holds its own."""
+    if is_folder(name) or _holds_its_own(name):
         return ""
     return _timm_name(name)[1] if name.startswith(TIMM) else "openai"
 
@@ -82,7 +87,7 @@ def build(name: str, classes: int = 1000, size: int | None = None) -> nn.Module:
         import open_clip
 
         check_open_clip(name)
-        model: nn.Module = open_clip.create_model(name, device="meta", force_image_size=size)
+        model: nn.Module = open_clip.create_model(name, device="meta", force_image_size=size, load_weights=False)
         return model
 
 
@@ -103,7 +108,11 @@ def load(name: str, weights: str | None, classes: int = 1000, size: int | None =
     import open_clip
 
     with _explaining(name, weights, "the path of a checkpoint you have"), silent():
-        model = open_clip.create_model(name, pretrained=weights, force_image_size=size)
+        if weights and _holds_its_own(name):  # OpenCLIP would ignore the others
+            model = open_clip.create_model(name, force_image_size=size, load_weights=False)
+            open_clip.load_checkpoint(model, weights)
+        else:
+            model = open_clip.create_model(name, pretrained=weights, force_image_size=size)
     return model, open_clip.get_tokenizer(name)
 
 
@@ -174,6 +183,8 @@ def with_activation(name: str, weights: str | None) -> str:
     check_open_clip(name)
     if not weights or is_file(weights):
         return name
+    if _holds_its_own(name):
+        raise ValueError(f"pretrained: got {weights!r}, but {name} holds its own weights; takes a file in their place")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tags and weights not in tags:
         raise ValueError(f"pretrained: {name} has no weights {weights!r}; it has {', '.join(tags)}, or give a file")
@@ -380,6 +391,9 @@ def how_to_load(name: str, model: nn.Module, path: Path, size: int | None) -> st
         return f"transformers.{type(model).__name__}.from_pretrained({str(path)!r})"
     if head is None:
         options = f", force_image_size={size}" if size else ""
+        if _holds_its_own(name):
+            made = f"model = open_clip.create_model({name!r}, load_weights=False{options})"
+            return f"{made}; open_clip.load_checkpoint(model, {str(path)!r})"
         return f"open_clip.create_model({name!r}, pretrained={str(path)!r}{options})"
     options = f"num_classes={head.out_features}" + (f", img_size={size}" if size else "")
     return f"timm.create_model({_timm_name(name)[0]!r}, {options}, checkpoint_path={str(path)!r})"
