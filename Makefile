@@ -19,7 +19,7 @@ SANITIZED ?= build/sanitize
 GRID ?= 2000
 LAYERS ?= build/layers
 
-TESTS_HF := $(addprefix tests/,$(addsuffix .py,hosts/test_huggingface hosts/test_text_encoders hosts/test_forms cli/test_huggingface))
+TESTS_HF := $(addprefix tests/,$(addsuffix .py,hosts/test_huggingface hosts/test_text_encoders hosts/test_forms cli/test_huggingface bench/test_models))
 
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt

@@ -48,6 +48,7 @@ def save_adapter(
     *,
     base: str | None = None,
     modules_to_save: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
 ) -> Path:
     """Writes a patched model's adapter: `adapter_model.safetensors` and `adapter_config.json`.
 
@@ -61,13 +62,15 @@ def save_adapter(
         base: the base model's name, for readers ("ViT-B-16 openai").
         modules_to_save: modules or parameters of the base that travel with the adapter, by their name or its last
             components: "ln_post", "ln_1" (that of every block), "logit_scale". `load_adapter` puts them in.
+        classes: names of the classes that a linear head saved with it tells apart, in the order of its rows.
 
     Returns the directory. Raises ValueError for an unpatched model, a name that nothing has, or tensors that are not
-    finite; TypeError for a model with PEFT around or inside it.
+    finite; TypeError for a model with PEFT around or inside it, and for `classes` that are no sequence of names.
     """
     from safetensors.torch import save
 
     inner = unwrap(model)
+    _check_classes(classes)
     attentions = patched_attentions(inner)
     config = original_of(inner).config
     _refuse_shares(adapters_of(inner))
@@ -94,6 +97,8 @@ def save_adapter(
         "modules_to_save": chosen,
         "trained_beside": beside,
     }
+    if classes is not None:
+        about["classes"] = list(classes)
     text = json.dumps(about, indent=2)
     path = Path(directory).expanduser()
     write_whole(path / TENSORS, save(tensors, metadata={"fastheads": text}))
@@ -109,6 +114,26 @@ def save_adapter(
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _check_classes(classes: Any) -> None:
+    if classes is not None and not _are_names(classes):
+        raise TypeError(f"classes: got {classes!r}; takes a sequence of names, or None")
+
+
+def _other_classes(then: Sequence[str], now: Sequence[str]) -> str:
+    """How two lists of classes differ, in words; "" where they don't."""
+    gone, new = ([name for name in a if name not in b] for a, b in ((then, now), (now, then)))
+    found = [
+        f"{first_few(map(repr, names), of='classes')} {where}"
+        for names, where in ((gone, "not here"), (new, "here only"))
+        if names
+    ]
+    if not found and list(then) != list(now):
+        at = next((i for i, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), min(len(then), len(now)))
+        there, here = (repr(names[at]) if at < len(names) else "none" for names in (then, now))
+        found = [f"in another order, first at class {at}, {there} there and {here} here"]
+    return ", ".join(found)
 
 
 def _chosen(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
@@ -171,7 +196,7 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     about = {"base": {}, "modules_to_save": [], "trained_beside": []} | about  # an older fastheads wrote none of these
     kinds = {"config": dict, "base_sha256": str, "base_model": str, "base": dict}
     missing = [key for key, kind in kinds.items() if not isinstance(about.get(key), kind)]
-    missing += [key for key in ("modules_to_save", "trained_beside") if not _are_names(about[key])]
+    missing += [key for key in ("modules_to_save", "trained_beside", "classes") if not _are_names(about.get(key, ()))]
     missing += [f"base.{tower}" for tower, of in dict(about["base"]).items() if not isinstance(of, dict)]
     if missing:
         raise ValueError(f"directory: {path / TENSORS} is corrupt (its description lacks {', '.join(missing)})")
@@ -182,7 +207,12 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
 
 
 def load_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, impl: str = "auto", check_base: bool = True
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    impl: str = "auto",
+    check_base: bool = True,
+    classes: Sequence[str] | None = None,
 ) -> nn.Module:
     """Loads an adapter into a model, in place; patches an unpatched one first.
 
@@ -197,12 +227,18 @@ def load_adapter(
         directory: written by `save_adapter`.
         impl: as in `patch`.
         check_base: refuse another base than the one it was trained on; False (say, for its 16-bit copy): warn.
+        classes: names of the classes to be told apart, in order; an adapter that was saved with the names of others,
+            or in another order, is refused.
 
     Returns the model. Raises FileNotFoundError or ValueError for a missing, corrupt, foreign or unfitting adapter, and
     what `patch` raises; the model is then as it was.
     """
+    _check_classes(classes)
     about, tensors = read_adapter(directory)
     config = HeadConfig.from_dict(about["config"])
+    other = "" if classes is None else _other_classes(about.get("classes", classes), classes)
+    if other:
+        raise ValueError(f"directory: the adapter's linear head is for other classes: {other}")
     inner = unwrap(model)
     refuse_peft(inner)
     saved, beside = about["modules_to_save"], about["trained_beside"]

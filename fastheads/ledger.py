@@ -24,10 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import GraphExecGroup
 
-from fastheads.ops import fused
+from fastheads.ops import fused, halves
 
 _FORWARD = torch.ops.fastheads.head_attention.default
 _BACKWARD = torch.ops.fastheads.head_attention_backward.default
+_OPERATORS: dict[Any, Callable[..., Any]] = {
+    _FORWARD: fused.forward_filled,
+    _BACKWARD: fused.backward_filled,
+    **halves.OPERATORS,
+}
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,15 @@ class _Alive(TorchDispatchMode):
         self._known = {t.untyped_storage()._cdata for t in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (_FORWARD, _BACKWARD) and args[-1] == "cpu":
+        if func in _OPERATORS and args[-1] == "cpu":
             with self, torch.no_grad():  # into the operator, whose parts are PyTorch's
-                out: Any = (fused.forward_filled if func is _FORWARD else fused.backward_filled)(*args)
+                out: Any = _OPERATORS[func](*args)
             return out
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
                 self.add(leaf.untyped_storage())
-        inside = _workspace(func, args) if func in (_FORWARD, _BACKWARD) else 0
+        inside = _workspace(func, args) if func in _OPERATORS else 0
         if self.now.total() + inside > self.peak.total():
             self.peak = self.now + Counter({self.maker: inside})
         return out
@@ -110,6 +115,8 @@ def _workspace(func: Any, args: Any) -> int:
     Forward: W' (and W_out) as they are multiplied, q, k, v and T where they are not kept, the heads before W_out.
     Backward: the same weights, the gradients of q, k, v and U, those of the heads, and q, k, v, T where not kept.
     """
+    if func in halves.OPERATORS:
+        return halves.workspace(func, args)
     backward = func is _BACKWARD
     x, w_in, _, lora_A, _, _, w_out = args[backward : backward + 7]
     (B, N, D), impl = x.shape, args[-1]
@@ -230,14 +237,16 @@ PARTS |= {"self_attn": "attention", "layer_norm1": "attention", "layer_norm2": "
 def _part(name: str) -> str | None:
     """The part of the model that a module's tensors are told under; None: that of the module around it.
 
-    A model without a text tower is "visual" itself.
+    A model without a text tower, or of Hugging Face's, is "visual" itself.
     """
     path = name.split(".")
+    if "text_model" in path:
+        return "text tower" if path[-1] == "text_model" else None
     if path[0] != "visual":
         return "text tower" if name in ("text", "transformer", "token_embedding", "ln_final") else None
     stack = next((path.index(name) for name in BLOCKS if name in path), None)
     if stack is None:
-        return "ends of the tower" if len(path) == 1 else None
+        return "ends of the tower" if len(path) == 1 or path[-1] == "vision_model" else None
     inside = path[stack + 1 :]
     return "residual stream" if len(inside) == 1 else PARTS.get(inside[-1]) if len(inside) == 2 else None
 

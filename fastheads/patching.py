@@ -358,8 +358,8 @@ def masked(model: nn.Module, heads: Iterable[tuple[int, int]], tower: str | None
     """Inside, these heads of the patched `model` are closed: they add exactly nothing, all others what they did.
 
     Whatever the gates' form: nothing is renormalised, and a model without gates takes it too. They are not computed,
-    but in layers with norms of q and k or rotary positions, and where heads are captured: what is captured of a closed
-    head is still its own, un-gated output. `merge` inside folds the zeros in, `gates` shows them.
+    but where heads are captured: what is captured of a closed head is still its own, un-gated output. `merge` inside
+    folds the zeros in, `gates` shows them.
 
     Args:
         heads: (layer, head) pairs, layers as `explain` numbers them; none: nothing changes.

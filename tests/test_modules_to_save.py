@@ -101,6 +101,27 @@ def test_names_that_are_none_are_refused(wanted, tmp_path):
         fastheads.save_adapter(trained(), tmp_path / "a", modules_to_save=wanted)
 
 
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (["b", "a"], "in another order, first at class 0, 'a' there and 'b' here"),
+        (["a", "c"], "'b' not here, 'c' here only"),
+        (["a"], "'b' not here"),
+        (["a", "b", "b"], "in another order, first at class 2, none there and 'b' here"),
+    ],
+)
+def test_a_head_of_other_classes_is_refused_and_changes_nothing(classes, words, tmp_path):
+    model = patched("clip")
+    fastheads.save_adapter(model, tmp_path, classes=["a", "b"])
+    other = clip()
+    with pytest.raises(ValueError, match=f"^directory: .* other classes: {words}$"):
+        fastheads.load_adapter(other, tmp_path, classes=classes)
+    assert not fastheads.is_patched(other)
+    fastheads.load_adapter(other, tmp_path, classes=["a", "b"])
+    with pytest.raises(TypeError, match="^classes: got 'ab'"):
+        fastheads.save_adapter(model, tmp_path, classes="ab")
+
+
 def test_a_saved_module_that_is_not_finite_is_refused(tmp_path):
     model = trained()
     with torch.no_grad():

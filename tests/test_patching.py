@@ -252,7 +252,7 @@ def without_heads(model, heads, tower):
 
 @pytest.mark.parametrize("tower", BOTH)
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid", None])
-@pytest.mark.parametrize("name", ["clip", "attention_qk_norm", "timm"])
+@pytest.mark.parametrize("name", ["clip", "attention_qk_norm", "development_cosine", "attention_scale_heads", "timm"])
 def test_masked_heads_add_nothing_and_others_what_they_did(name, gate, tower):
     closed = [(0, 1), (1, 0), (0, 1)]
     with torch.no_grad():

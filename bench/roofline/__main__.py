@@ -14,6 +14,7 @@ from bench.base.tables import table, write_block
 from bench.base.towers import SHAPES, Setting
 from bench.roofline.chips import CHIPS, Chip
 from bench.roofline.costs import Cost, all_costs, cost, mean, run_of, seconds
+from bench.roofline.hosts import host_table
 from bench.roofline.loops import backward_counts, backward_tiles
 from bench.roofline.mmd import mmd_table
 from bench.roofline.passes import ATTENTION_BACKWARD, PATHS, WORDS, Run
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = [c for c in costs if c.shape == shape.name]
         tables[key] = f"{shape.name}, {rates}", cost_table(own, chips)
     tables["targets"] = "The targets, by the model", target_table(costs, chips)
+    tables["hosts"] = "Other libraries' attention over its own stock self, frozen, by the model", host_table(chips)
     tables["backward"] = "The attention backward pass by its products, whole module", backward_table(chips)
     tables["mmd"] = "The MMD by Triton, loss and gradient; a rank's share where there are several", mmd_table(chips)
     for block, (title, text) in tables.items():

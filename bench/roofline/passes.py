@@ -68,13 +68,13 @@ def mlp(s: Setting) -> list[Pass]:
     return run.forward + run.backward
 
 
-def _module(s: Setting, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
+def module(s: Setting, forward: Sequence[Pass], backward: Sequence[Pass], saved: float) -> Run:
     """The attention module around what lies between its LayerNorm and out_proj."""
     out = Pass("out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)
     return _around(s, [*forward, out], [out, *backward], saved)
 
 
-def _qkv(s: Setting, name: str = "q, k, v projection") -> Pass:
+def qkv(s: Setting, name: str = "q, k, v projection") -> Pass:
     return Pass(name, 4 * s.row + 6 * s.weight, gemm=3 * s.product)
 
 
@@ -83,12 +83,12 @@ def _waste(s: Setting) -> float:
     return (-(-s.tokens // 128) * 128) ** 2 / s.tokens**2
 
 
-def _sdpa(s: Setting) -> Pass:
+def sdpa(s: Setting) -> Pass:
     waste = _waste(s)
     return Pass("SDPA", 4 * s.row + s.lse, attention=2 * s.attention * waste, exp=s.scores * waste)
 
 
-def _sdpa_backward(s: Setting) -> list[Pass]:
+def sdpa_backward(s: Setting) -> list[Pass]:
     """Its dQ is summed in a float32 buffer (2 rows): zeroed beside dO ∘ O, added to, rounded in a pass of its own."""
     waste = _waste(s)
     return [
@@ -104,10 +104,10 @@ def _adapted(s: Setting, forward: Sequence[Pass], back: Sequence[Pass], after: S
     forward: after the projection; back, after: before and after the projection's own backward pass.
     """
     gate = [Pass("gate: dO", 2 * s.row), Pass("gate: dO ∘ O", 3 * s.row), Pass("gate: its sum", s.row)]
-    attend = [_sdpa(s), Pass("gate", 2 * s.row)]
-    projection = [Pass("dQ, dK, dV stacked", 6 * s.row), _qkv(s, DX)]
-    backward = [*gate, *_sdpa_backward(s), *back, *projection, *after]
-    return _module(s, [_qkv(s), *forward, *attend], backward, saved)
+    attend = [sdpa(s), Pass("gate", 2 * s.row)]
+    projection = [Pass("dQ, dK, dV stacked", 6 * s.row), qkv(s, DX)]
+    backward = [*gate, *sdpa_backward(s), *back, *projection, *after]
+    return module(s, [qkv(s), *forward, *attend], backward, saved)
 
 
 def floor(s: Setting, rank: int, arch: int = 80) -> Run:
@@ -115,7 +115,7 @@ def floor(s: Setting, rank: int, arch: int = 80) -> Run:
     attend = Pass("attention", 4 * s.row + s.lse, attention=2 * s.attention, exp=s.scores)
     # five products; reads q, k, v, o, dO, writes dQ, dK, dV
     back = Pass("attention backward", 8 * s.row + 3 * s.lse, attention=5 * s.attention, exp=s.scores)
-    return _module(s, [_qkv(s), attend], [back, _qkv(s, DX)], 5 * s.row + s.lse)
+    return module(s, [qkv(s), attend], [back, qkv(s, DX)], 5 * s.row + s.lse)
 
 
 def stock(s: Setting, rank: int, arch: int = 80) -> Run:
@@ -126,8 +126,8 @@ def stock(s: Setting, rank: int, arch: int = 80) -> Run:
     """
     copied = [Pass("bias add", 6 * s.row), Pass("q, k, v made contiguous", 6 * s.row)]
     summed = [Pass("dQ, dK, dV each into zeros", 3 * (3 + 2) * s.row), Pass("their sum", 2 * 9 * s.row)]
-    backward = [*_sdpa_backward(s), *summed, Pass("dQKV made contiguous", 6 * s.row), _qkv(s, DX)]
-    run = _module(s, [_qkv(s), *copied, _sdpa(s)], backward, 5 * s.row + s.lse)
+    backward = [*sdpa_backward(s), *summed, Pass("dQKV made contiguous", 6 * s.row), qkv(s, DX)]
+    run = module(s, [qkv(s), *copied, sdpa(s)], backward, 5 * s.row + s.lse)
     return run._replace(backward=[Pass("dO made contiguous", 2 * s.row), *run.backward])
 
 
@@ -155,7 +155,7 @@ def plain(s: Setting, rank: int, arch: int = 80) -> Run:
 def merged(s: Setting, rank: int, arch: int = 80) -> Run:
     """W + s·B A formed under autograd, then the projection with a weight that wants its gradient."""
     from_dw = Pass("dA, dB from dW", 42 * s.weight, gemm=4 * TARGETS * s.weight * rank)
-    run = _adapted(s, [], [], [_qkv(s, "dW"), from_dw], 6 * s.row + 6 * s.weight + s.lse)
+    run = _adapted(s, [], [], [qkv(s, "dW"), from_dw], 6 * s.row + 6 * s.weight + s.lse)
     # delta of q and v, beside zeros for k, added, all in float32; rounded
     fold = Pass("W + s·B A", 82 * s.weight, gemm=2 * TARGETS * s.weight * rank)
     return run._replace(forward=[fold, *run.forward])
@@ -174,7 +174,7 @@ def peft(s: Setting, rank: int, arch: int = 80) -> Run:
     """PEFT 0.21's LoRA on nn.MultiheadAttention: weights merged before and unmerged after each call, dense dW."""
     forward, backward, saved = stock(s, rank)
     merging = [Pass("weights merged and unmerged", 240 * s.weight), Pass("x made contiguous", 2 * s.row)]
-    dw = [_qkv(s, "dW"), Pass("dW of out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)]
+    dw = [qkv(s, "dW"), Pass("dW of out_proj", 2 * s.row + 2 * s.weight, gemm=s.product)]
     from_dw = Pass("dA, dB from dW", 80 * s.weight)
     return Run([*merging, *forward], [*backward, *dw, from_dw], saved + s.row + 8 * s.weight)
 
@@ -211,7 +211,7 @@ def ours(s: Setting, rank: int, arch: int = 80, *, delta: bool) -> Run:
         Pass(DX, 4 * s.row + added + 6 * s.weight, gemm=3 * s.product + more),
     ]
     forward = [_fold(s, rank, 2 if delta else 4), _project(s, rank), attend]
-    return _module(s, forward, backward, 5 * s.row + low + s.lse)
+    return module(s, forward, backward, 5 * s.row + low + s.lse)
 
 
 def stacked_recompute(s: Setting, rank: int, arch: int = 80) -> Run:
@@ -226,7 +226,7 @@ def one_pass(s: Setting, rank: int, arch: int = 80) -> Run:
     work = loops.one_pass_fwd(arch, s.width // s.heads, s.tokens, s.heads, DELTAS, rank) * (s.batch * s.heads)
     bytes_ = 2 * s.row + s.lse + 6 * s.weight
     kernel = Pass("projection, attention, gate", bytes_, attention=work.products, exp=work.exps, l2=l2)
-    run = _module(s, [Pass("W, A in 16 bits", 18 * s.weight), kernel], [], 2 * s.row + s.lse)
+    run = module(s, [Pass("W, A in 16 bits", 18 * s.weight), kernel], [], 2 * s.row + s.lse)
     again = [_fold(s, rank, 4), _project(s, rank)]
     return run._replace(backward=[*again, *ours(s, rank, arch, delta=True).backward])
 

@@ -74,8 +74,8 @@ def _model_options(parser: argparse.ArgumentParser, *, pretrained: str) -> None:
         type=os.path.expanduser,
         default="ViT-B-16",
         metavar="NAME",
-        help="OpenCLIP's name (default: ViT-B-16); timm:NAME, or a folder of Hugging Face's CLIP or SigLIP: the image "
-        "side, with a linear head instead of text",
+        help="OpenCLIP's name (default: ViT-B-16), or a folder of Hugging Face's CLIP or SigLIP; timm:NAME, or such a "
+        "folder of an image tower: with a linear head instead of text",
     )
     group.add_argument(
         "--pretrained",

@@ -104,7 +104,7 @@ def _scores(args: argparse.Namespace, bars: Bars) -> None:
     with phase(f"loading {args.model}"):
         model, tokenizer = load_model(args, classes or len(folders.classes))
         if args.adapter is not None:
-            load_adapter_of(model, args)
+            load_adapter_of(model, args, None if head_of(model) is None else folders.classes)
     head = head_of(model)
     if head is None:
         with phase("encoding prompts"):
@@ -154,6 +154,8 @@ def _inspect(args: argparse.Namespace) -> None:
     for word, names in (("with", about["modules_to_save"]), ("without", about["trained_beside"])):
         if names:
             print(f"{word:<8} {first_few(names)}, trained beside the adapter")
+    if about.get("classes"):
+        print(f"classes  {first_few(about['classes'], 10, 'classes')}")
     gate = about["config"]["gate"]
     for name, theta in tensors.items():
         if name.endswith(".theta"):

@@ -62,7 +62,7 @@ def _model_name(args: argparse.Namespace) -> str:
         register()
     if args.pretrained is None and args.command != "inspect":
         args.pretrained = models.default_weights(args.model)
-    return models.with_activation(args.model, args.pretrained) if models.has_text(args.model) else args.model
+    return models.with_activation(args.model, args.pretrained)
 
 
 def _check_towers(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> None:
@@ -78,7 +78,7 @@ def _check_towers(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]
         try:
             model = models.build(name, size=args.image_size)
         except Exception:  # what cannot be built without a network is told when its weights are loaded
-            if not text:
+            if not text or models.is_folder(args.model):
                 raise
             return
         for method, recipe in rows:
@@ -99,11 +99,11 @@ def transforms_of(model: nn.Module) -> Any:
         return models.transforms(model)
 
 
-def load_adapter_of(model: nn.Module, args: argparse.Namespace) -> None:
+def load_adapter_of(model: nn.Module, args: argparse.Namespace, classes: Sequence[str] | None = None) -> None:
     from fastheads.adapters import AnotherBaseError, load_adapter
 
     try:
-        load_adapter(model, args.adapter, check_base=not args.any_base)
+        load_adapter(model, args.adapter, check_base=not args.any_base, classes=classes)
     except AnotherBaseError as e:
         raise InputError(f"--adapter: {e.what}; --any-base takes it all the same") from e
 

@@ -70,9 +70,9 @@ class OpenClipAttentionHost(HeadAttention):
         cosine = self.logit_scale is not None
         norms = None
         if cosine:
-            norms = lambda q, k: (F.normalize(q, dim=-1), F.normalize(k, dim=-1))  # noqa: E731
+            norms = lambda q, k, heads: (F.normalize(q, dim=-1), F.normalize(k, dim=-1))  # noqa: E731
         elif present(self, "ln_q") or present(self, "ln_k"):
-            norms = lambda q, k: (self.ln_q(q), self.ln_k(k))  # noqa: E731
+            norms = lambda q, k, heads: (self.ln_q(q), self.ln_k(k))  # noqa: E731
         inner = present(self, "ln_inner")
         o, _ = self.attend(
             x,

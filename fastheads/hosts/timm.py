@@ -82,7 +82,7 @@ class TimmAttentionHost(HeadAttention):
         mask = mask_of(given.get("attn_mask"), bool(given.get("is_causal")), x, self.num_heads)
         rope, norms = given.get("rope"), None
         if rope is not None or present(self, "q_norm") or present(self, "k_norm"):
-            norms = lambda q, k: _placed(self, self.q_norm(q), self.k_norm(k), rope)  # noqa: E731
+            norms = lambda q, k, heads: _placed(self, self.q_norm(q), self.k_norm(k), rope, heads)  # noqa: E731
         gate = getattr(self, "gate", None)
         inner = gate is not None or present(self, "norm")
         options = {"score_scale": _scale(self), "attention_dropout": self.attn_drop.p if self.training else 0.0}
@@ -147,10 +147,12 @@ def _scale(module: Any) -> float | None:
 _WITH_ROPE = ("rope", "attn_mask", "is_causal")
 
 
-def _placed(module: Any, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q and k `[B, H, N, dh]`, all but the first tokens' turned by their positions."""
+def _placed(module: Any, q: Tensor, k: Tensor, rope: Tensor | None, heads: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q and k `[B, H, N, dh]`, all but the first tokens' turned by their positions; each head may have its own."""
     if rope is None:
         return q, k
+    if heads is not None and rope.dim() >= 3 and rope.shape[-3] == module.num_heads:
+        rope = rope.index_select(-3, heads)
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
     first, half = module.num_prefix_tokens, {"half": True} if getattr(module, "rotate_half", False) else {}

@@ -1,7 +1,9 @@
-"""What a model says of images, whoever built it: features, and the logits of a linear head where it has no text."""
+"""What a model says of images and texts, whoever built it: features, and the logits of a linear head where it has no
+text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,10 +11,27 @@ from torch import Tensor, nn
 from fastheads.hosts.wrappers import unwrap
 
 
+def text_encoder(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What makes features `[n, E]`, not normalised, of token ids `[n, N]`: OpenCLIP's, or Hugging Face's CLIP's or
+    SigLIP's, which are given no mask, as they were trained; None for a model without text."""
+    inner: Any = unwrap(model)
+    if hasattr(inner, "get_text_features"):
+        return lambda ids: inner.get_text_features(ids).pooler_output
+    return getattr(inner, "encode_text", None)
+
+
+def context_length(model: nn.Module) -> int:
+    """How many tokens its texts have; 0 for a model without text."""
+    inner: Any = unwrap(model)
+    if hasattr(inner, "get_text_features"):
+        return int(inner.config.text_config.max_position_embeddings)
+    return getattr(inner, "context_length", 0)
+
+
 def head_of(model: nn.Module) -> nn.Linear | None:
     """The linear head of timm's or Hugging Face's model for classifying images; None for a model with a text tower."""
     inner: Any = unwrap(model)
-    if hasattr(inner, "encode_text"):
+    if text_encoder(inner) is not None:
         return None
     head = inner.get_classifier() if hasattr(inner, "get_classifier") else getattr(inner, "classifier", None)
     return head if isinstance(head, nn.Linear) else None
@@ -26,14 +45,31 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def image_tower(model: nn.Module) -> nn.Module:
-    """What full fine-tuning trains: an OpenCLIP model's image tower; a vision model whole."""
+    """What full fine-tuning trains: a model's image tower, which makes features of images; a vision model whole."""
+    if hasattr(model, "get_image_features"):
+        return _ImageTower(model)
     return getattr(model, "visual", model)
+
+
+class _ImageTower(nn.Module):
+    """The image side of Hugging Face's CLIP or SigLIP, with the model's own modules, as OpenCLIP's `visual` is one."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.vision_model = model.vision_model
+        self.visual_projection = getattr(model, "visual_projection", nn.Identity())
+        self.image_size = model.config.vision_config.image_size
+        self.gradient_checkpointing_enable = self.vision_model.gradient_checkpointing_enable
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.visual_projection(self.vision_model(pixel_values=images).pooler_output)
+        return features
 
 
 def answer(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Features `[B, E]` of images `[B, 3, h, w]`, not normalised, and the logits `[B, C]` that its head makes of
     them; None where it classifies by text."""
-    head, call = head_of(model), getattr(model, "encode_image", model)
+    head, call = head_of(model), getattr(model, "encode_image", None) or image_tower(model)
     if head is None:
         return call(images), None
     seen: list[Tensor] = []

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from string import Formatter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastheads import reference
-from fastheads.hosts.wrappers import unwrap
+from fastheads.hosts.vision import text_encoder
 
 Template = str | Callable[[str], str]
 
@@ -64,9 +63,11 @@ def prompt_embeddings(
             f"templates: got {templates!r}; takes a sequence of at least one template, as 'a photo of a {{}}.'"
         )
     prompts = [fill(template, name) for template in templates for name in classnames]
-    encode: Any = getattr(unwrap(model), "encode_text", None)
+    encode = text_encoder(model)
     if encode is None:
-        raise TypeError(f"model: {type(model).__name__} has no encode_text; takes an OpenCLIP model")
+        raise TypeError(
+            f"model: {type(model).__name__} has no encode_text; takes an OpenCLIP model, Hugging Face's CLIP or SigLIP"
+        )
     device = next(model.parameters()).device
     with evaluating(model):
         parts = [encode(tokenizer(prompts[i : i + batch_size]).to(device)) for i in range(0, len(prompts), batch_size)]
@@ -84,8 +85,8 @@ def class_text_weights(
     """`W_cls[c] = normalise(mean over templates)`, `[C, E]`: the zero-shot classifier.
 
     Args:
-        model: an OpenCLIP model (its `encode_text` is used).
-        tokenizer: `open_clip.get_tokenizer(name)`.
+        model: an OpenCLIP model (its `encode_text` is used), or Hugging Face's CLIP or SigLIP (`get_text_features`).
+        tokenizer: `open_clip.get_tokenizer(name)`, or another that makes ids `[n, N]` of n texts.
         classnames: C names.
         templates: as `"a photo of a {}."`, or functions of the name, as OpenCLIP's OPENAI_IMAGENET_TEMPLATES.
     """

@@ -177,10 +177,10 @@ def restore(model: nn.Module) -> None:
     original.tensors = {}
 
 
-def first_few(names: Iterable[str], count: int = 3) -> str:
+def first_few(names: Iterable[str], count: int = 3, of: str = "tensors") -> str:
     """Names for a message: the first ones, and how many there are."""
     names = list(names)
-    return ", ".join(names[:count]) + (f" … ({len(names)} tensors)" if len(names) > count else "")
+    return ", ".join(names[:count]) + (f" … ({len(names)} {of})" if len(names) > count else "")
 
 
 # -------------------------------------------------------------------------------------- parameters and states

@@ -18,7 +18,7 @@ from fastheads.nn.lora import HeadLoRA
 
 LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, type(None))
-_PLAIN_WEIGHTS = {Tensor, nn.Parameter}
+_PLAIN_WEIGHTS = {Tensor, nn.Parameter, FakeTensor}
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -77,7 +77,7 @@ class HeadAttention:
         out_proj: nn.Module | None,
         *,
         need_weights: bool = False,
-        norms: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        norms: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]] | None = None,
         score_scale: float | Tensor | None = None,
         head_scale: Tensor | None = None,
         attention_dropout: float = 0.0,
@@ -109,7 +109,7 @@ class HeadAttention:
             watch.warn()
         dropout_p = own.dropout if self.training else 0.0
         pool = None if own.recorder is None else own.recorder.pool
-        lora: dict[str, Any] = {
+        options: dict[str, Any] = {
             "num_heads": own.num_heads,
             "targets": own.targets,
             "scale": own.scale,
@@ -120,49 +120,25 @@ class HeadAttention:
         gate_form = own.gate_kind or "" if own.closed is None else ""
         stored, b_in = self.weights(self), self.bias(self)
         w_in = stored[0] if len(stored) == 1 else _as_one(own, stored)
+        lora_A, lora_B, w_out, b_out = own.lora_A, own.lora_B, None, None
+        if not between.something and out_proj is not None and is_plain_linear(out_proj):
+            w_out, b_out, out_proj = out_proj.weight, out_proj.bias, None
+        heads = own.adding() if pool is None and not between.probabilities else None
+        if heads is not None:
+            options["num_heads"], gate, gate_form = len(heads), own.gate(), ""
+            w_in, b_in, lora_A, lora_B, gate, mask, w_out = _of_heads(
+                heads, own.num_heads, w_in, b_in, lora_A, lora_B, gate, mask, w_out
+            )
+            between = between.of_heads(heads, own.num_heads)
+        tensors = (x, w_in, b_in, lora_A, lora_B)
+        options |= {"gate": gate, "gate_form": gate_form, "mask": mask, "pool": pool}
+        options |= {"recompute": own.recompute, "impl": own.impl}
         if between.something:
-            o, cls, probabilities = ops.head_attention_in_halves(
-                x,
-                w_in,
-                b_in,
-                own.lora_A,
-                own.lora_B,
-                between,
-                gate=gate,
-                gate_form=gate_form,
-                mask=mask,
-                pool=pool,
-                impl=own.impl,
-                **lora,
-            )
+            o, cls, probabilities = ops.head_attention_in_halves(*tensors, between, **options)
         else:
-            w_out = b_out = None
-            if out_proj is not None and is_plain_linear(out_proj):
-                w_out, b_out, out_proj = out_proj.weight, out_proj.bias, None
-            lora_A, lora_B, heads = own.lora_A, own.lora_B, own.adding() if pool is None else None
-            if heads is not None:
-                lora["num_heads"], gate, gate_form = len(heads), own.gate(), ""
-                w_in, b_in, lora_A, lora_B, gate, mask, w_out = _of_heads(
-                    heads, own.num_heads, w_in, b_in, lora_A, lora_B, gate, mask, w_out
-                )
-            o, _, cls = ops.head_attention(
-                x,
-                w_in,
-                b_in,
-                lora_A,
-                lora_B,
-                gate=gate,
-                gate_form=gate_form,
-                w_out=w_out,
-                b_out=b_out,
-                mask=mask,
-                pool=pool,
-                recompute=own.recompute,
-                impl=own.impl,
-                **lora,
-            )
-            if heads is not None and w_out is None:
-                o = _beside_zeros(o, heads, own.num_heads)
+            o, _, cls = ops.head_attention(*tensors, w_out=w_out, b_out=b_out, **options)
+        if heads is not None and w_out is None:
+            o = _beside_zeros(o, heads, own.num_heads)
         if own.recorder is not None and cls is not None:
             own.recorder.add(own.layer, cls)
         return o if out_proj is None else out_proj(o), probabilities if between.need_weights else None
@@ -209,10 +185,7 @@ def _of_heads(
 ) -> Any:
     """The same arguments of `head_attention` for these heads alone; copies."""
 
-    def of(t: Tensor | None, dim: int) -> Tensor | None:
-        own = t is not None and t.dim() >= -dim and t.shape[dim] == num_heads
-        return t.index_select(dim, heads) if t is not None and own else t
-
+    of = functools.partial(ops.of_heads, heads, num_heads)
     w_in = w_in.unflatten(0, (3, num_heads, -1)).index_select(1, heads).flatten(0, 2)
     b_in = None if b_in is None else b_in.view(3, num_heads, -1).index_select(1, heads).flatten()
     w_out = None if w_out is None else w_out.unflatten(1, (num_heads, -1)).index_select(1, heads).flatten(1)

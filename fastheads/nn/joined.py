@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastheads.ops import unwatched
 
@@ -17,10 +18,10 @@ def laid_together(weights: Sequence[Tensor]) -> Tensor | None:
     are one, trained, not alike, no plain tensors, or in memory that processes share.
 
     Each stays the object it was, and by DLPack its storage is its own and no larger than itself: what saves a model
-    and looks for tensors in one storage (accelerate drops all but one of them) finds none.
+    and looks for tensors in one storage (accelerate drops all but one of them) finds none. Fake ones share it.
     """
     first = weights[0]
-    if len(weights) == 1 or torch.is_inference_mode_enabled() or not unwatched(*weights):
+    if len(weights) == 1 or torch.is_inference_mode_enabled() or not (_fake(first) or unwatched(*weights)):
         return None
     if first.device.type not in ("cpu", "cuda") or not first.numel() or first.nbytes % _ALIGNED:
         return None
@@ -32,12 +33,19 @@ def laid_together(weights: Sequence[Tensor]) -> Tensor | None:
             return None
     whole = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, whole.chunk(len(weights)), strict=True):
-        weight.data = torch.from_dlpack(part)
+        weight.data = part if _fake(first) else torch.from_dlpack(part)
     return whole
+
+
+def _fake(weight: Tensor) -> bool:
+    """Whether it has a shape and no values, as those that a step's memory is counted on."""
+    return isinstance(weight, FakeTensor)
 
 
 def lie_in(whole: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether these are the parts of `whole`, in its memory; a tensor that is alive shares it with nobody else."""
+    if _fake(whole):
+        return all(weight.untyped_storage()._cdata == whole.untyped_storage()._cdata for weight in weights)
     place, size = whole.data_ptr(), whole.nbytes // len(weights)
     return all(
         weight.data_ptr() == place + i * size

@@ -11,7 +11,7 @@ Both operators are told in the same order:
 """
 
 from fastheads.ops.dispatch import NAMES, Choice, Problem, asked_for, choose, surroundings
-from fastheads.ops.halves import Between, head_attention_in_halves
+from fastheads.ops.halves import Between, head_attention_in_halves, of_heads
 from fastheads.ops.head_attention import head_attention, unwatched
 from fastheads.ops.mmd import kernel_sums, mmd_fused, mmd_small
 
@@ -27,6 +27,7 @@ __all__ = [
     "kernel_sums",
     "mmd_fused",
     "mmd_small",
+    "of_heads",
     "surroundings",
     "unwatched",
 ]

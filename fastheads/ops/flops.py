@@ -1,4 +1,5 @@
-"""Floating-point operations of `fastheads::head_attention` and its gradients, for `torch.utils.flop_counter`.
+"""Floating-point operations of `fastheads::head_attention`, of its halves `project` and `attend`, and of their
+gradients, for `torch.utils.flop_counter`.
 
 Counted is what the formulas ask for, as PyTorch counts its own attention on a GPU: two operations per multiplication in
 a product, softmax and gates free, scores computed again in the backward pass. With E the width of all heads, T targets,
@@ -77,15 +78,46 @@ def backward_flops(
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
-    projection, down, up = _products(x, w_in, lora_A, lora_B)
-    dx, dw, _, dA, dB, _ = needed
-    products = [5 * _score_product(x, w_in), _projection_out(x, w_out)]
-    products += [projection * (dx + dw)]  # dY W, dYᵀ x
-    products += [up * ((dx or dA) + dB)]  # U = dY B, dYᵀ T
-    products += [down * (dA + dx)]  # Uᵀ x, U A
+    products = 5 * _score_product(x, w_in) + _projection_out(x, w_out)
+    products += project_backward_flops(projected, x, w_in, b_in, lora_A, lora_B, seed, low, needed)
     if not projected.numel():  # nothing was kept
-        products += [projection + down + up]
-    return sum(products)
+        products += sum(_products(x, w_in, lora_A, lora_B))
+    return products
+
+
+def project_flops(
+    x: Tensor, w_in: Tensor, b_in: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, *_: Any, **__: Any
+) -> int:
+    return sum(_products(x, w_in, lora_A, lora_B))
+
+
+def project_backward_flops(
+    dprojected: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    seed: Tensor | None,
+    low: Tensor,
+    needed: Sequence[bool],
+    *args: Any,
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
+    projection, down, up = _products(x, w_in, lora_A, lora_B)
+    dx, dw, _, dA, dB, *_ = needed
+    products = projection * (dx + dw)  # dY W, dYᵀ x
+    products += up * ((dx or dA) + dB)  # U = dY B, dYᵀ T
+    return products + down * (dA + dx)  # Uᵀ x, U A
+
+
+def attend_flops(q: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 2 * 2 * q.numel() * q.shape[2]
+
+
+def attend_backward_flops(do: Tensor, q: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 5 * 2 * q.numel() * q.shape[2]
 
 
 def tell_counters() -> None:
@@ -93,5 +125,10 @@ def tell_counters() -> None:
     for mode in _get_current_dispatch_mode_stack():
         formulas = getattr(getattr(mode, "counter", mode), "flop_registry", None)
         if formulas is not None:
-            formulas.setdefault(torch.ops.fastheads.head_attention, forward_flops)
-            formulas.setdefault(torch.ops.fastheads.head_attention_backward, backward_flops)
+            own = torch.ops.fastheads
+            formulas.setdefault(own.head_attention, forward_flops)
+            formulas.setdefault(own.head_attention_backward, backward_flops)
+            formulas.setdefault(own.project, project_flops)
+            formulas.setdefault(own.project_backward, project_backward_flops)
+            formulas.setdefault(own.attend, attend_flops)
+            formulas.setdefault(own.attend_backward, attend_backward_flops)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastheads.ops import cpu
-from fastheads.ops.layer import Layer
+from fastheads.ops.layer import Layer, pooled
 
 
 @functools.cache
@@ -171,7 +171,7 @@ def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
     x = given.to(dtype)
     layer = Layer(x, *arguments[1:TENSORS], *arguments[TENSORS + BETWEEN :])
     impl = layer.impl
-    which: Any = {"": None, "token": pool_token, "tokens": pool_tokens, "mean": slice(pool_token, None)}[pool]
+    which = pooled(pool, pool_token, pool_tokens)
     kept: Sequence[Tensor | None] = (None, None, None)
     with _plainly(x):
         if impl == "cpu" and keep == "nothing" and layer.seed is None:
@@ -412,12 +412,22 @@ def project(layer: Layer) -> tuple[Tensor, Tensor | None]:
         if layer.impl == "cpu":
             return cpu.project(layer)
         weights = _weights(layer)
-        if layer.lora_A is None or layer.merged:
-            product = _project(layer, weights, low_too=True)
-            return product.qkv, product.low
-        E3, bias = layer.w_in.shape[0], weights.bias
+        if layer.lora_A is None:
+            return F.linear(layer.x, weights.own, weights.bias), None
+        E3, bias = layer.w_in.shape[0], None if weights.bias is None else weights.bias[: layer.w_in.shape[0]]
         low = F.linear(_dropped(layer, layer.x), weights.own[E3:])
-        return layer.in_one_product(low, weights.own[:E3], None if bias is None else bias[:E3]), low
+        if layer.merged:
+            return F.linear(layer.x, weights.own[:E3], bias), low
+        return layer.in_one_product(low, weights.own[:E3], bias), low
+
+
+def low_shape(layer: Layer) -> tuple[int, ...]:
+    """Of T where `project` makes it; of an empty tensor where there is none."""
+    if layer.lora_A is None:
+        return (0,)
+    B, N, D = layer.x.shape
+    columns = layer.lora_A.numel() // D
+    return B, N, columns if layer.impl == "cpu" else _kernels().padded_rank(columns)
 
 
 def project_backward(
@@ -459,8 +469,8 @@ def attend(
 
 def attend_backward(
     impl: str, do: Tensor, kept: Sequence[Any], options: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of q, k and v `[B, H, N, dh]`, and of gate; see `backward`."""
+) -> tuple[Tensor | cpu.Heads, Tensor | None]:
+    """The gradients of q, k and v, a CPU's `[B, H, N, dh]`, else together `[B, N, 3E]`, and of gate; see `backward`."""
     lse, *qkv = kept
     with _plainly(do):
         if impl == "cpu":
@@ -469,7 +479,7 @@ def attend_backward(
             *dy, dgate = cpu.attend_bwd(do, q, k, v, lse, heads, **own)
             B, H, N, dh = q.shape
             dq, dk, dv = (d.view(B, N, H, dh).transpose(1, 2) for d in dy)
-            return dq, dk, dv, dgate
+            return (dq, dk, dv), dgate
         dqkv, dgates = _kernels().attention_bwd(do, *qkv, lse, **options)
         dgate, _ = _kernels().sums(dgates, None, gate=options["gate"], gate_form=options["gate_form"])
-        return *cpu.heads_of(dqkv, options["num_heads"]), dgate
+        return dqkv, dgate

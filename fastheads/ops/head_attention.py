@@ -14,6 +14,7 @@ from fastheads import reference
 from fastheads.ops import fused
 from fastheads.ops.dispatch import choose, looked_at, problem_of
 from fastheads.ops.flops import tell_counters
+from fastheads.ops.layer import pool_arguments
 from fastheads.ops.norms import Normed, normed
 from fastheads.reference import GATES, TARGETS, HeadAttentionOutput
 
@@ -259,10 +260,8 @@ def _by_operator(
         layer = fused.Layer._make((x.to(dtype), *tensors[1:], None, *settings))
         return HeadAttentionOutput(*fused.infer(layer, pool))
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
-    mean = slice(1, None) if isinstance(pool, str) else pool if isinstance(pool, slice) else None
-    kind = "" if pool is None else "mean" if mean else "token" if isinstance(pool, int) else "tokens"
-    given: Any = (*tensors, seed, pool if isinstance(pool, Tensor) else None)
-    token = pool if isinstance(pool, int) else mean.start if mean else 0
+    kind, token, pool_tokens = pool_arguments(pool)
+    given: Any = (*tensors, seed, pool_tokens)
     keep = _KEEP[recompute] if backward else "nothing"
     others: Any = (kind, token, keep, dtype, *settings)
     if not unwatched(*given):

@@ -88,6 +88,25 @@ class Layer(NamedTuple):
         return out
 
 
+Pool = int | Tensor | str | slice | None
+
+
+def pool_arguments(pool: Pool) -> tuple[str, int, Tensor | None]:
+    """Which token is pooled, as an operator's pool, pool_token and pool_tokens."""
+    if isinstance(pool, Tensor):
+        return "tokens", 0, pool
+    if isinstance(pool, str):
+        return "mean", 1, None
+    if isinstance(pool, slice):
+        return "mean", pool.start, None
+    return ("", 0, None) if pool is None else ("token", pool, None)
+
+
+def pooled(kind: str, token: int, tokens: Tensor | None) -> Pool:
+    """What `pool_arguments` told."""
+    return {"": None, "token": token, "tokens": tokens, "mean": slice(token, None)}[kind]
+
+
 def cast_together(dim: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """b behind a, in `dtype`: cast on the way, without a copy of a between."""
     shape = list(a.shape)

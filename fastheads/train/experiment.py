@@ -142,7 +142,8 @@ def _save(
     checks that merging an adapter keeps the features."""
     head = head_names(model)
     if is_patched(model):
-        folder = save_adapter(model, out / "adapter", base=base_name, modules_to_save=head)
+        classes = problem.folders.classes if head else None
+        folder = save_adapter(model, out / "adapter", base=base_name, modules_to_save=head, classes=classes)
         loader = problem.evaluation_loader(problem.sources[0], "validation", recipe)
         before, _ = image_features(model, loader)
         after, _ = image_features(merge(copy.deepcopy(model)), loader)

@@ -244,6 +244,5 @@ def original_features(model: nn.Module, images: Tensor, teacher: nn.Module | Non
             return teacher(images)
     if not is_patched(model):
         raise ValueError("teacher: is needed where the model is not patched; pass a frozen copy of the image tower")
-    encode: Any = model.encode_image
     with disabled(model), evaluating(model):
-        return encode(images)
+        return answer(model, images)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import shutil
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.files import whole
-from fastheads.hosts.vision import head_of, image_size
+from fastheads.hosts.vision import head_of, image_size, text_encoder
 
 if TYPE_CHECKING:
     from fastheads.train.data.batches import Transform
 
 TIMM = "timm:"
+# Of a Hugging Face folder: how images are prepared; a tokenizer's tokens, one of these; all that may belong to one.
 PROCESSOR = "preprocessor_config.json"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+TOKENIZER = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "merges.txt", "added_tokens.json")
 
 
 @contextmanager
@@ -37,19 +41,32 @@ def silent() -> Iterator[None]:
 
 
 def has_text(name: str) -> bool:
-    """Whether the model classifies by text: OpenCLIP's. Of others the image side is taken, with a linear head."""
-    return not (name.startswith(TIMM) or _is_folder(name))
+    """Whether the model classifies by text: OpenCLIP's, and a Hugging Face folder of both towers. Of others the image
+    side is taken, with a linear head."""
+    if not is_folder(name):
+        return not name.startswith(TIMM)
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_text())
+        heads = [kind for kind in config.get("architectures") or () if kind.endswith("ForImageClassification")]
+    except (OSError, ValueError, AttributeError):
+        return False  # what is wrong with it is told when it is loaded
+    return "text_config" in config and not heads
 
 
-def _is_folder(name: str) -> bool:
+def is_folder(name: str) -> bool:
     """Whether a name is that of a Hugging Face folder, and not of a model that a folder here is called like."""
     path = Path(name).expanduser()
     return path.is_dir() and (os.sep in name or (path / "config.json").is_file())
 
 
+def _holds_its_own(name: str) -> bool:
+    """Whether OpenCLIP finds a model's weights with the model: "hf-hub:…", "local-dir:…"."""
+    return ":" in name and not name.startswith(TIMM)
+
+
 def default_weights(name: str) -> str:
-    """The weights of a model for which none are named: a tag; "" for a folder, which holds its own."""
-    if _is_folder(name):
+    """The weights of a model for which none are named: a tag; "" for a folder, or a hub's, which holds its own."""
+    if is_folder(name) or _holds_its_own(name):
         return ""
     return _timm_name(name)[1] if name.startswith(TIMM) else "openai"
 
@@ -60,17 +77,17 @@ def build(name: str, classes: int = 1000, size: int | None = None) -> nn.Module:
     Raises ValueError for a name that is none.
     """
     with silent(), torch.device("meta"):
-        if _is_folder(name):
+        if is_folder(name):
             if size:
                 raise ValueError(f"image_size: got {size}, but a Hugging Face model has its own")
-            transformers, config = _huggingface(name, classes)
-            return _checked(name, transformers.AutoModelForImageClassification.from_config(config))
+            auto, config = _huggingface(name, classes)
+            return _checked(name, auto.from_config(config))
         if name.startswith(TIMM):
             return _checked(name, _timm(_timm_name(name)[0], size, num_classes=classes))
         import open_clip
 
         check_open_clip(name)
-        model: nn.Module = open_clip.create_model(name, device="meta", force_image_size=size)
+        model: nn.Module = open_clip.create_model(name, device="meta", force_image_size=size, load_weights=False)
         return model
 
 
@@ -82,14 +99,20 @@ def load(name: str, weights: str | None, classes: int = 1000, size: int | None =
 
     Raises ValueError, naming the argument as the command line does: what goes wrong, in words.
     """
-    if not has_text(name):
+    if is_folder(name) or not has_text(name):
         build(name, classes, size)  # says what can't be built before weights are sought
-        how = _load_huggingface if _is_folder(name) else _load_timm
-        return how(name, weights, classes, size), None
+        if not is_folder(name):
+            return _load_timm(name, weights, classes, size), None
+        tokenizer = _Tokenizer(name) if has_text(name) else None
+        return _load_huggingface(name, weights, classes), tokenizer
     import open_clip
 
     with _explaining(name, weights, "the path of a checkpoint you have"), silent():
-        model = open_clip.create_model(name, pretrained=weights, force_image_size=size)
+        if weights and _holds_its_own(name):  # OpenCLIP would ignore the others
+            model = open_clip.create_model(name, force_image_size=size, load_weights=False)
+            open_clip.load_checkpoint(model, weights)
+        else:
+            model = open_clip.create_model(name, pretrained=weights, force_image_size=size)
     return model, open_clip.get_tokenizer(name)
 
 
@@ -109,8 +132,10 @@ def _explaining(name: str, weights: str | None, bring: str) -> Iterator[None]:
 
 
 def _checked(name: str, model: nn.Module, empty: bool = False) -> nn.Module:
-    """A vision model, which must have one linear head; `empty`: with zeros in it."""
+    """A vision model, which must have one linear head; `empty`: with zeros in it. One with a text tower needs none."""
     head = head_of(model)
+    if text_encoder(model) is not None:
+        return model
     if head is None or head.bias is None:
         raise ValueError(f"model: {name} is a {type(model).__name__}, which does not classify by one linear head")
     if empty:
@@ -150,12 +175,16 @@ def check_open_clip(name: str) -> None:
 
 def with_activation(name: str, weights: str | None) -> str:
     """OpenCLIP's name of the model with the activation its weights want: it only warns where they were trained with
-    QuickGELU and the model named has none. Raises ValueError for a name or a tag that is none."""
+    QuickGELU and the model named has none. Others as they are. Raises ValueError for a name or a tag that is none."""
+    if name.startswith(TIMM) or is_folder(name):
+        return name
     import open_clip
 
     check_open_clip(name)
     if not weights or is_file(weights):
         return name
+    if _holds_its_own(name):
+        raise ValueError(f"pretrained: got {weights!r}, but {name} holds its own weights; takes a file in their place")
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tags and weights not in tags:
         raise ValueError(f"pretrained: {name} has no weights {weights!r}; it has {', '.join(tags)}, or give a file")
@@ -237,7 +266,8 @@ def _without_bars() -> Iterator[None]:
 
 
 def _huggingface(folder: str, classes: int) -> tuple[Any, Any]:
-    """transformers, and a folder's config for so many classes. Raises ValueError in words."""
+    """The class of transformers that makes a folder's model, and its config, for so many classes where it has a linear
+    head. Raises ValueError in words."""
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         raise ValueError(f"model: {folder} has no config.json; takes a folder that transformers' save_pretrained wrote")
@@ -254,14 +284,19 @@ def _huggingface(folder: str, classes: int) -> tuple[Any, Any]:
             f"model: {folder} is no CLIP or SigLIP that transformers classifies images by ({reason})"
         ) from e
     if config.model_type == "siglip2":
-        raise ValueError(f"model: {folder} is a SigLIP 2 of images of any shape; train takes images of one size")
+        raise ValueError(
+            f"model: {folder} is a SigLIP 2 of images of any shape (NaFlex), which takes patches and a mask in place "
+            "of images; train takes images of one size, as SigLIP 2's other models do"
+        )
+    if has_text(folder):
+        return transformers.AutoModel, config
     if config.num_labels != classes:  # the classes' names would be lost
         config.num_labels = classes
-    return transformers, config
+    return transformers.AutoModelForImageClassification, config
 
 
-def _load_huggingface(folder: str, weights: str | None, classes: int, size: int | None) -> nn.Module:
-    transformers, config = _huggingface(folder, classes)
+def _load_huggingface(folder: str, weights: str | None, classes: int) -> nn.Module:
+    auto, config = _huggingface(folder, classes)
     path = Path(folder).expanduser()
     if weights:
         raise ValueError(f"pretrained: got {weights!r}, but {folder} is a folder that holds its own weights")
@@ -269,7 +304,7 @@ def _load_huggingface(folder: str, weights: str | None, classes: int, size: int 
         raise ValueError(f"model: {folder} has no weights; bring the model.safetensors that belongs to its config.json")
     try:
         with _without_bars():
-            model, info = transformers.AutoModelForImageClassification.from_pretrained(
+            model, info = auto.from_pretrained(
                 path,
                 config=config,
                 ignore_mismatched_sizes=True,
@@ -285,6 +320,42 @@ def _load_huggingface(folder: str, weights: str | None, classes: int, size: int 
     if foreign:
         raise ValueError(f"model: the weights in {folder} do not fit its config.json, first at {foreign[0]!r}")
     return _checked(folder, model, empty=bool(other))
+
+
+class _Tokenizer:
+    """The tokenizer of a Hugging Face folder, called as OpenCLIP's: ids `[n, N]` of n texts, as long as its model takes
+    them. Raises ValueError, naming the file to bring, where there is none or another model's."""
+
+    def __init__(self, folder: str) -> None:
+        import transformers
+
+        path = Path(folder).expanduser()
+        if not any((path / name).is_file() for name in VOCABULARIES):
+            raise ValueError(
+                f"model: {folder} has no tokenizer for its text tower; bring the {VOCABULARIES[0]} and "
+                "tokenizer_config.json that belong to its config.json"
+            )
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True).text_config
+        try:
+            with silent():
+                self.own: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as e:
+            reason = textwrap.shorten(str(e) or type(e).__name__, 300, placeholder=" …")
+            raise ValueError(f"model: the tokenizer in {folder} can't be read: {reason}") from e
+        self.length: int = config.max_position_embeddings
+        # 2 is what old configurations of CLIP say, whose end token is the largest; SigLIP takes the last token
+        end = config.eos_token_id if config.model_type == "clip_text_model" and config.eos_token_id != 2 else None
+        ids = self(["a photo"])
+        if int(ids.max()) >= config.vocab_size or (end is not None and not bool((ids == end).any())):
+            raise ValueError(
+                f"model: the tokenizer in {folder} has other tokens than its config.json says (vocab_size "
+                f"{config.vocab_size}, eos_token_id {config.eos_token_id}); bring its own {VOCABULARIES[0]}"
+            )
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        options = {"padding": "max_length", "truncation": True, "max_length": self.length}
+        ids: Tensor = self.own(texts, return_tensors="pt", **options)["input_ids"]
+        return ids
 
 
 # -------------------------------------------------------------------------------------------------- writing
@@ -306,20 +377,24 @@ def save(model: nn.Module, path: Path) -> Path:
 def _save_huggingface(model: Any, folder: Path) -> Path:
     with _without_bars():
         model.save_pretrained(folder)
-    processor = Path(model.config._name_or_path) / PROCESSOR
-    if processor.is_file() and not (folder / PROCESSOR).exists():
-        shutil.copy(processor, folder)
+    for name in (PROCESSOR, *(TOKENIZER if text_encoder(model) is not None else ())):
+        own = Path(model.config._name_or_path) / name
+        if own.is_file() and not (folder / name).exists():
+            shutil.copy(own, folder)
     return folder
 
 
 def how_to_load(name: str, model: nn.Module, path: Path, size: int | None) -> str:
     """The call that loads what `save` wrote, in the library it is for."""
     head = head_of(model)
+    if is_folder(name):
+        return f"transformers.{type(model).__name__}.from_pretrained({str(path)!r})"
     if head is None:
         options = f", force_image_size={size}" if size else ""
+        if _holds_its_own(name):
+            made = f"model = open_clip.create_model({name!r}, load_weights=False{options})"
+            return f"{made}; open_clip.load_checkpoint(model, {str(path)!r})"
         return f"open_clip.create_model({name!r}, pretrained={str(path)!r}{options})"
-    if _is_folder(name):
-        return f"transformers.{type(model).__name__}.from_pretrained({str(path)!r})"
     options = f"num_classes={head.out_features}" + (f", img_size={size}" if size else "")
     return f"timm.create_model({_timm_name(name)[0]!r}, {options}, checkpoint_path={str(path)!r})"
 

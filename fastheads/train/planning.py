@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastheads.capture import capture_heads
 from fastheads.config import HeadConfig
-from fastheads.hosts.vision import checkpoint_blocks, head_of, image_size, image_tower
+from fastheads.hosts.vision import checkpoint_blocks, context_length, head_of, image_size, image_tower, text_encoder
 from fastheads.ledger import Ledger, count, fake_copy, nbytes
 from fastheads.losses import head_mmd
 from fastheads.model import gate_parameters, lora_parameters
@@ -235,10 +235,10 @@ class Step:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; takes OpenCLIP's name of a model, or the model")
-        if head_of(model) is None and not isinstance(getattr(model, "visual", None), nn.Module):
+        if head_of(model) is None and text_encoder(model) is None:
             raise TypeError(
-                f"model: {type(model).__name__} has no visual tower; takes an OpenCLIP model, or a vision model with a "
-                "linear head"
+                f"model: {type(model).__name__} has no text tower; takes an OpenCLIP model, Hugging Face's CLIP or "
+                "SigLIP, or a vision model with a linear head"
             )
         check_text(model, TRAINED[method])
         if head_of(model) is not None and captions:
@@ -326,8 +326,7 @@ class Step:
     def _inputs(self, batch: int) -> tuple[Tensor, ...]:
         with self.mode:
             images = self._images(batch)
-            length = getattr(self.model, "context_length", 0)
-            texts = torch.empty(batch, length, device=self.device, dtype=torch.int64)
+            texts = torch.empty(batch, context_length(self.model), device=self.device, dtype=torch.int64)
         ids = torch.arange(batch, device=self.device)  # on a CPU, where they are looked at, they have values
         return images, ids % self.classes, ids % DOMAINS, texts
 
@@ -337,7 +336,7 @@ class Step:
             return self.objective(encoder, self.model, images, labels, domains)["loss"]
         with capture_heads(self.model) if self.method.mmd else nullcontext() as heads:
             features, _ = encoder(images)
-        captions = F.normalize(self.model.encode_text(texts).float(), dim=-1)
+        captions = F.normalize(cast(Any, text_encoder(self.model))(texts).float(), dim=-1)
         logits, own = class_logits(features, captions, LOGIT_SCALE), torch.arange(len(images), device=images.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         return loss if heads is None else loss + 0.1 * head_mmd(heads, domains, num_domains=DOMAINS)

@@ -31,9 +31,14 @@ def test_every_model_has_a_row():
         ("timm", "deit_tiny_patch16_224", "fused"),
         ("timm", "beit_base_patch16_224", "fused"),
         ("timm", "vit_dwee_patch16_reg1_gap_256", "refused"),
+        ("huggingface", "openai/clip-vit-base-patch16", "fused"),
+        ("huggingface", "google/siglip2-so400m-patch16-naflex", "fused"),
+        ("huggingface", "google/mt5-base", ""),
     ],
 )
 def test_a_row_is_what_the_code_says(library, model, kind):
+    if library == "huggingface":
+        pytest.importorskip("transformers", reason="needs transformers: make test-hf")
     row = ROW[library](model)
     assert documented(library)[model] == row
     assert row[2].startswith(kind)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from commands import done, run
+from pictures import write_image
 from safetensors.torch import load_file, save_file
 from standins import relative, seeded
 
@@ -85,8 +86,9 @@ def test_merge_writes_what_stock_timm_loads(trained):
     assert evaluated(trained, file="merged.safetensors") == evaluated(trained, "--adapter", adapter)
 
 
-def test_inspect_and_plan_take_it():
+def test_inspect_and_plan_take_it(trained):
     assert "6 attention layers adapted" in done("inspect", "--model", MODEL)
+    assert "classes  black_square, white_square" in done("inspect", "--adapter", trained.out / "hap/adapter")
     said = done("plan", MODEL, "--batch", "8", "--impl", "cpu", "--method", "ha-lora", "--classes", "7")
     assert "ha-lora, 7 classes" in said and "attention" in said and "residual stream" in said
 
@@ -110,6 +112,10 @@ BAD = {
         "EVALUATE --pretrained VIT --image-size 48 --adapter ADAPTER",
         ["--adapter", "position embedding 1 × 5 × 64, here 1 × 10 × 64"],
     ),
+    "other classes": (
+        "EVALUATE --pretrained VIT --adapter ADAPTER --data OTHER",
+        ["other classes", "'black_square' not here, 'blue_square' here only"],
+    ),
     "a fixed head of text": ("train --model fastheads-demo DATA --fixed-head", ["--fixed-head", "by text"]),
     "a folder that is no model": ("inspect --model ./", ["--model", "config.json"]),
 }
@@ -124,7 +130,11 @@ def test_bad_input_is_one_line(case, trained, tmp_path, monkeypatch):
         "DATA": trained.data,
         "ADAPTER": [trained.out / "hap/adapter"],
         "VIT": [trained.root / "vit.safetensors"],
+        "OTHER": [trained.root / "other"],
     }
+    if case == "other classes":
+        for name in ("blue_square", "white_square"):
+            write_image(trained.root / "other/sepia" / name / "0.png")
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*(part for word in line.split() for part in options.get(word, [word])))
     assert (code, out) == (2, "") and len(err.splitlines()) == 1, err

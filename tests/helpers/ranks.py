@@ -45,25 +45,25 @@ def train_until_killed(root, out, kill):
     torch.save({n: p.detach() for n, p in trainable(base).items()}, f"{out}/final.pt")
 
 
-def step_on_rank(rank, world, folder, wrap):
+def step_on_rank(rank, world, folder, name, targets, wrap):
     """One training step of a patched model on this process's share of a batch, in DDP or FSDP2; rank 0 saves it."""
     import torch.distributed as dist
-    from standins import fill_adapters, images, patched
+    from standins import default_config, fill_adapters, images, patched
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    import fastheads
+    from fastheads.hosts import find_tower
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    model = patched("clip", fastheads.HeadConfig(), recompute=wrap == "fsdp recompute")
+    model = patched(name, default_config(name, targets=targets), recompute=wrap == "fsdp recompute")
     fill_adapters(model)
     model.forward = model.encode_image
     if wrap == "ddp":
         run = torch.nn.parallel.DistributedDataParallel(model)
     else:
         mesh = dist.init_device_mesh("cpu", (world,))
-        for block in model.visual.transformer.resblocks:
+        for block in find_tower(model, "visual").blocks:
             fully_shard(block, mesh=mesh)
         run = model
         fully_shard(model.visual, mesh=mesh)  # not the whole: torch shards no scalar, as OpenCLIP's logit_scale is

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import fastheads
 from fastheads import HeadConfig
-from fastheads.ops import head_attention
+from fastheads.ops import Between, head_attention, head_attention_in_halves
 
 LAYERS, B, N, D, H = 3, 3, 17, 64, 4
 
@@ -101,3 +101,27 @@ def test_ones_own_formula_is_kept():
     with FlopCounterMode(display=False, custom_mapping=given) as counter:
         head_attention(torch.randn(B, N, D), torch.randn(3 * D, D), num_heads=H, impl="cpu")
     assert counter.get_total_flops() == 7
+
+
+def test_the_operators_halves_count_as_the_whole():
+    x, w_in = torch.ones(2, 17, 64, requires_grad=True), torch.ones(192, 64)
+    deltas = torch.ones(2, 4, 3, 64, requires_grad=True), torch.ones(2, 4, 16, 3, requires_grad=True)
+    options = {
+        "num_heads": 4,
+        "targets": ("q", "v"),
+        "scale": 1.0,
+        "gate": torch.ones(4),
+        "mask": None,
+        "dropout_p": 0.0,
+    }
+
+    def halves():
+        between = Between(score_scale=0.5)
+        return head_attention_in_halves(
+            x, w_in, None, *deltas, between, **options, gate_form="", pool=None, impl="delta"
+        )[0]
+
+    ahead, whole = counted(lambda: head_attention(x, w_in, None, *deltas, **options).o)
+    back, _ = counted(whole.sum().backward)
+    found, o = counted(halves)
+    assert (found, counted(o.sum().backward)[0]) == (ahead, back)

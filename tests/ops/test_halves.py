@@ -6,14 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import BACKWARD, FORWARD, assert_within
-from problems import BF16, DTYPES, F16, F32, F64, Case, autocast, made, results
+from problems import BF16, DTYPES, F16, F32, F64, LONG, Case, autocast, made, results
 from standins import fill_adapters, images, patched, relative, vit
 from timm.layers import Attention
+from torch._dynamo.backends.debugging import aot_eager
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastheads
 from fastheads import HeadConfig, reference
 from fastheads.ops import Between, choose, head_attention_in_halves
 from fastheads.ops.dispatch import Problem
+from fastheads.reference import TARGETS
 
 H = 2
 
@@ -28,9 +32,9 @@ def turned(t):
 
 HEAD_SCALE = torch.tensor([0.5, -1.5]).view(H, 1, 1)
 WHATS = {
-    "norms": Between(lambda q, k: (turned(q), turned(k))),
+    "norms": Between(lambda q, k, _: (turned(q), turned(k))),
     "scale": Between(score_scale=0.6),
-    "all": Between(lambda q, k: (turned(q), k), torch.tensor([0.3, 0.7]).view(H, 1, 1), HEAD_SCALE),
+    "all": Between(lambda q, k, _: (turned(q), k), torch.tensor([0.3, 0.7]).view(H, 1, 1), HEAD_SCALE),
 }
 
 
@@ -45,7 +49,7 @@ def plain(x, w_in, b_in, lora_A, lora_B, gate, *, between, num_heads, targets, s
     """In float64 what is right, in another dtype what PyTorch makes of it."""
     q, k, v = reference.project(x, w_in, b_in, lora_A, lora_B, num_heads=num_heads, targets=targets, scale=scale)
     if between.norms:
-        q, k = between.norms(q, k)
+        q, k = between.norms(q, k, None)
     if between.score_scale is not None:
         q = q * (between.score_scale * q.shape[-1] ** 0.5)
     if mask is not None:
@@ -136,10 +140,103 @@ def test_models_run_on_the_operators_and_agree_with_the_reference(name, cast):
         assert relative(got, right) <= 2 * relative(plainly, right) + 1e-5
 
 
-def test_compiled_plain_pytorch_computes_them():
-    model = patched("timm_qk_norm", HeadConfig())
-    compiled = torch.compile(model.visual, backend="eager", fullgraph=True)
-    assert relative(compiled(images()), model.visual(images())) < 1e-5
+OPERATORS = ("project", "attend")
+
+
+def learned(model, run):
+    model.zero_grad()
+    out = run(images())
+    out.square().sum().backward()
+    return [out.detach(), *[p.grad for p in fastheads.lora_parameters(model) + fastheads.gate_parameters(model)]]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["timm_qk_norm", "attention_scale_heads"])
+def test_compiled_they_are_operators_with_the_same_gradients(name, recompute):
+    model = patched(name, HeadConfig(), recompute=recompute)
+    seen = []
+
+    def backend(graph, inputs):
+        parts = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        seen.extend(str(node.target) for part in parts for node in part.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(model.visual, backend=backend, fullgraph=True)
+    for got, right in zip(learned(model, compiled), learned(model, model.visual), strict=True):
+        assert relative(got, right) < 1e-5
+    assert all(seen.count(f"fastheads.{own}.default") == 3 for own in OPERATORS), seen
+
+
+def test_recompute_keeps_the_layers_input_alone():
+    kept, found = {}, {}
+    for recompute in (False, True):
+        model = patched("timm_rotary", HeadConfig(dropout=0.2), recompute=recompute).train()
+        torch.manual_seed(1)
+        found[recompute] = learned(model, model.visual)
+        sizes = {}
+        with saved_tensors_hooks(lambda t, sizes=sizes: sizes.update({t.data_ptr(): t.nbytes}) or t, lambda t: t):
+            out = model.visual(images())
+        kept[recompute] = sum(sizes.values())
+        del out
+    assert all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
+    rows, D, layers = images().shape[0] * 17, 64, 3
+    assert kept[False] - kept[True] > layers * rows * 4 * D * 4  # q, k, v and the heads at least
+
+
+def arguments(impl, what):
+    """Of each operator, what it takes for its gradients last."""
+    tensors, do, options = made(WAYS[what], impl)
+    mask, gate = options["mask"], tensors.pop("gate")
+    settings = (H, [TARGETS.index(t) for t in WAYS[what].targets], 1.5, 0.0, impl)
+    q = do.view(*do.shape[:2], H, -1).transpose(1, 2)
+    gate = None if gate is None else gate.float()
+    return (*tensors.values(), None, *settings), (q, q.sin(), q.cos(), gate, mask, None, "mean", 1, "", impl)
+
+
+def with_gradients(given):
+    floats = [isinstance(t, torch.Tensor) and t.is_floating_point() for t in given]
+    return tuple(t.detach().clone().requires_grad_() if own else t for t, own in zip(given, floats, strict=True))
+
+
+WAYS = {
+    "masked": Case(N=5, H=H, mask="bool", mask_shape=(2, 1, 5, 5)),
+    "no delta, no gate": Case(N=5, H=H, rank=0, gate=None, bias=False),
+}
+
+
+@pytest.mark.parametrize("what", WAYS)
+@pytest.mark.parametrize("impl", ["cpu", pytest.param("delta", marks=LONG), pytest.param("stacked", marks=LONG)])
+def test_opcheck(impl, what):
+    project, attend = arguments(impl, what)
+    ops = torch.ops.fastheads
+    torch.library.opcheck(ops.project.default, with_gradients(project))
+    projected, low = ops.project(*project)
+    needed = [t is not None for t in project[:5]]
+    torch.library.opcheck(ops.project_backward.default, (projected.cos(), *project[:6], low, needed, *project[6:]))
+    given = with_gradients(attend)
+    torch.library.opcheck(ops.attend.default, given)
+    o, lse, _, kept = ops.attend(*attend)
+    torch.library.opcheck(
+        ops.attend_backward.default, (o.cos(), *attend[:5], lse, kept if kept.numel() else o, *attend[8:])
+    )
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (first,) = torch.autograd.grad(ops.attend(*given)[0].sum(), given[0], create_graph=True)
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["timm_qk_norm", "timm_rotary", "attention_scale_heads"])
+def test_closed_heads_are_left_out(name):
+    model = patched(name, HeadConfig(layers=(-1,)))
+
+    def operations():
+        with FlopCounterMode(display=False) as counter:
+            model.encode_image(images()).sum().backward()
+        return counter.get_total_flops()
+
+    every = operations()
+    with fastheads.masked(model, [(2, 0), (2, 2)]):
+        half = operations()
+    assert every - half >= 2 * images().shape[0] * 17 * 64 * 64 * 3 / 2  # half of W
 
 
 def test_a_scale_of_its_own_is_computed():

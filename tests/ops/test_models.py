@@ -9,7 +9,19 @@ import torch
 from problems import DEVICE, DTYPES, GPU, close
 from processes import on_ranks
 from ranks import step_on_rank
-from standins import BOTH, TowerOf, attentions, clip, fill_adapters, images, patched, relative, seeded, texts
+from standins import (
+    BOTH,
+    TowerOf,
+    attentions,
+    clip,
+    default_config,
+    fill_adapters,
+    images,
+    patched,
+    relative,
+    seeded,
+    texts,
+)
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -158,9 +170,22 @@ def test_recompute_saves_memory_in_a_whole_model():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["ddp", "fsdp", "fsdp recompute"])
-def test_a_step_on_two_processes_is_a_single_processs(wrap, tmp_path):
-    model = fill_adapters(patched("clip", HeadConfig()))
+@pytest.mark.parametrize(
+    ("host", "targets", "wrap"),
+    [
+        ("clip", ("q", "v"), "ddp"),
+        ("clip", ("q", "v"), "fsdp"),
+        ("clip", ("q", "v"), "fsdp recompute"),
+        ("clip", ("q", "o", "mlp"), "ddp"),
+        ("clip", ("q", "o", "mlp"), "fsdp"),
+        ("timm_rotary", ("q", "v"), "ddp"),
+        ("timm_rotary", ("k", "v", "o"), "fsdp recompute"),
+        ("timm_qk_norm", ("q", "v"), "fsdp"),
+        ("timm_parts_inner_norm", ("q", "v"), "fsdp"),  # weights that lie together
+    ],
+)
+def test_a_step_on_two_processes_is_a_single_processs(host, targets, wrap, tmp_path):
+    model = fill_adapters(patched(host, default_config(host, targets=targets)))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.encode_image(images(4)).square().mean().backward()
     optimizer.step()
@@ -168,7 +193,7 @@ def test_a_step_on_two_processes_is_a_single_processs(wrap, tmp_path):
     for name, p in model.named_parameters():
         if p.requires_grad:
             expected |= {f"gradient {name}": p.grad, f"parameter {name}": p.detach()}
-    on_ranks(step_on_rank, 2, 2, str(tmp_path), wrap)
+    on_ranks(step_on_rank, 2, 2, str(tmp_path), host, targets, wrap)
     assert_same(torch.load(tmp_path / "step.pt"), expected, 1e-5)
 
 

@@ -4,10 +4,13 @@ import json
 
 import pytest
 
+from bench.base.checkout import ROOT
+from bench.base.tables import read_block
 from bench.base.towers import SHAPES
 from bench.roofline.__main__ import main, target_table
 from bench.roofline.chips import CHIPS, Rates, chip_of
 from bench.roofline.costs import all_costs, cost
+from bench.roofline.hosts import NORMS, Host, frozen, host_table, patched
 from bench.roofline.passes import PATHS, Pass
 
 B16 = SHAPES["B/16"]  # 256 × 197 tokens, width 768, 12 heads
@@ -34,6 +37,26 @@ def test_the_frozen_floor_adds_up():
     assert sum(p.attention for p in forward) == 2 * B16.attention
     assert sum(p.attention for p in backward) == 5 * B16.attention
     assert saved == 5 * ROW + B16.lse
+
+
+def test_a_hosts_stock_and_patched_modules_add_up():
+    views, three, norms = Host(), Host(three=True), Host(between=NORMS)
+    sides = [(*run.forward, *run.backward) for run in (frozen(views, B16), frozen(three, B16), PATHS["floor"](B16, 2))]
+    assert len({sum(p.gemm for p in side) for side in sides}) == 1  # the same products
+    # dQ, dK and dV stacked (6) in place of nothing, flash attention's own passes (7 more than the floor's)
+    moved = [sum(p.bytes for p in side) for side in sides]
+    assert moved[0] - moved[2] == 6 * ROW + 7 * ROW
+    assert moved[1] - moved[0] == 2 * (6 - 4) * ROW + (6 - 6) * ROW  # x, and dX, by three products
+    plain, halved = (patched(host, B16, 80) for host in (views, norms))
+    extra = sum(p.bytes for p in (*halved.forward, *halved.backward)) - sum(
+        p.bytes for p in (*plain.forward, *plain.backward)
+    )
+    assert extra == 12 * ROW + NORMS.forward * ROW + NORMS.backward * ROW + ROW  # packed twice; x read again for T
+
+
+def test_the_page_has_the_hosts_table():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert read_block(page, "roofline hosts").strip() == host_table(list(CHIPS.values())).strip()
 
 
 def test_a_pass_takes_as_long_as_the_slowest_of_what_it_needs():
