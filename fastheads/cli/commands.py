@@ -1,4 +1,4 @@
-"""The command line: `fastheads demo | check | plan | train | evaluate | merge | inspect`."""
+"""The command line: `fastheads demo | check | shards | bench-data | plan | train | evaluate | merge | inspect`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastheads.train.data.domains import DomainFolders
+    from fastheads.train.loop import Report
     from fastheads.train.progress import Bars
 
 
@@ -205,7 +206,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             save_every=args.save_every,
             batch_size=args.batch_size,
             workers=args.workers,
-            cache=args.cache_images,
+            cache=bool(args.cache_images),
             recompute=args.recompute if METHODS[method].trains == "adapter" else 0,
             checkpointing=args.checkpointing,
             fixed_head=args.fixed_head,
@@ -220,6 +221,8 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
     _check_towers(args, {method: recipe_of(method).context_weight for method in args.method})
     folders = data.images_of(args, domains)
     data.check_sources(args, folders, targets)
+    kept = data.kept_images(args, folders)
+    args.cache_images = bool(kept)
     with phase(f"loading {args.model}"):
         model, tokenizer = _load_model(args, len(folders.classes))
         transforms = _transforms(model)
@@ -236,6 +239,14 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
         split_by=args.split_by,
     )
     name = args.data.absolute().name
+
+    def watch(run: str) -> Report:
+        nonlocal kept
+        if kept:
+            bars.say(kept)
+            kept = ""
+        return bars.watch(run)
+
     try:
         experiment = run_experiment(
             model,
@@ -251,7 +262,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             base_name=f"{args.model} {args.pretrained}".strip(),
             dataset_name=name,
             precision=args.precision,
-            watch=bars.watch if is_main_process() else None,
+            watch=watch if is_main_process() else None,
         )
     except UnreadableImageError as e:
         raise InputError(f"{e}; once it can be read, the same command goes on from the last saved state") from e
@@ -354,6 +365,8 @@ EXTRA = ("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision")
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "check": data.check,
+    "shards": data.shards,
+    "bench-data": data.bench,
     "plan": _plan,
     "train": _train,
     "evaluate": _evaluate,

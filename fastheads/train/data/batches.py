@@ -176,7 +176,8 @@ def evaluation_loader(
     files = range(len(folders.files[index])) if indices is None else indices
     if not len(files):
         raise ValueError(f"indices: got no image of {domain!r}, expected at least one, or None")
-    return Loader(Images(folders, [(index, file) for file in files], transform), workers, device, batch_size=batch_size)
+    images = Images(folders, [(index, file) for file in files], transform)
+    return Loader(images, workers, device, keep, batch_size=batch_size)
 
 
 class Views:
