@@ -2,9 +2,9 @@
 
     python -m bench.scale --json bench/results/scale.json --doc docs/scale.md     some minutes, no GPU
 
-Nothing here was measured on a GPU. Bytes that a rank holds: `fastheads.plan`'s ledger. Bytes that it sends: the formulas
-below, held against counts of gloo runs with 2 and 4 processes (`tests/bench/test_scale.py`). Times: the roofline's
-model at the rates that good kernels reach (`bench.roofline`), and these, which are assumptions:
+Nothing here was measured on a GPU. Bytes that a rank holds: `fastheads.plan`'s ledger. Bytes that it sends: the
+formulas below, held against counts of gloo runs with 2 and 4 processes (`tests/bench/test_scale.py`). Times: the
+roofline's model at the rates that good kernels reach (`bench.roofline`), and these, which are assumptions:
 
 - a rank sends at LINKS: 70 % of NVLink's 300 GB/s inside a node of 8, 80 % of its share of the network between nodes;
 - a collective's ring takes n − 1 hops (all-reduce: twice) of HOP each;

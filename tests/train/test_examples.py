@@ -59,13 +59,16 @@ def test_open_clips_training_script_trains_adapters(root, tmp_path):
     options |= {"csv-img-key": "path", "csv-caption-key": "caption", "model": MODEL, "batch-size": 6, "epochs": 2}
     options |= {"logs": tmp_path / "logs", "name": "run", "workers": 0, "warmup": 1, "lr": 0.01, "device": "cpu"}
     argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    random, handlers, level = torch.get_rng_state(), logging.root.handlers[:], logging.root.level
+    random, handlers = torch.get_rng_state(), logging.root.handlers[:]
+    loggers = [logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)]
+    levels = [logger.level for logger in loggers]
     try:
         example("openclip_training").main([*argv, "--precision", "fp32"])
     finally:  # the script sets up the process as its own
         torch.set_rng_state(random)
         logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     adapter = load_file(tmp_path / "logs" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for name, tensor in adapter.items() if name.endswith(("lora_B", "theta")))
     log = (tmp_path / "logs" / "run" / "out.log").read_text()
