@@ -28,17 +28,19 @@ SWEEP = ["submitit", 'tomli; python_version < "3.11"']
 DEMO = [*TRAIN, "qtawesome==1.4.2", "fonttools"]
 BENCH = ["pytest-benchmark", "peft", 'xformers; platform_system == "Linux"', "pykeops"]
 # numpy<2.4: with a newer one, the interpreter of Triton 3.6 fails on every kernel.
-# setuptools: a test builds the package.
+# setuptools: a test builds the package. pandas, webdataset: of OpenCLIP's training script.
 TEST = [
     *SWEEP,
     "hypothesis",
     "import-linter",
+    "pandas",
     "pytest",
     "pytest-xdist",
     "pytest-timeout",
     "pytest-benchmark",
     "numpy<2.4",
     "setuptools>=64",
+    "webdataset",
 ]
 DEV = ["ruff", "mypy", "pre-commit", *TEST]
 

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-DATA = "images as DIR/<domain>/<class>/<image> (PACS, VLCS …), or a .csv or .json list of path, domain, class"
+DATA = (
+    "images as DIR/<domain>/<class>/<image> (PACS, VLCS …), a .csv or .json list of path, domain, class, or a DIR that "
+    "shards wrote"
+)
 
 OWN = "openai, or timm's own"  # the weights of a model for which none are named
 
@@ -190,7 +193,9 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     main = kind(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
     commands = main.add_subparsers(
-        dest="command", required=True, metavar="demo | check | plan | train | sweep | evaluate | merge | inspect"
+        dest="command",
+        required=True,
+        metavar="demo | check | shards | bench-data | plan | train | sweep | evaluate | merge | inspect",
     )
 
     demo = commands.add_parser(
@@ -219,6 +224,31 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         "where some can't be read.",
     )
     check.add_argument("data", type=_path, metavar="DATA", help=DATA)
+
+    shards = commands.add_parser(
+        "shards",
+        help="pack images into WebDataset shards with an index",
+        description="Packs images, as they are, into .tar files that whoever reads WebDataset reads, with an index by "
+        "which train draws from them as from the folder: the same batches in the same order.",
+    )
+    shards.add_argument("data", type=_path, metavar="DATA", help=DATA)
+    shards.add_argument("out", type=_path, metavar="OUT", help="a new folder, for --data")
+
+    bench = commands.add_parser(
+        "bench-data",
+        help="images a second that the loader brings, beside a plain one",
+        description="Times training batches of each DATA, of what is kept decoded in memory, and of torchvision's "
+        "ImageFolder with a plain DataLoader, in turn. No model.",
+        epilog="example: fastheads bench-data data/PACS data/PACS-shards",
+    )
+    bench.add_argument("data", nargs="+", type=_path, metavar="DATA", help=DATA)
+    bench.add_argument("--workers", type=_whole(0), default=2, metavar="N", help="loader processes (default: 2)")
+    bench.add_argument("--batch", type=_whole(1), default=64, metavar="N", help="images in a batch (default: 64)")
+    bench.add_argument("--image-size", type=_whole(1), default=224, metavar="N", help="N × N pixels (default: 224)")
+    bench.add_argument(
+        "--batches", type=_whole(1), default=20, metavar="N", help="of each in a round, of which there are 5 (20)"
+    )
+    bench.add_argument("--json", type=_path, default=None, metavar="FILE", help="write the numbers there too")
 
     _plan_options(
         commands.add_parser(
@@ -335,7 +365,12 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     group.add_argument(
         "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)"
     )
-    group.add_argument("--cache-images", action="store_true", help="keep decoded images in memory")
+    group.add_argument(
+        "--cache-images",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep decoded images in memory, or not (default: where they take less than half of what is free)",
+    )
     _again_options(group)
 
     sweep = commands.add_parser(

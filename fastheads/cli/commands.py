@@ -1,4 +1,4 @@
-"""The command line: `fastheads demo | check | plan | train | sweep | evaluate | merge | inspect`."""
+"""The command line: what each of `arguments.parser`'s commands does."""
 
 from __future__ import annotations
 
@@ -182,6 +182,8 @@ EXTRA |= dict.fromkeys(("submitit", "tomli"), "train,sweep")
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "check": data.check,
+    "shards": data.shards,
+    "bench-data": data.bench,
     "plan": _plan,
     "train": _train,
     "sweep": sweep.sweep,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastheads.cli.arguments import InputError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fastheads.train.data.domains import DomainFolders, Unreadable
     from fastheads.train.data.sampling import Split
 
@@ -121,6 +121,36 @@ def _check_probe(folders: DomainFolders, parts: Mapping[str, Split]) -> None:
         raise InputError(f"--method: {e}") from e
 
 
+def kept_images(args: argparse.Namespace, folders: DomainFolders) -> str:
+    """What to say of the decoded images that are kept in memory, as `--cache-images` says or where they fit; "" where
+    they are not, of which it is noted why."""
+    from fastheads.train.data.images import decoded_bytes
+
+    if args.cache_images is False:
+        return ""
+    size, room = decoded_bytes(folders.paths()), free_memory() // 2
+    own = size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if args.cache_images or own <= room:
+        return f"decoded images are kept in memory, about {own / 1e6:,.1f} MB"
+    _note(
+        f"images are decoded anew each time: kept in memory they would take {own / 1e6:,.1f} MB, and half of what is "
+        f"free is {room / 1e6:,.1f}; --cache-images keeps them all the same"
+    )
+    return ""
+
+
+def free_memory() -> int:
+    """Bytes that this machine has free, or that the control group which this process is in may still take."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, max(0, limit - used))
+    return free
+
+
 def _note(text: str) -> None:
     if text and os.environ.get("RANK", "0") == "0":
         warnings.warn(text, stacklevel=3)
@@ -163,6 +193,40 @@ def check(args: argparse.Namespace) -> int:
         bars.say(f"{len(bad)} of {len(paths)} images can't be read:")
         bars.say("\n".join(f"  {path}: {reason}" for path, reason in bad))
         return 1
+
+
+def shards(args: argparse.Namespace) -> None:
+    """Packs images into shards."""
+    from fastheads.train.data.domains import read_domains
+    from fastheads.train.data.packing import write_shards
+    from fastheads.train.progress import Bars, phase
+
+    with Bars() as bars:
+        with phase("listing the images"):
+            folders = read_domains(args.data, least=1)
+        count = len(folders.paths())
+        with phase("packing", count, "images") as advance:
+            written = write_shards(folders, args.out, advance=advance)
+        bars.say("\n".join(filter(None, [folders.skipped, f"{args.out}: {count} images in {written} shards"])))
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Prints how many images a second the loaders bring."""
+    import torch
+
+    from fastheads.files import write_json
+    from fastheads.train.data import measure
+    from fastheads.train.experiment import versions
+    from fastheads.train.progress import Bars
+
+    torch.set_num_threads(1)
+    with Bars() as bars:
+        options = {"size": args.image_size, "batch": args.batch, "workers": args.workers, "batches": args.batches}
+        rows = measure.measure(args.data, **options)
+        bars.say(measure.table(rows))
+    if args.json:
+        about = {"command": args.typed, "cores": os.cpu_count(), "load": os.getloadavg(), "versions": versions()}
+        write_json(args.json, {**about, "rows": rows})
 
 
 def table(folders: DomainFolders) -> str:

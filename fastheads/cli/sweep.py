@@ -210,7 +210,7 @@ def _set_up(sweep: Sweep, out: Path) -> Setting:
         "dataset_name": "icons",
         "precision": "no",
     }
-    return Setting(base, folders, functools.partial(run.demo_problem, base, folders), targets, about)
+    return Setting(base, folders, functools.partial(run.demo_problem, base, folders), targets, "", about)
 
 
 def _run(

@@ -6,7 +6,7 @@ import argparse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastheads.cli import data
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from fastheads.train.data.domains import DomainFolders
     from fastheads.train.evaluation import Problem
+    from fastheads.train.loop import Report
     from fastheads.train.methods import Method
     from fastheads.train.progress import Bars
     from fastheads.train.recipe import Recipe
@@ -148,7 +149,7 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
         recipe = Recipe(
             lr=lr,
             context_weight=context,
-            cache=args.cache_images,
+            cache=bool(args.cache_images),
             recompute=args.recompute if method.trains == "adapter" else 0,
             **{name: getattr(args, name) for name in same},
         )
@@ -160,12 +161,16 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs are on: a model, images, and the problem of holding out a target, by (target, seed)."""
+    """What runs are on: a model, images, and the problem of holding out a target, by (target, seed).
+
+    kept: what to say of decoded images that are kept in memory; "" where they are not.
+    """
 
     model: nn.Module
     folders: DomainFolders
     problem_of: Callable[[str, int], Problem]
     targets: Sequence[str]
+    kept: str
     about: dict[str, Any]
 
 
@@ -182,6 +187,7 @@ def set_up(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> S
     _check_towers(args, rows)
     folders = data.images_of(args, domains)
     data.check_sources(args, folders, targets)
+    kept = data.kept_images(args, folders)
     with phase(f"loading {args.model}"):
         model, tokenizer = load_model(args, len(folders.classes))
         transforms = transforms_of(model)
@@ -204,7 +210,7 @@ def set_up(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> S
         "dataset_name": name,
         "precision": args.precision,
     }
-    return Setting(model, folders, problem_of, targets, about)
+    return Setting(model, folders, problem_of, targets, kept, about)
 
 
 def experiment(
@@ -218,14 +224,23 @@ def experiment(
     from fastheads.train.data.images import UnreadableImageError
     from fastheads.train.experiment import is_main_process, run_experiment
 
+    said = not setting.kept
+
+    def watch(run: str) -> Report:
+        nonlocal said
+        if not said:
+            bars.say(setting.kept)
+            said = True
+        return bars.watch(run)
+
     try:
         return run_experiment(
             setting.model,
             setting.problem_of,
             setting.folders,
             methods=methods,
-            recipes=recipes,
-            watch=bars.watch if is_main_process() else None,
+            recipes=lambda method, target: replace(recipes(method, target), cache=bool(setting.kept)),
+            watch=watch if is_main_process() else None,
             **setting.about,
             **options,
         )

@@ -26,6 +26,7 @@ from fastheads.patching import patch
 from fastheads.train.earlier import check_state, corrupt, hashes, run_key, saved_state
 from fastheads.train.evaluation import Problem, fit_head, score
 from fastheads.train.methods import ImageEncoder, Method, Objective, check_text
+from fastheads.train.optimization import cosine_schedule, parameter_groups
 from fastheads.train.recipe import Recipe, check_run
 
 Report = Callable[[dict[str, Any]], None]
@@ -46,19 +47,6 @@ class _Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-
-
-def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups: gates and vectors (norms, biases) without weight decay, which would pull gates to uniform."""
-    gates = gate_parameters(model) if is_patched(model) else []
-    own = {id(p) for p in gates}
-    trained = [p for p in trainable(model).values() if id(p) not in own]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "lr": recipe.lr, "weight_decay": 0.0},
-        {"params": gates, "lr": recipe.gate_lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def prepare(
@@ -143,10 +131,9 @@ def fit(
     if recipe.checkpointing:
         checkpoint_blocks(image_tower(inner))
     encoder = ImageEncoder(inner)
-    optimizer = torch.optim.AdamW(_groups(inner, recipe))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step, recipe.steps) / recipe.steps))
-    )
+    rates = {"lr": recipe.lr, "gate_lr": recipe.gate_lr, "weight_decay": recipe.weight_decay}
+    optimizer = torch.optim.AdamW(parameter_groups(inner, **rates))
+    schedule = cosine_schedule(optimizer, recipe.steps)
     wrapped, optimizer = accelerator.prepare(encoder, optimizer)
     problem = problem.to(accelerator.device)
     objective = Objective(
@@ -192,8 +179,8 @@ def fit(
             _record(progress, inner, step, values, with_gates=step % (10 * record_every) == 0 or last)
         if report is not None:
             rate = step * recipe.per_domain * len(problem.sources) / progress.seconds
-            rates = {name: each * accelerator.num_processes for name, each in loader.rates().items()}
-            report({"step": step, "steps": recipe.steps, "images_per_second": rate, **rates, **values})
+            each = {name: own * accelerator.num_processes for name, own in loader.rates().items()}
+            report({"step": step, "steps": recipe.steps, "images_per_second": rate, **each, **values})
         if step % recipe.evaluate_every == 0 or last:
             _select(progress, inner, problem, recipe)
         if step % recipe.save_every == 0 and not last:

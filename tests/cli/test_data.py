@@ -11,7 +11,8 @@ from pictures import CLASSES, DOMAINS, write_image, write_set
 from processes import free_port, on_ranks
 from ranks import look_on_rank
 
-from fastheads.cli import commands as cli
+from fastheads.cli import data as data_options
+from fastheads.cli import training
 from fastheads.demo.base import MODEL, register
 from fastheads.losses import context as contexts
 from fastheads.train import evaluation, progress
@@ -48,7 +49,7 @@ def base(weights):
 @pytest.fixture
 def unloaded(monkeypatch):
     """What is told must be told before any weights are loaded."""
-    monkeypatch.setattr(cli, "_load_model", lambda args: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(training, "load_model", lambda args, classes=0: pytest.fail("the model was loaded first"))
 
 
 def refused(*argv):
@@ -174,7 +175,7 @@ def test_skip_needs_an_image_of_every_class_to_be_left(root, base, unloaded):
 
 
 def test_an_image_that_goes_bad_stops_a_run_which_resumes(root, base, tmp_path, monkeypatch):
-    command = ("train", *base, "--data", root, "--target", "sketch", *SHORT, "--out")
+    command = ("train", *base, "--data", root, "--target", "sketch", *SHORT, "--no-cache-images", "--out")
     done(*command, tmp_path / "whole")
     decode, drawn = data.decode, []
 
@@ -351,7 +352,7 @@ def test_a_log_file_hears_of_every_phase_that_lasts(root, base, tmp_path, monkey
         fast = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, **options: time.sleep(seconds) or fast(*args, **options))
 
-    slow(cli, "_load_model")
+    slow(training, "load_model")
     slow(evaluation, "class_text_weights")
     slow(images_module, "look", 0.01)
     slow(data, "decode", 0.02)
@@ -379,3 +380,31 @@ def test_one_domain_is_enough_to_look_at_and_to_test_on_but_not_to_leave_one_out
     assert "all" in done("check", root)
     assert list(images(done("evaluate", *base, "--data", root, "--workers", "0"))) == [DOMAINS[0]]
     assert "one domain only" in refused("train", *base, "--data", root)
+
+
+# --- shards, memory, rates ----------------------------------------------------------------------
+
+
+def test_images_are_packed_trained_from_and_measured(root, base, tmp_path):
+    assert "packed: 20 images in 1 shards" in done("shards", root, tmp_path / "packed")
+    assert "is not an empty folder; takes a new one" in refused("shards", root, tmp_path / "packed")
+    found = {}
+    for source, *how in ((root, "--no-cache-images"), (tmp_path / "packed",)):
+        out = tmp_path / f"run-{source.name}"
+        told = done("train", *base, "--data", source, "--target", "art", *SHORT, *how, "--out", out)
+        assert ("decoded images are kept in memory, about 0.0 MB" in told) == (not how)
+        found[source.name] = json.loads((out / "results.json").read_text())["runs"][0]["history"]
+    assert found["set"] == found["packed"]
+    small = ("--image-size", 16, "--batch", 6, "--batches", 1, "--workers", 0, "--json", tmp_path / "rates.json")
+    done("bench-data", root, tmp_path / "packed", *small)
+    rows = json.loads((tmp_path / "rates.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["ImageFolder + DataLoader", "folder", "shards", "memory"]
+    assert all(0 < row["low"] <= row["images_per_second"] <= row["high"] for row in rows)
+
+
+def test_images_that_do_not_fit_are_decoded_anew_and_it_is_said(root, base, tmp_path, monkeypatch):
+    assert data_options.free_memory() > 10**7
+    monkeypatch.setattr(data_options, "free_memory", lambda: 1_000)
+    code, out, err = run("train", *base, "--data", root, "--target", "art", *SHORT, "--out", tmp_path / "run")
+    assert code == 0 and "kept in memory" not in out
+    assert "images are decoded anew each time: kept in memory they would take 0.0 MB" in err

@@ -95,3 +95,26 @@ def look_on_rank(rank, world, port, paths, out):
     (out / f"rank{rank}.json").write_text(
         json.dumps({"found": [[str(path), reason] for path, reason in found], "looked": len(looked)})
     )
+
+
+def example(name):
+    """The module examples/`name`.py."""
+    import importlib.util
+    from pathlib import Path
+
+    file = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def example_on_rank(rank, world, port, name, argv):
+    """An example's `main` as torchrun starts it."""
+    from fastheads.demo.base import register
+
+    torch.set_num_threads(1)
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in own.items()})
+    register()
+    example(name).main(argv)

@@ -65,10 +65,11 @@ def test_the_target_is_never_loaded_in_training(base, problem, monkeypatch):
 
 
 def test_gates_have_no_weight_decay(base, problem):
-    from fastheads.train.loop import _groups
+    from fastheads.train.optimization import parameter_groups
 
     prepare(base, METHODS["hap"])
-    decay = {id(p): group["weight_decay"] for group in _groups(base, RECIPE) for p in group["params"]}
+    groups = parameter_groups(base, lr=1.0, gate_lr=1.0, weight_decay=RECIPE.weight_decay)
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert all(decay[id(p)] == 0 for p in fastheads.gate_parameters(base))
     assert all(decay[id(p)] == RECIPE.weight_decay for p in fastheads.lora_parameters(base))
 

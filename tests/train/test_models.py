@@ -29,7 +29,7 @@ def test_open_clips_squashed_and_bilinear():
     train, evaluation = transforms(model)
     expected = prepared(Image.fromarray(PIXELS).resize((32, 32), Image.Resampling.BILINEAR), 0.5, 0.25)
     assert torch.allclose(evaluation(Image.fromarray(PIXELS)), expected, atol=1e-6)
-    assert train.transforms[0].interpolation.value == "bilinear" and train.transforms[-1].mean == (0.5,) * 3
+    assert train.mode.value == "bilinear" and train.mean == (0.5,) * 3
 
 
 def test_timms_crop_of_its_own_share_at_the_models_size():

@@ -55,6 +55,9 @@ def test_a_run_says_its_loss_and_ends_with_its_last_step(log, impatient):
         wait_for(log, "  HAP · [sketch] · 0: 0:00 so far\n")
         report({"step": 3, "steps": 9, "loss": 0.5, "mmd": 0.25, "images_per_second": 12.0})
         wait_for(log, "  HAP · [sketch] · 0: 3/9, loss 0.50 MMD 0.250 12 images/s, 0:00 so far\n")
+        rates = {"images_per_second": 12.0, "loader": 80.0, "model": 13.6}
+        report({"step": 3, "steps": 9, "loss": 0.5, **rates})
+        wait_for(log, "loss 0.50 12 images/s (loader 80, model 14), 0:00 so far\n")
         report({"step": 4, "steps": 9, "loss": 0.25})
         wait_for(log, "  HAP · [sketch] · 0: 4/9, loss 0.25, 0:00 so far, about 0:00 left\n")
     assert log.getvalue().startswith("HAP · [sketch] · 0\n") and log.getvalue().endswith("\n  4/9  loss 0.25\n")

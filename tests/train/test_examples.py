@@ -1,0 +1,75 @@
+"""The examples run: a loop of one's own in DDP, on any number of processes, and OpenCLIP's training script."""
+
+import csv
+import logging
+
+import pytest
+import torch
+from pictures import write_set
+from processes import free_port, on_ranks
+from ranks import example, example_on_rank
+from safetensors.torch import load_file
+
+from fastheads.demo.base import MODEL, register
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_set(tmp_path / "set")
+
+
+@pytest.mark.slow
+def test_plain_ddp_gives_the_same_adapter_on_one_process_and_on_two(root, tmp_path):
+    found = []
+    for world in (1, 2):
+        out = tmp_path / f"on{world}"
+        argv = [
+            root,
+            MODEL,
+            "--target",
+            "photo",
+            "--steps",
+            3,
+            "--workers",
+            0,
+            "--per-domain",
+            4,
+            "--mmd-weight",
+            10,
+            "--out",
+            out,
+        ]
+        on_ranks(example_on_rank, world, world, free_port(), "ddp", list(map(str, argv)))
+        found.append(load_file(out / "adapter_model.safetensors"))
+    assert any(name.endswith("theta") and tensor.any() for name, tensor in found[0].items())
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=0)
+
+
+def test_open_clips_training_script_trains_adapters(root, tmp_path):
+    pytest.importorskip("pandas")
+    pytest.importorskip("webdataset")
+    register()
+    with open(tmp_path / "images.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "caption", "domain"])
+        for path in sorted(root.rglob("*.png")):
+            table.writerow([path, f"a {path.parts[-2]}", path.parts[-3]])
+    options = {"train-data": tmp_path / "images.csv", "dataset-type": "csv", "csv-separator": ","}
+    options |= {"csv-img-key": "path", "csv-caption-key": "caption", "model": MODEL, "batch-size": 6, "epochs": 2}
+    options |= {"logs": tmp_path / "logs", "name": "run", "workers": 0, "warmup": 1, "lr": 0.01, "device": "cpu"}
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    random, handlers = torch.get_rng_state(), logging.root.handlers[:]
+    loggers = [logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)]
+    levels = [logger.level for logger in loggers]
+    try:
+        example("openclip_training").main([*argv, "--precision", "fp32"])
+    finally:  # the script sets up the process as its own
+        torch.set_rng_state(random)
+        logging.root.handlers[:] = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    adapter = load_file(tmp_path / "logs" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in adapter.items() if name.endswith(("lora_B", "theta")))
+    log = (tmp_path / "logs" / "run" / "out.log").read_text()
+    assert "Mmd: " in log and "Contrastive_loss: " in log and (tmp_path / "logs/run/checkpoints/epoch_2.pt").exists()
