@@ -266,14 +266,21 @@ def head_mmd(
         raise ValueError(f'features: got {features!r}; takes "heads" or "embedding"')
     if embedding is None:
         raise ValueError('embedding: is needed with features="embedding": pass model.encode_image(images)')
-    thetas = [theta for theta in heads.thetas if theta.requires_grad]
-    if not thetas:
-        raise ValueError("heads: its gates are all frozen (requires_grad=False), so the MMD could train nothing")
     if not isinstance(embedding, Tensor):
         raise TypeError(f"embedding: got {type(embedding).__name__}; takes a tensor [B, E]")
     if not embedding.requires_grad:
         raise ValueError("embedding: carries no gradient; compute it with gradients on, inside the capture")
-    loss = mmd(embedding, domains, **mmd_options)
+    return of_gates(mmd(embedding, domains, **mmd_options), heads)
+
+
+def of_gates(loss: Tensor, heads: CapturedHeads) -> Tensor:
+    """The first-order surrogate of a scalar function of the embedding: its value, and its gradient in the gates alone.
+
+    Raises ValueError where no gate is trained, or none reaches `loss`.
+    """
+    thetas = [theta for theta in heads.thetas if theta.requires_grad]
+    if not thetas:
+        raise ValueError("heads: its gates are all frozen (requires_grad=False), so the MMD could train nothing")
     gradients = torch.autograd.grad(loss, thetas, retain_graph=True, allow_unused=True)
     if all(g is None for g in gradients):
         raise ValueError(

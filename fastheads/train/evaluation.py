@@ -63,8 +63,10 @@ class Problem:
         classifier, contexts = (None if t is None else t.to(device) for t in (self.classifier, self.contexts))
         return dataclasses.replace(self, classifier=classifier, contexts=contexts)
 
-    def training_loader(self, recipe: Recipe, *, start: int = 0, process: int = 0) -> DataLoader[Any]:
-        """Balanced batches from step `start` on; every process draws its own."""
+    def training_loader(
+        self, recipe: Recipe, *, start: int = 0, process: int = 0, processes: int = 1
+    ) -> DataLoader[Any]:
+        """Balanced batches from step `start` on; of each domain every `processes`-th image is this `process`'s."""
         return training_loader(
             self.folders,
             self.sources,
@@ -72,8 +74,10 @@ class Problem:
             self.transforms[0],
             recipe.per_domain,
             recipe.steps,
-            seed=recipe.seed + 1_000_003 * process,
+            seed=recipe.seed,
             start=start,
+            process=process,
+            processes=processes,
             workers=recipe.workers,
             cache=self.images if recipe.cache else False,
         )

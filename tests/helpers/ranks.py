@@ -4,16 +4,22 @@ import os
 
 import torch
 
-from fastheads.train.loop import fit, trainable
+from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
+from fastheads.train.state import trainable
 
 
 def train_on_rank(rank, world, port, base, problem, recipe, out):
+    be_rank(rank, world, port)
+    run = fit(base, METHODS["hap"], problem, recipe, out=out)
+    found = {n: p.detach() for n, p in trainable(base).items()}
+    torch.save({"history": run["history"], "weights": found}, out / f"rank{rank}.pt")
+
+
+def be_rank(rank, world, port):
     torch.set_num_threads(1)
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({k: str(v) for k, v in own.items()} | {"ACCELERATE_USE_CPU": "true"})
-    fit(base, METHODS["hap"], problem, recipe, out=out)
-    torch.save({n: p.detach() for n, p in trainable(base).items()}, out / f"rank{rank}.pt")
+    os.environ.update({k: str(v) for k, v in own.items()})
 
 
 def train_until_killed(root, out, kill):
@@ -88,8 +94,7 @@ def look_on_rank(rank, world, port, paths, out):
     from fastheads.cli import data
     from fastheads.train.data.images import look
 
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({k: str(v) for k, v in own.items()} | {"ACCELERATE_USE_CPU": "true"})
+    be_rank(rank, world, port)
     looked = []
     found = data._unreadable(paths, lambda path: looked.append(path) or look(path), "looking")
     (out / f"rank{rank}.json").write_text(

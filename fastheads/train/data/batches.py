@@ -142,7 +142,8 @@ class BalancedBatches(Sampler[list[Key]]):
 
     `indices` holds, per domain index, the file indices to draw from. Each domain is gone through
     in seeded shuffles of its own, every image once before any comes again; a batch may span two
-    shuffles. Steps run from `start` to `steps - 1`.
+    shuffles. Steps run from `start` to `steps - 1`. One of several `processes` gets every so manieth image of each
+    domain, so that together they have the batch of one.
     """
 
     drop_last = False  # with `batch_size`, what accelerate asks of a batch sampler
@@ -155,6 +156,8 @@ class BalancedBatches(Sampler[list[Key]]):
         *,
         seed: int = 0,
         start: int = 0,
+        process: int = 0,
+        processes: int = 1,
     ) -> None:
         self.indices = {int(d): sorted({int(i) for i in indices[d]}) for d in sorted(indices)}
         sizes = [len(files) for files in self.indices.values()]
@@ -164,7 +167,8 @@ class BalancedBatches(Sampler[list[Key]]):
         self.start = _at_least("start", start, 0)
         self.steps = _at_least("steps", steps, max(start, 1))
         self.seed = operator.index(seed)
-        self.batch_size = self.per_domain * len(self.indices)
+        self.process, self.processes = process, processes
+        self.batch_size = len(range(process, self.per_domain, processes)) * len(self.indices)
         self._orders: dict[int, tuple[int, list[int]]] = {}
 
     def __len__(self) -> int:
@@ -174,10 +178,10 @@ class BalancedBatches(Sampler[list[Key]]):
         return map(self.batch, range(self.start, self.steps))
 
     def batch(self, step: int) -> list[Key]:
-        """The keys of one step: a function of the seed and the step alone."""
+        """The keys of one step: over all processes a function of the seed and the step alone."""
         keys = []
         for domain, files in self.indices.items():
-            for drawn in range(step * self.per_domain, (step + 1) * self.per_domain):
+            for drawn in range(step * self.per_domain + self.process, (step + 1) * self.per_domain, self.processes):
                 epoch, place = divmod(drawn, len(files))
                 if self._orders.get(domain, (-1,))[0] != epoch:
                     order = _shuffled(len(files), "epoch", self.seed, domain, epoch)
@@ -198,8 +202,11 @@ def training_loader(
     start: int = 0,
     workers: int = 0,
     cache: Cache = False,
+    process: int = 0,
+    processes: int = 1,
 ) -> DataLoader[Item]:
-    """Balanced batches of the sources: (images `[S * per_domain, 3, H, W]`, classes, domains).
+    """Balanced batches of the sources: (images `[S * per_domain, 3, H, W]`, classes, domains), of several `processes`
+    this one's part.
 
     `train_indices` holds, per source, the file indices to draw from (the first of `split`'s two);
     `steps` is the length of the whole run, of which steps `start` to `steps - 1` come.
@@ -208,7 +215,8 @@ def training_loader(
     for name in sources:
         if not len(train_indices.get(name, ())):
             raise ValueError(f"train_indices[{name!r}]: got no image, expected at least one")
-    batches = BalancedBatches(indices, per_domain, steps, seed=seed, start=start)
+    share: Any = {"process": process, "processes": processes}
+    batches = BalancedBatches(indices, per_domain, steps, seed=seed, start=start, **share)
     items = [(domain, file) for domain, files in batches.indices.items() for file in files]
     return _loader(Images(folders, items, transform, cache), workers, batch_sampler=batches)
 
