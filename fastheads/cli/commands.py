@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -193,6 +194,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
         return Recipe(
             steps=args.steps,
             per_domain=args.per_domain,
+            accumulate=args.accumulate,
             lr=args.lr if args.lr is not None else 1e-5 if encoder else 2e-4,
             gate_lr=args.gate_lr,
             weight_decay=args.weight_decay,
@@ -208,14 +210,19 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             cache=args.cache_images,
             recompute=args.recompute if METHODS[method].trains == "adapter" else 0,
             checkpointing=args.checkpointing,
+            compile=args.compile,
+            tf32=args.tf32,
+            ema=args.ema,
             fixed_head=args.fixed_head,
         )
 
     for method in args.method:  # bad numbers are told before the model is loaded
         try:
-            check_run(METHODS[method], recipe_of(method), args.precision)
+            check_run(METHODS[method], recipe_of(method), args.precision, int(os.environ.get("WORLD_SIZE", "1")))
         except ValueError as e:
-            raise data.as_options(e, "per_domain", "mmd_kernel", "mmd_features", "precision", "targets") from e
+            raise data.as_options(
+                e, "per_domain", "accumulate", "mmd_kernel", "mmd_features", "precision", "targets"
+            ) from e
     prompts = _prompts(args)
     _check_towers(args, {method: recipe_of(method).context_weight for method in args.method})
     folders = data.images_of(args, domains)
@@ -252,6 +259,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             dataset_name=name,
             precision=args.precision,
             watch=bars.watch if is_main_process() else None,
+            log=args.log,
         )
     except UnreadableImageError as e:
         raise InputError(f"{e}; once it can be read, the same command goes on from the last saved state") from e
@@ -363,12 +371,16 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 1: images can't be read; 2: bad input, told in one line; 130: interrupted."""
+    """Runs one command. 0: done, or asked to end and saved; 1: images can't be read, or another process ended; 2: bad
+    input, told in one line; 130: interrupted."""
     args = parser().parse_args(argv)
     args.typed = shlex.join(["fastheads", *(sys.argv[1:] if argv is None else argv)])
     for name in ("target", "sources", "method", "seed", "domain"):
         if isinstance(getattr(args, name, None), list):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # named twice, done once
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    who = f"fastheads {args.command}:" + f" process {rank}:" * (rank > 0)
+    goes_on = "the same command goes on from the last saved state, on any number of processes"
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)
@@ -379,8 +391,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = ""
         if isinstance(e, ModuleNotFoundError) and (e.name or "").split(".")[0] in EXTRA:
             hint = "; it comes with: pip install 'fastheads[train]'"
-        print(f"fastheads {args.command}: {' '.join(str(e).split())}{hint}", file=sys.stderr)
+        if rank == 0 or not getattr(e, "everywhere", False):
+            print(f"{who} {' '.join(str(e).split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastheads: interrupted; the same command goes on from the last saved state", file=sys.stderr)
         return 130
+    except SystemExit as e:
+        if rank == 0 and hasattr(e, "where"):
+            print(f"{who} asked to end, after {e.where}; {goes_on}: {args.typed}", file=sys.stderr)
+        raise
+    except Exception as e:
+        if processes == 1:
+            raise
+        from fastheads.train.ranks import lost
+
+        if lost(e):
+            print(f"{who} another process ended, or is silent ({str(e).splitlines()[0]})", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print(f"{who} ended by that error, and all with it; {goes_on}: {args.typed}", file=sys.stderr)
+        return 1

@@ -28,7 +28,7 @@ from fastheads.train.earlier import hashes, run_key
 from fastheads.train.evaluation import Problem, fit_head, score
 from fastheads.train.logs import Log, peak_memory_mb
 from fastheads.train.methods import ImageEncoder, Method, Objective, check_text
-from fastheads.train.ranks import Notice, Stopped, agree, group, join
+from fastheads.train.ranks import Notice, Stopped, agree, everywhere, group, join
 from fastheads.train.recipe import Recipe, check_run
 from fastheads.train.state import Progress, State, learned, trainable
 from fastheads.train.step import backward, micro_batches
@@ -186,9 +186,8 @@ def fit(
             values, asked = _totals(accelerator, objective, sums, notice.given)
             progress.seconds = time.perf_counter() - began
             if not math.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"loss: is {values['loss']} at step {step}; lower the learning rate ({recipe.lr})"
-                )
+                told = f"loss: is {values['loss']} at step {step}; lower the learning rate ({recipe.lr})"
+                raise everywhere(FloatingPointError(told))
             if recipe.ema:
                 now = {name: p.detach() for name, p in trainable(inner).items()}
                 if progress.average:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,13 @@ from accelerate.utils import gather_object
 from fastheads.train.earlier import differences
 from fastheads.train.recipe import Recipe
 
+ErrorT = TypeVar("ErrorT", bound=Exception)
+
 PATIENCE = 600.0  # seconds that a process waits for the others; FASTHEADS_PATIENCE says otherwise
 
 
 class Stopped(SystemExit):
-    """The run was asked to end (SIGTERM) and saved its state. Exit code 0."""
+    """The run was asked to end (SIGTERM) and saved its state: exit code 0. where: after which step."""
 
     def __init__(self, where: str) -> None:
         super().__init__(0)
@@ -54,7 +56,15 @@ def agree(key: Mapping[str, Any], recipe: Recipe, **found: Any) -> None:
         told += [f"{name} in --out: process 0 has {what[name]}, process {rank} {its[name]}"
                  for name in what if what[name] != its[name]]  # fmt: skip
         if told:
-            raise ValueError(f"processes disagree: {'; '.join(told)}; start all with the same files and options")
+            raise everywhere(
+                ValueError(f"processes disagree: {'; '.join(told)}; start all with the same files and options")
+            )
+
+
+def everywhere(error: ErrorT) -> ErrorT:
+    """Marks an error that every process raises, so that one of them may tell it for all."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    return error
 
 
 def failures(error: Exception | None) -> str:

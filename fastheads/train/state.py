@@ -19,7 +19,7 @@ from fastheads.files import write_json
 from fastheads.hosts.vision import head_names
 from fastheads.model import is_patched
 from fastheads.train.earlier import CHECKSUMS, check_state, checksums, corrupt, intact_state
-from fastheads.train.ranks import failures
+from fastheads.train.ranks import everywhere, failures
 from fastheads.train.recipe import Recipe
 
 
@@ -112,9 +112,11 @@ class State:
                 shutil.rmtree(fresh, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free / 1e6
             kept = ", the one before is kept" if self.folder.exists() else ""
-            raise OSError(
-                f"out: the state of step {self.progress.step} can't be written to {self.folder.parent} "
-                f"({told}; {free:,.0f} MB are free there){kept}; make room, and the same command goes on"
+            raise everywhere(
+                OSError(
+                    f"out: the state of step {self.progress.step} can't be written to {self.folder.parent} "
+                    f"({told}; {free:,.0f} MB are free there){kept}; make room, and the same command goes on"
+                )
             )
 
     def _keep(self, fresh: Path) -> None:
