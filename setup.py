@@ -81,7 +81,15 @@ setup(
         "safetensors",
         "numpy",
     ],
-    extras_require={"hf": ["transformers>=5"], "train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={
+        "hf": ["transformers>=5"],
+        "tensorboard": ["tensorboard"],
+        "train": TRAIN,
+        "demo": DEMO,
+        "bench": BENCH,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["fastheads = fastheads.cli:main"]},
     zip_safe=False,
     classifiers=[

@@ -274,10 +274,10 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--per-domain",
-        type=count,
+        type=lambda text: text if text == "auto" else count(text),
         default=12,
         metavar="N",
-        help="images of each source in a step, over all processes (default: 12)",
+        help="images of each source in a step, over all processes (default: 12); auto: as many as fit",
     )
     group.add_argument(
         "--accumulate", type=count, default=1, metavar="N", help="less memory: each process's batch in N parts"
@@ -322,10 +322,12 @@ def parser() -> argparse.ArgumentParser:
     _again_options(group)
     group.add_argument(
         "--log",
+        "--log-to",
         nargs="+",
         choices=("jsonl", "tensorboard"),
         default=[],
-        help="write each step's numbers beside a run's results: log.jsonl, TensorBoard's events in tensorboard/",
+        help="write each step's numbers beside a run's results: log.jsonl, TensorBoard's events in tensorboard/ "
+        "(torchrun takes --log for an option of its own: --log-to)",
     )
 
     evaluate = commands.add_parser(

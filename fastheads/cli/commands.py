@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from fastheads.train.data.domains import DomainFolders
     from fastheads.train.progress import Bars
+    from fastheads.train.recipe import Recipe
 
 
 @contextmanager
@@ -163,9 +165,11 @@ def _train(args: argparse.Namespace) -> None:
 
     with Bars() as bars:  # before the imports, which can take half a minute
         from fastheads.train.experiment import is_main_process, table
+        from fastheads.train.ranks import ending_at_once
         from fastheads.train.report.page import write_report
 
-        experiment, folders = _experiment(args, bars)
+        with ending_at_once("what was saved before"):
+            experiment, folders = _experiment(args, bars)
         if not is_main_process():
             return
         with phase("writing the report"):
@@ -193,7 +197,7 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
         context = float(METHODS[method].context) if args.context_weight is None else args.context_weight
         return Recipe(
             steps=args.steps,
-            per_domain=args.per_domain,
+            per_domain=12 if args.per_domain == "auto" else args.per_domain,
             accumulate=args.accumulate,
             lr=args.lr if args.lr is not None else 1e-5 if encoder else 2e-4,
             gate_lr=args.gate_lr,
@@ -216,13 +220,15 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
             fixed_head=args.fixed_head,
         )
 
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    names = ("per_domain", "accumulate", "mmd_kernel", "mmd_features", "precision", "targets")
     for method in args.method:  # bad numbers are told before the model is loaded
         try:
-            check_run(METHODS[method], recipe_of(method), args.precision, int(os.environ.get("WORLD_SIZE", "1")))
+            check_run(METHODS[method], recipe_of(method), args.precision, 1 if args.per_domain == "auto" else processes)
         except ValueError as e:
-            raise data.as_options(
-                e, "per_domain", "accumulate", "mmd_kernel", "mmd_features", "precision", "targets"
-            ) from e
+            raise data.as_options(e, *names) from e
+    if "tensorboard" in args.log and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--log: TensorBoard is not installed; it comes with: pip install 'fastheads[tensorboard]'")
     prompts = _prompts(args)
     _check_towers(args, {method: recipe_of(method).context_weight for method in args.method})
     folders = data.images_of(args, domains)
@@ -230,6 +236,9 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
     with phase(f"loading {args.model}"):
         model, tokenizer = _load_model(args, len(folders.classes))
         transforms = _transforms(model)
+    if args.per_domain == "auto":
+        sources = max(len(args.sources or ()), len(folders.domains) - 1 if args.sources is None else 0)
+        args.per_domain = _as_many_as_fit(args, model, recipe_of, sources, bars)
     problem_of = lambda target, seed: make_problem(  # noqa: E731
         model,
         tokenizer,
@@ -264,6 +273,41 @@ def _experiment(args: argparse.Namespace, bars: Bars) -> tuple[dict[str, Any], D
     except UnreadableImageError as e:
         raise InputError(f"{e}; once it can be read, the same command goes on from the last saved state") from e
     return experiment, folders
+
+
+def _as_many_as_fit(
+    args: argparse.Namespace, model: nn.Module, recipe_of: Callable[[str], Recipe], sources: int, bars: Bars
+) -> int:
+    """`--per-domain auto`: what every method's step has room for on every process; kept in `--out`, so that the same
+    command goes on."""
+    from accelerate.utils import gather_object
+
+    from fastheads.files import write_json
+    from fastheads.train.experiment import is_main_process
+    from fastheads.train.methods import METHODS
+    from fastheads.train.progress import phase
+    from fastheads.train.ranks import join
+    from fastheads.train.sizing import largest_batch
+
+    kept, processes = args.out / "per-domain.json", join().num_processes
+    if kept.is_file():
+        found, why = int(json.loads(kept.read_text())), f"as {kept} says"
+    else:
+        trained = [METHODS[name] for name in args.method if METHODS[name].trains in ("adapter", "encoder")]
+        with phase("counting what fits"):
+            each = [largest_batch(model, method, recipe_of(method.id), args.precision) for method in trained]
+        batch = min(gather_object([min(each)]) if each and processes > 1 else each, default=sources * 12)
+        found = batch * args.accumulate * processes // sources
+        where = "tried on the GPU" if next(model.parameters()).is_cuda else "by the ledger"
+        why = f"{batch:,} images fit on a process at once, {where}"
+    if found < 1:
+        raise InputError(
+            "--per-domain: auto found no batch that fits; --accumulate or --checkpointing need less memory"
+        )
+    if is_main_process():
+        write_json(kept, found)
+        bars.say(f"--per-domain {found}: {why}")
+    return found
 
 
 def _evaluate(args: argparse.Namespace) -> None:

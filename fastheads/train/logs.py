@@ -46,7 +46,8 @@ class Log:
     """
 
     def __init__(self, folder: Path, kinds: Sequence[str], step: int) -> None:
-        self._lines, self._events = None, None
+        self._lines: Any = None
+        self._events: Any = None
         folder.mkdir(parents=True, exist_ok=True)
         if "jsonl" in kinds:
             path = folder / "log.jsonl"
@@ -55,7 +56,7 @@ class Log:
         if "tensorboard" in kinds:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """The numbers of one step; those in dictionaries and lists have the names and places of all they are in."""
@@ -85,10 +86,7 @@ def _until(path: Path, step: int) -> list[bytes]:
 
 
 def _flat(name: str, value: Any) -> list[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        parts = value.items()
-    elif isinstance(value, (list, tuple)):
-        parts = ((str(i), part) for i, part in enumerate(value))
-    else:
+    if not isinstance(value, (Mapping, list)):
         return [(name, value)]
+    parts: Any = value.items() if isinstance(value, Mapping) else enumerate(value)
     return [found for key, part in parts for found in _flat(f"{name}/{key}".lstrip("/"), part)]

@@ -160,7 +160,7 @@ def fit(
     logged = log and out is not None and accelerator.is_main_process
     writer = Log(Path(os.fspath(out)).expanduser(), log, progress.step) if out is not None and logged else None
     average = get_ema_multi_avg_fn(recipe.ema)
-    began = waits = time.perf_counter() - progress.seconds
+    began = time.perf_counter() - progress.seconds
     with Notice() as notice, _products(recipe), contextlib.closing(writer) if writer else contextlib.nullcontext():
         waits = time.perf_counter()
         for batch in loader:
@@ -179,6 +179,7 @@ def fit(
                 group=group(),
                 keep=bool(log) and evaluates,
             )
+            lr = schedule.get_last_lr()[0]
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -210,7 +211,7 @@ def fit(
                     found["gates"] = _gates_now(inner)
             if writer is not None:
                 cost = {"images_per_second": rate, "waited_seconds": waited, "memory_mb": peak_memory_mb()}
-                writer.write(step, {**values, "lr": schedule.get_last_lr()[0], **cost, **found})
+                writer.write(step, {**values, "lr": lr, **cost, **found})
             if asked and not last:
                 state.save()
                 raise Stopped(f"step {step} of {recipe.steps}" + (f", saved in {out}" if out is not None else ""))

@@ -10,6 +10,7 @@ sees what an uninterrupted run sees from step t on. No loader draws from torch's
 
 import hashlib
 import operator
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -273,7 +274,13 @@ def clip_transforms(
 def _loader(images: Images, workers: int, **options: Any) -> DataLoader[Item]:
     # A generator of its own: a loader otherwise draws from the global one at each iteration.
     options |= {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available()}
+    options |= {"worker_init_fn": _ends_with_its_run}
     return DataLoader(images, num_workers=_at_least("workers", workers, 0), **options)
+
+
+def _ends_with_its_run(worker: int) -> None:
+    """SIGTERM, which launchers send to whole groups of processes, is the run's to act on: it may still need images."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _mixed(*parts: int | str) -> int:
