@@ -118,6 +118,11 @@ def fit(
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs may differ in it
     accelerator = Accelerator(mixed_precision=precision, cpu=join().device.type == "cpu")
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"accelerate's configuration: got {accelerator.distributed_type.value}, whose shards the MMD's gates, the "
+            "saved state and the evaluation don't read; takes MULTI_GPU (DDP)"
+        )
     key = run_key(hashes(model, problem), method, problem, recipe, precision)
     inner = model.to(accelerator.device)
     fit_head(inner, problem, recipe)
