@@ -58,6 +58,10 @@ def _rate(text: str) -> float:
     return value
 
 
+def _images(text: str) -> int | str:
+    return text if text == "auto" else _whole(1)(text)
+
+
 def _decay(text: str) -> float:
     if not 0 <= (value := _finite(text)) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; takes a number from 0 on and below 1")
@@ -274,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--per-domain",
-        type=lambda text: text if text == "auto" else count(text),
+        type=_images,
         default=12,
         metavar="N",
         help="images of each source in a step, over all processes (default: 12); auto: as many as fit",
@@ -326,8 +330,9 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("jsonl", "tensorboard"),
         default=[],
-        help="write each step's numbers beside a run's results: log.jsonl, TensorBoard's events in tensorboard/ "
-        "(torchrun takes --log for an option of its own: --log-to)",
+        metavar="KIND",
+        help="write each step's numbers beside a run's results: jsonl, tensorboard, or both "
+        "(torchrun has a --log of its own: name it --log-to there)",
     )
 
     evaluate = commands.add_parser(
