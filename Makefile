@@ -29,7 +29,7 @@ FOR_BENCH := -e '.[demo,bench,test]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid compile-check compile-report install-dev clean
+.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid ranks kills compile-check compile-report install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +99,12 @@ sanitize: ## csrc/ under the address and undefined-behaviour sanitizers
 
 grid: $(VENV)/.for-test ## the numerics tests over long random grids (GRID problems each; an hour or more on two cores)
 	OMP_NUM_THREADS=1 FASTHEADS_GRID=$(GRID) $(BIN)/pytest -n $(JOBS) --timeout=0 tests/ops/test_numerics.py $(ARGS)
+
+ranks: $(VENV)/.for-test ## 200 steps on 1, 2 and 4 processes and in parts: one process's adapters? (half an hour on two cores)
+	OMP_NUM_THREADS=1 FASTHEADS_RANKS=200 $(BIN)/pytest --timeout=0 tests/train/test_ranks.py $(ARGS)
+
+kills: $(VENV)/.for-test ## 4 processes killed at 20 random times, gone on from by 2: the same adapters, each step once?
+	OMP_NUM_THREADS=1 FASTHEADS_KILLS=20 $(BIN)/pytest --timeout=0 tests/train/test_taken_away.py $(ARGS)
 
 compile-check: $(VENV)/.for-test ## the default rows compiled for sm_80 and sm_90: no spills, shared memory, tensor cores
 	$(BIN)/python -m bench.compile_report --quick --check --jobs $(JOBS) $(ARGS)

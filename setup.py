@@ -87,6 +87,7 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=5"],
+        "tensorboard": ["tensorboard"],
         "train": TRAIN,
         "sweep": SWEEP,
         "demo": DEMO,

@@ -65,6 +65,16 @@ def _rate(text: str) -> float:
     return value
 
 
+def _images(text: str) -> int | str:
+    return text if text == "auto" else _whole(1)(text)
+
+
+def _decay(text: str) -> float:
+    if not 0 <= (value := _finite(text)) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; takes a number from 0 on and below 1")
+    return value
+
+
 def _path(text: str) -> Path:
     """A path whose `~` is the user's home, also where the shell has left it (in quotes, after "=")."""
     return Path(os.path.expanduser(text))
@@ -301,7 +311,16 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     group.add_argument(
         "--steps", type=count, default=20_000, metavar="N", help="default: 20000, the published 40 × 500"
     )
-    group.add_argument("--per-domain", type=count, default=12, metavar="N", help="images of each source in a step (12)")
+    group.add_argument(
+        "--per-domain",
+        type=_images,
+        default=12,
+        metavar="N",
+        help="images of each source in a step, over all processes (default: 12); auto: as many as fit",
+    )
+    group.add_argument(
+        "--accumulate", type=count, default=1, metavar="N", help="less memory: each process's batch in N parts"
+    )
     group.add_argument(
         "--lr", type=_rate, default=None, metavar="X", help="default: 2e-4; 1e-5 where the whole encoder is trained"
     )
@@ -365,6 +384,15 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     group.add_argument(
         "--precision", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)"
     )
+    group.add_argument("--tf32", action="store_true", help="a GPU's float32 products in TF32")
+    group.add_argument("--compile", action="store_true", help="by torch.compile")
+    group.add_argument(
+        "--ema",
+        type=_decay,
+        default=0.0,
+        metavar="X",
+        help="evaluate and keep a moving average of what is trained, of this decay (0.999, say; default: none)",
+    )
     group.add_argument(
         "--cache-images",
         action=argparse.BooleanOptionalAction,
@@ -372,6 +400,16 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         help="keep decoded images in memory, or not (default: where they take less than half of what is free)",
     )
     _again_options(group)
+    group.add_argument(
+        "--log",
+        "--log-to",
+        nargs="+",
+        choices=("jsonl", "tensorboard"),
+        default=[],
+        metavar="KIND",
+        help="write each step's numbers beside a run's results: jsonl, tensorboard, or both "
+        "(torchrun has a --log of its own: name it --log-to there)",
+    )
 
     sweep = commands.add_parser(
         "sweep",

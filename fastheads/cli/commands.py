@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -58,23 +60,28 @@ def _train(args: argparse.Namespace) -> None:
     with Bars() as bars:  # before the imports, which can take half a minute
         from fastheads.train.experiment import is_main_process, table
         from fastheads.train.methods import METHODS
+        from fastheads.train.ranks import ending_at_once
         from fastheads.train.report.page import write_report
 
         for name in args.method:
             if name not in METHODS:
                 raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
         recipes = {name: recipe_of(args, METHODS[name]) for name in args.method}  # bad numbers are told first
-        setting = set_up(args, [(METHODS[name], recipe) for name, recipe in recipes.items()])
-        found = experiment(
-            setting,
-            bars,
-            args.method,
-            lambda method, target: recipes[method],
-            targets=setting.targets,
-            seeds=lambda method: args.seed,
-            out=args.out,
-            command=args.typed,
-        )
+        if "tensorboard" in args.log and importlib.util.find_spec("tensorboard") is None:
+            raise InputError("--log: TensorBoard is not installed; it comes with: pip install 'fastheads[tensorboard]'")
+        with ending_at_once("what was saved before"):
+            setting = set_up(args, [(METHODS[name], recipe) for name, recipe in recipes.items()])
+            found = experiment(
+                setting,
+                bars,
+                args.method,
+                lambda method, target: recipes[method],
+                targets=setting.targets,
+                seeds=lambda method: args.seed,
+                out=args.out,
+                command=args.typed,
+                log=args.log,
+            )
         if not is_main_process():
             return
         with phase("writing the report"):
@@ -194,12 +201,16 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 1: images can't be read; 2: bad input, told in one line; 130: interrupted."""
+    """Runs one command. 0: done, or asked to end and saved; 1: images can't be read, or another process ended; 2: bad
+    input, told in one line; 130: interrupted."""
     args = parser().parse_args(argv)
     args.typed = shlex.join(["fastheads", *(sys.argv[1:] if argv is None else argv)])
     for name in ("target", "sources", "method", "seed", "domain"):
         if isinstance(getattr(args, name, None), list):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # named twice, done once
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    who = f"fastheads {args.command}:" + f" process {rank}:" * (rank > 0)
+    goes_on = "the same command goes on from the last saved state, on any number of processes"
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)
@@ -210,8 +221,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = ""
         if isinstance(e, ModuleNotFoundError) and (missing := (e.name or "").split(".")[0]) in EXTRA:
             hint = f"; it comes with: pip install 'fastheads[{EXTRA[missing]}]'"
-        print(f"fastheads {args.command}: {' '.join(str(e).split())}{hint}", file=sys.stderr)
+        if rank == 0 or not getattr(e, "everywhere", False):
+            print(f"{who} {' '.join(str(e).split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastheads: interrupted; the same command goes on from the last saved state", file=sys.stderr)
         return 130
+    except SystemExit as e:
+        if rank == 0 and hasattr(e, "where"):
+            print(f"{who} asked to end, after {e.where}; {goes_on}: {args.typed}", file=sys.stderr)
+        raise
+    except Exception as e:
+        if processes == 1:
+            raise
+        from fastheads.train.ranks import lost
+
+        if lost(e):
+            print(f"{who} another process ended, or is silent ({str(e).splitlines()[0]})", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print(f"{who} ended by that error, and all with it; {goes_on}: {args.typed}", file=sys.stderr)
+        return 1

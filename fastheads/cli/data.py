@@ -167,10 +167,11 @@ def _unreadable(paths: Sequence[Path], test: Callable[[Path], object], doing: st
         found = unreadable(mine, test, advance=advance)
     if processes == 1:
         return found
-    from accelerate import PartialState
-    from accelerate.utils import gather_object, parse_flag_from_env
+    from accelerate.utils import gather_object
 
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator will make it
+    from fastheads.train.ranks import join
+
+    join()
     reasons = dict(gather_object(found))
     return [(path, reasons[path]) for path in paths if path in reasons]
 

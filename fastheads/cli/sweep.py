@@ -210,7 +210,7 @@ def _set_up(sweep: Sweep, out: Path) -> Setting:
         "dataset_name": "icons",
         "precision": "no",
     }
-    return Setting(base, folders, functools.partial(run.demo_problem, base, folders), targets, "", about)
+    return Setting(base, folders, functools.partial(run.demo_problem, base, folders), targets, {}, (), about)
 
 
 def _run(
@@ -223,7 +223,8 @@ def _run(
         return sweep.recipe(sweep.rows[name], target, chosen[target].get(name, {}).get("chosen", {}))
 
     methods = [row.method for row in sweep.rows.values()]
-    return experiment(setting, bars, methods, recipe, targets=targets, seeds=lambda method: seeds, out=out, **options)
+    options |= {"targets": targets, "seeds": lambda method: seeds, "out": out, "log": sweep.args.log}
+    return experiment(setting, bars, methods, recipe, **options)
 
 
 def job(text: str, out: str, target: str, seed: int, search: bool) -> str | None:

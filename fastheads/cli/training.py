@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -141,21 +143,23 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
     lr = args.lr if args.lr is not None else 1e-5 if method.trains == "encoder" else 2e-4
     context = float(method.context) if args.context_weight is None else args.context_weight
     same = (
-        *("steps", "per_domain", "gate_lr", "weight_decay", "mmd_weight", "mmd_kernel", "mmd_features", "mmd_to"),
+        *("steps", "accumulate", "gate_lr", "weight_decay", "mmd_weight", "mmd_kernel", "mmd_features", "mmd_to"),
         *("mmd_layers", "targets", "rank", "gate", "shared", "sequential", "evaluate_every", "save_every"),
-        *("batch_size", "workers", "checkpointing", "fixed_head", "wise_ft"),
+        *("batch_size", "workers", "checkpointing", "compile", "tf32", "ema", "fixed_head", "wise_ft"),
     )
+    auto = args.per_domain == "auto"
     try:
         recipe = Recipe(
+            per_domain=12 if auto else args.per_domain,
             lr=lr,
             context_weight=context,
             cache=bool(args.cache_images),
             recompute=args.recompute if method.trains == "adapter" else 0,
             **{name: getattr(args, name) for name in same},
         )
-        check_run(method, recipe, args.precision)
+        check_run(method, recipe, args.precision, 1 if auto else int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as e:
-        raise data.as_options(e, *same, "precision") from e
+        raise data.as_options(e, *same, "per_domain", "precision") from e
     return recipe
 
 
@@ -163,14 +167,15 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
 class Setting:
     """What runs are on: a model, images, and the problem of holding out a target, by (target, seed).
 
-    kept: what to say of decoded images that are kept in memory; "" where they are not.
+    found: what of the recipes is known only now; notes: what to say of it.
     """
 
     model: nn.Module
     folders: DomainFolders
     problem_of: Callable[[str, int], Problem]
     targets: Sequence[str]
-    kept: str
+    found: dict[str, Any]
+    notes: Sequence[str]
     about: dict[str, Any]
 
 
@@ -188,9 +193,15 @@ def set_up(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> S
     folders = data.images_of(args, domains)
     data.check_sources(args, folders, targets)
     kept = data.kept_images(args, folders)
+    found: dict[str, Any] = {"cache": bool(kept)}
+    notes = [kept] if kept else []
     with phase(f"loading {args.model}"):
         model, tokenizer = load_model(args, len(folders.classes))
         transforms = transforms_of(model)
+    if args.per_domain == "auto":
+        sources = max(len(args.sources or ()), len(folders.domains) - 1 if args.sources is None else 0)
+        found["per_domain"], note = _as_many_as_fit(args, model, rows, sources)
+        notes.append(note)
     problem_of = lambda target, seed: make_problem(  # noqa: E731
         model,
         tokenizer,
@@ -210,7 +221,43 @@ def set_up(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> S
         "dataset_name": name,
         "precision": args.precision,
     }
-    return Setting(model, folders, problem_of, targets, kept, about)
+    return Setting(model, folders, problem_of, targets, found, notes, about)
+
+
+def _as_many_as_fit(
+    args: argparse.Namespace, model: nn.Module, rows: Sequence[tuple[Method, Recipe]], sources: int
+) -> tuple[int, str]:
+    """`--per-domain auto`: what every method's step has room for on every process, and what to say of it; kept in
+    `--out`, so that the same command goes on."""
+    from accelerate.utils import gather_object
+
+    from fastheads.files import write_json
+    from fastheads.train.experiment import is_main_process
+    from fastheads.train.progress import phase
+    from fastheads.train.ranks import join
+    from fastheads.train.sizing import largest_batch
+
+    kept, processes = args.out / "per-domain.json", join().num_processes
+    if kept.is_file():
+        found, why = int(json.loads(kept.read_text())), f"as {kept} says"
+    else:
+        with phase("counting what fits"):
+            each = [
+                largest_batch(model, method, recipe, args.precision)
+                for method, recipe in rows
+                if method.trains in ("adapter", "encoder")
+            ]
+        batch = min(gather_object([min(each)]) if each and processes > 1 else each, default=sources * 12)
+        found = batch * args.accumulate * processes // sources
+        where = "tried on the GPU" if next(model.parameters()).is_cuda else "by the ledger"
+        why = f"{batch:,} images fit on a process at once, {where}"
+    if found < 1:
+        raise InputError(
+            "--per-domain: auto found no batch that fits; --accumulate or --checkpointing need less memory"
+        )
+    if is_main_process():
+        write_json(kept, found)
+    return found, f"--per-domain {found}: {why}"
 
 
 def experiment(
@@ -224,13 +271,11 @@ def experiment(
     from fastheads.train.data.images import UnreadableImageError
     from fastheads.train.experiment import is_main_process, run_experiment
 
-    said = not setting.kept
+    notes = list(setting.notes)
 
     def watch(run: str) -> Report:
-        nonlocal said
-        if not said:
-            bars.say(setting.kept)
-            said = True
+        while notes:
+            bars.say(notes.pop(0))
         return bars.watch(run)
 
     try:
@@ -239,7 +284,7 @@ def experiment(
             setting.problem_of,
             setting.folders,
             methods=methods,
-            recipes=lambda method, target: replace(recipes(method, target), cache=bool(setting.kept)),
+            recipes=lambda method, target: replace(recipes(method, target), **setting.found),
             watch=watch if is_main_process() else None,
             **setting.about,
             **options,

@@ -288,15 +288,21 @@ def head_mmd(
         raise ValueError(f'features: got {features!r}; takes "heads" or "embedding"')
     if embedding is None:
         raise ValueError('embedding: is needed with features="embedding": pass model.encode_image(images)')
-    reached = [p for p in (heads.thetas if parameters is None else parameters) if p.requires_grad]
-    if not reached:
-        name, what = ("heads", "its gates") if parameters is None else ("parameters", "they")
-        raise ValueError(f"{name}: {what} are all frozen (requires_grad=False), so the MMD could train nothing")
+    _reached(heads, parameters)
     if not isinstance(embedding, Tensor):
         raise TypeError(f"embedding: got {type(embedding).__name__}; takes a tensor [B, E]")
     if not embedding.requires_grad:
         raise ValueError("embedding: carries no gradient; compute it with gradients on, inside the capture")
-    loss = mmd(embedding, domains, **mmd_options)
+    return surrogate(mmd(embedding, domains, **mmd_options), heads, parameters)
+
+
+def surrogate(loss: Tensor, heads: CapturedHeads, parameters: Sequence[Tensor] | None = None) -> Tensor:
+    """The first-order surrogate of a scalar function of the embedding: its value, and its gradient in the gates alone,
+    or in `parameters`.
+
+    Raises ValueError where none of them is trained, or none reaches `loss`.
+    """
+    reached = _reached(heads, parameters)
     gradients = torch.autograd.grad(loss, reached, retain_graph=True, allow_unused=True)
     if all(g is None for g in gradients):
         raise ValueError(
@@ -304,3 +310,12 @@ def head_mmd(
         )
     pairs = [(g, p) for g, p in zip(gradients, reached, strict=True) if g is not None]
     return loss.detach() + torch.stack([(g * (p - p.detach())).sum() for g, p in pairs]).sum()
+
+
+def _reached(heads: CapturedHeads, parameters: Sequence[Tensor] | None) -> list[Tensor]:
+    """What the gradient is to reach. Raises ValueError where nothing of it is trained."""
+    reached = [p for p in (heads.thetas if parameters is None else parameters) if p.requires_grad]
+    if not reached:
+        name, what = ("heads", "its gates") if parameters is None else ("parameters", "they")
+        raise ValueError(f"{name}: {what} are all frozen (requires_grad=False), so the MMD could train nothing")
+    return reached

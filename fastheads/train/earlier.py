@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import textwrap
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from fastheads.train.evaluation import Problem
 from fastheads.train.methods import Method
 from fastheads.train.recipe import Recipe
 
+CHECKSUMS = "checksums.json"
+
 # How a user names what a run depends on; a number of the recipe is named by its option.
 _NAMES = {
     "base": "--model, --pretrained",
@@ -28,10 +31,9 @@ _NAMES = {
     "class_names": "--class-names",
     "precision": "--precision",
     "split_by": "--split-by",
-    "processes": "the number of processes",
 }
-# Of a recipe: how images are loaded, and what is computed again.
-_NO_MATTER = ("workers", "batch_size", "cache", "recompute", "checkpointing")
+# Of a recipe: how images are loaded, and in which parts, and how often, the same is computed.
+_NO_MATTER = ("workers", "batch_size", "cache", "accumulate", "recompute", "checkpointing", "compile")
 _RESULT = ("method", "target", "seed", "accuracy", "peak_memory_mb")  # a few of what a result must have
 
 
@@ -123,15 +125,50 @@ def earlier_run(folder: Path, key: Mapping[str, Any], recipe: Recipe) -> dict[st
             raise corrupt(path, "it holds no run")
         _refuse_other(path, "result", found.get("key"), key, recipe)
         return run
-    state = saved_state(folder)
+    state, _ = intact_state(folder)
     if state is not None:
         check_state(state, key, recipe)
     return None
 
 
-def saved_state(folder: Path) -> Path | None:
-    """Where a run that was killed saved its state, if it did."""
-    return next((path for name in ("state", "state.old") if (path := folder / name).exists()), None)
+def checksums(state: Path) -> dict[str, int]:
+    """File name → CRC-32 of what a saved state consists of."""
+    return {path.name: _crc(path) for path in sorted(state.iterdir()) if path.name not in ("run.json", CHECKSUMS)}
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def intact_state(folder: Path) -> tuple[Path | None, str]:
+    """The newest saved state in a run's folder that is whole, and what is wrong with a newer one ("": nothing).
+
+    (None, "") where nothing was saved. Raises ValueError where something was, and nothing is whole.
+    """
+    damage: ValueError | None = None
+    for state in (path for name in ("state", "state.old") if (path := folder / name).exists()):
+        try:
+            _look_over(state)
+        except ValueError as e:
+            damage = damage or e
+        else:
+            return state, str(damage).partition("; ")[0] if damage else ""
+    if damage:
+        raise damage
+    return None, ""
+
+
+def _look_over(state: Path) -> None:
+    _read(state / "run.json")
+    for name, value in _read(state / CHECKSUMS).items() if (state / CHECKSUMS).exists() else ():
+        if not (state / name).is_file():
+            raise corrupt(state, f"{name} is missing")
+        if _crc(state / name) != value:
+            raise corrupt(state / name, "its checksum differs")
 
 
 def check_state(state: Path, key: Mapping[str, Any], recipe: Recipe) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import os
 import platform
-import re
-import resource
 import shutil
 import subprocess
 import time
@@ -33,10 +30,13 @@ from fastheads.train.answers import details, write_answers
 from fastheads.train.data.domains import DomainFolders
 from fastheads.train.earlier import earlier_run, hashes, run_key
 from fastheads.train.evaluation import Problem, fit_head, fit_probe, image_features, score
-from fastheads.train.loop import Report, fit, trainable
+from fastheads.train.logs import peak_memory_mb, reset_peak_memory
+from fastheads.train.loop import Report, fit
 from fastheads.train.methods import METHODS, Method, check_text
 from fastheads.train.models import save
+from fastheads.train.ranks import agree
 from fastheads.train.recipe import Recipe
+from fastheads.train.state import trainable
 
 WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the original too
 
@@ -53,27 +53,6 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def reset_peak_memory() -> None:
-    """Starts a new measurement of `peak_memory_mb`, where the system lets us."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError):  # then the peak is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mb() -> float:
-    """Peak memory since the reset, MB: allocated on the GPU where there is one, else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        found = None
-    kilobytes = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * 1024 / 1e6
-
-
 def run_method(
     base: nn.Module,
     method: Method,
@@ -84,6 +63,7 @@ def run_method(
     base_name: str,
     precision: str = "no",
     report: Report | None = None,
+    log: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One run: trains a copy of `base` by `method`, scores it, saves what was learned under `out`.
 
@@ -92,6 +72,7 @@ def run_method(
     """
     key = run_key(hashes(base, problem), method, problem, recipe, precision) | {"base": base_name}
     done = earlier_run(out, key, recipe)
+    agree(key, recipe, results=int(done is not None))
     if done is not None:
         return done
     out.mkdir(parents=True, exist_ok=True)
@@ -115,7 +96,7 @@ def run_method(
         run["seconds"] = time.perf_counter() - began
         run["trainable_parameters"] = probe.weight.numel() + len(probe.bias)
     elif method.trains != "nothing":
-        run |= fit(model, method, problem, recipe, out=out, precision=precision, report=report)
+        run |= fit(model, method, problem, recipe, out=out, precision=precision, report=report, log=log)
         run["trainable_parameters"] = sum(p.numel() for p in trainable(model).values())
     parts = [(name, "validation") for name in problem.sources] + [(problem.target, "all")]
     scores = {name: score(model, problem, name, part, recipe, probe) for name, part in parts}
@@ -131,7 +112,8 @@ def run_method(
         run |= _save(model, method, problem, recipe, out, base_name)
         write_answers(out, scores[problem.target])
         write_json(out / "result.json", {"key": key, "run": run})
-        shutil.rmtree(out / "state", ignore_errors=True)
+        for name in ("state", "state.old"):
+            shutil.rmtree(out / name, ignore_errors=True)
     return run
 
 
@@ -200,14 +182,15 @@ def run_experiment(
     precision: str = "no",
     watch: Callable[[str], Report | None] | None = None,
     record: bool = True,
+    log: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Every method on every held-out target with every seed; the results as one JSON-like dict, and `out/results.json`.
 
     methods: ids, or methods of one's own. record: whether to write `out/results.json`.
     problem_of: (target, seed) → Problem. seeds: method id → seeds. recipes: (method id, target) → Recipe (its seed is
     set here). watch: called with the
-    name of each run, gives the callback for its steps. Raises ValueError where a run's folder holds another one, before
-    any run is begun.
+    name of each run, gives the callback for its steps. log: of `fit`.
+    Raises ValueError where a run's folder holds another one, before any run is begun.
     """
     began, runs, out = time.perf_counter(), [], out.expanduser()
     problem_of = functools.lru_cache(maxsize=1)(problem_of)
@@ -231,7 +214,7 @@ def run_experiment(
         method, target, seed = plan.method, plan.target, plan.recipe.seed
         report = watch(f"{method.label.split(' (')[0]} · {target} · {seed}") if watch else None
         problem = problem_of(target, seed)
-        options: dict[str, Any] = {"base_name": base_name, "precision": precision, "report": report}
+        options: dict[str, Any] = {"base_name": base_name, "precision": precision, "report": report, "log": log}
         runs.append(run_method(base, method, problem, plan.recipe, plan.folder, **options))
     threads = torch.get_num_threads()
     cpu = "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"

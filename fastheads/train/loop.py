@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import json
+import itertools
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +16,25 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastheads.hosts.vision import checkpoint_blocks, head_names, head_of, image_tower
+from fastheads.hosts.vision import checkpoint_blocks, head_of, image_tower
+from fastheads.losses import mmd
 from fastheads.model import gate_parameters, gates, is_patched, lora_parameters
 from fastheads.patching import patch
-from fastheads.train.earlier import check_state, corrupt, hashes, run_key, saved_state
+from fastheads.train.earlier import hashes, run_key
 from fastheads.train.evaluation import Problem, fit_head, score
+from fastheads.train.logs import Log, peak_memory_mb
 from fastheads.train.methods import ImageEncoder, Method, Objective, check_text
 from fastheads.train.optimization import cosine_schedule, parameter_groups
+from fastheads.train.ranks import Notice, Stopped, agree, everywhere, group, join
 from fastheads.train.recipe import Recipe, check_run
+from fastheads.train.state import Progress, State, learned, trainable
+from fastheads.train.step import backward, micro_batches
 
 Report = Callable[[dict[str, Any]], None]
-
-
-class _Progress:
-    """What a run has done so far, saved with accelerate's state: step, histories, best weights."""
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.seconds = 0.0
-        self.history: dict[str, list[Any]] = {"step": [], "validation": []}
-        self.gates: dict[str, list[Any]] = {"step": [], "values": []}
-        self.best: dict[str, Any] = {"step": 0, "accuracy": -1.0, "loss": math.inf, "weights": {}}
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
 
 def prepare(
@@ -79,18 +67,6 @@ def prepare(
     return (nn.Identity() if original is None else original).eval()
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """Name → parameter of everything that is trained."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def learned(model: nn.Module) -> dict[str, Tensor]:
-    """Name → tensor of everything a run makes: what is trained, a linear head, a free encoder's running statistics."""
-    tower = "visual." if hasattr(model, "visual") else ""
-    buffers = {} if is_patched(model) else {name: b for name, b in model.named_buffers() if name.startswith(tower)}
-    return trainable(model) | {name: model.get_parameter(name) for name in head_names(model)} | buffers
-
-
 def fit(
     model: nn.Module,
     method: Method,
@@ -100,30 +76,42 @@ def fit(
     out: str | os.PathLike[str] | None = None,
     precision: str = "no",
     report: Report | None = None,
+    log: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains `model` in place on the problem's source domains and leaves the best weights in it.
 
     "Best" is the highest mean accuracy on the sources' held-out images, of equals the lower loss: training-domain
     validation, the target is never looked at. With `out` the run saves its state every `save_every` steps and goes on
     from there when called again with the same arguments; a resumed run ends with the same weights as one that was never
-    stopped.
+    stopped. Asked to end by SIGTERM it saves its state after the step it is in, and raises SystemExit(0).
+
+    Started by `torchrun` or `accelerate launch`, each process takes its share of every batch, and all end with one
+    process's weights but for rounding; a run may go on on another number of processes.
 
     Args:
         model: an OpenCLIP model, or a vision model with a linear head (which is fitted first, then trained on, unless
             `recipe.fixed_head`); not patched. The method says what of it is trained.
         precision: accelerate's mixed precision: "no", "fp16" or "bf16".
         report: called after every step with step, steps, loss, parts and images per second, for a progress bar.
+        log: "jsonl", "tensorboard" or both, written to `out` by the first process: of every step the losses, learning
+            rate, images per second, seconds waited for data and memory; where the run is evaluated also accuracies,
+            gates and the MMD of each layer and pair of sources.
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second.
     """
-    check_run(method, recipe, precision)
+    processes = join().num_processes
+    check_run(method, recipe, precision, processes)
     check_text(model, method, recipe.context_weight)
     set_seed(recipe.seed)  # before the adapters draw their start
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs may differ in it
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision, cpu=join().device.type == "cpu")
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"accelerate's configuration: got {accelerator.distributed_type.value}, whose shards the MMD's gates, the "
+            "saved state and the evaluation don't read; takes MULTI_GPU (DDP)"
+        )
     key = run_key(hashes(model, problem), method, problem, recipe, precision)
-    key |= {"processes": accelerator.num_processes}
     inner = model.to(accelerator.device)
     fit_head(inner, problem, recipe)
     options: Any = {"recompute": recipe.recompute, "fixed_head": recipe.fixed_head, **recipe.adapter}
@@ -131,6 +119,8 @@ def fit(
     if recipe.checkpointing:
         checkpoint_blocks(image_tower(inner))
     encoder = ImageEncoder(inner)
+    if recipe.compile:
+        encoder.compile()
     rates = {"lr": recipe.lr, "gate_lr": recipe.gate_lr, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.AdamW(parameter_groups(inner, **rates))
     schedule = cosine_schedule(optimizer, recipe.steps)
@@ -146,63 +136,147 @@ def fit(
         teacher=None if isinstance(teacher, nn.Identity) else teacher.to(accelerator.device),
         mmd_features=recipe.mmd_features,
         mmd_to=recipe.mmd_to,
-        mmd_options={"kernel": recipe.mmd_kernel, "layer_weights": recipe.mmd_layers},
+        mmd_options={"kernel": recipe.mmd_kernel},
+        layer_weights=recipe.mmd_layers,
     )
-    progress = _Progress()
-    state = _State(accelerator, inner, progress, schedule, out, key=key)
+    progress = Progress()
+    state = State(accelerator, inner, progress, schedule, out, key=key)
     state.resume(recipe)
+    agree(key, recipe, step=progress.step)
 
     if progress.step == 0:
         _record_gates(progress, inner)
     _train_mode(inner)
-    share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    loader = problem.training_loader(recipe, start=progress.step, **share)
+    rank = accelerator.process_index
+    loader = problem.training_loader(recipe, start=progress.step, process=rank, processes=processes)
+    total = recipe.per_domain * len(problem.sources)
     record_every = max(1, recipe.steps // 200)
+    logged = log and out is not None and accelerator.is_main_process
+    writer = Log(Path(os.fspath(out)).expanduser(), log, progress.step) if out is not None and logged else None
+    average = get_ema_multi_avg_fn(recipe.ema)
     began = time.perf_counter() - progress.seconds
-    for images, labels, domains in loader:
-        images, labels, domains = (t.to(accelerator.device, non_blocking=True) for t in (images, labels, domains))
-        with accelerator.autocast():
-            parts = objective(wrapped, inner, images, labels, domains)
-        accelerator.backward(parts["loss"])
-        if recipe.sequential:
-            _hold(inner, gates=progress.step < recipe.steps // 2)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        progress.step += 1
-        step, last = progress.step, progress.step == recipe.steps
-        progress.seconds = time.perf_counter() - began
-        values = {name: part.item() for name, part in parts.items()}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"loss: is {values['loss']} at step {step}; lower the learning rate ({recipe.lr})")
-        if step % record_every == 0 or last:
-            _record(progress, inner, step, values, with_gates=step % (10 * record_every) == 0 or last)
-        if report is not None:
-            rate = step * recipe.per_domain * len(problem.sources) / progress.seconds
-            each = {name: own * accelerator.num_processes for name, own in loader.rates().items()}
-            report({"step": step, "steps": recipe.steps, "images_per_second": rate, **each, **values})
-        if step % recipe.evaluate_every == 0 or last:
-            _select(progress, inner, problem, recipe)
-        if step % recipe.save_every == 0 and not last:
-            state.save()
-        began = time.perf_counter() - progress.seconds  # evaluating and saving is not training time
+    with Notice() as notice, _products(recipe), contextlib.closing(writer) if writer else contextlib.nullcontext():
+        waits = time.perf_counter()
+        for batch in loader:
+            waited = time.perf_counter() - waits
+            step, last = progress.step + 1, progress.step + 1 == recipe.steps
+            evaluates = step % recipe.evaluate_every == 0 or last
+            batches = micro_batches(batch, recipe.accumulate)
+            sums, heads = backward(
+                objective,
+                wrapped,
+                inner,
+                batches,
+                accelerator,
+                total=total,
+                seed=f"{recipe.seed}/{step}/{rank}",
+                group=group(),
+                keep=bool(log) and evaluates,
+            )
+            if recipe.sequential:
+                _hold(inner, gates=progress.step < recipe.steps // 2)
+            lr = schedule.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress.step = step
+            values, asked = _totals(accelerator, objective, sums, notice.given)
+            progress.seconds = time.perf_counter() - began
+            if not math.isfinite(values["loss"]):
+                told = f"loss: is {values['loss']} at step {step}; lower the learning rate ({recipe.lr})"
+                raise everywhere(FloatingPointError(told))
+            if recipe.ema:
+                now = {name: p.detach() for name, p in trainable(inner).items()}
+                if progress.average:
+                    average(list(progress.average.values()), list(now.values()), step)
+                else:
+                    progress.average = {name: p.clone() for name, p in now.items()}
+            if step % record_every == 0 or last:
+                _record(progress, inner, step, values, with_gates=step % (10 * record_every) == 0 or last)
+            rate = step * total / progress.seconds
+            if report is not None:
+                each = {name: own * processes for name, own in loader.rates().items()}
+                report({"step": step, "steps": recipe.steps, "images_per_second": rate, **each, **values})
+            found: dict[str, Any] = {}
+            if evaluates:
+                with _averaged(inner, progress.average):
+                    found["accuracy"] = _select(progress, inner, problem, recipe)
+                if heads is not None:
+                    domains = torch.cat([batch[2] for batch in batches])
+                    found["mmd_of_pairs"] = _pairs(heads, domains, problem, recipe)
+                if progress.gates["step"]:
+                    found["gates"] = _gates_now(inner)
+            if writer is not None:
+                cost = {"images_per_second": rate, "waited_seconds": waited, "memory_mb": peak_memory_mb()}
+                writer.write(step, {**values, "lr": lr, **cost, **found})
+            if asked and not last:
+                state.save()
+                raise Stopped(f"step {step} of {recipe.steps}" + (f", saved in {out}" if out is not None else ""))
+            if step % recipe.save_every == 0 and not last:
+                state.save()
+            waits = time.perf_counter()
+            began = waits - progress.seconds  # evaluating and saving is not training time
     for name, tensor in learned(inner).items():
         tensor.data.copy_(progress.best["weights"][name])
     state.save()
     accelerator.free_memory()
-    images_seen = recipe.steps * recipe.per_domain * len(problem.sources)
     return {
         "selected_step": progress.best["step"],
         "validation_loss": progress.best["loss"],
         "steps": recipe.steps,
         "seconds": progress.seconds,
-        "images_per_second": images_seen / max(progress.seconds, 1e-9),
+        "images_per_second": recipe.steps * total / max(progress.seconds, 1e-9),
         "history": progress.history,
         "gates": progress.gates if progress.gates["step"] else None,
     }
 
 
-def _record(progress: _Progress, model: nn.Module, step: int, values: dict[str, float], with_gates: bool) -> None:
+def _totals(
+    accelerator: Accelerator, objective: Objective, sums: dict[str, Tensor], asked: bool
+) -> tuple[dict[str, float], bool]:
+    """The loss and its parts over all processes, and whether any of them was asked to end."""
+    flag = torch.tensor(float(asked), device=accelerator.device)
+    *parts, flags = accelerator.reduce(torch.stack([*(s.float() for s in sums.values()), flag]), "sum").tolist()
+    values = dict(zip(sums, parts, strict=True))
+    return {"loss": objective.weighted(values), **values}, flags > 0
+
+
+@contextlib.contextmanager
+def _products(recipe: Recipe) -> Iterator[None]:
+    """float32 products in TF32 inside, where the recipe says so."""
+    before = torch.get_float32_matmul_precision()
+    if recipe.tf32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _averaged(model: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, what is trained has the values of `average`, if there is one."""
+    tensors = trainable(model) if average else {}
+    own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        tensor.data.copy_(average[name])
+    try:
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data.copy_(own[name])
+
+
+def _pairs(heads: Tensor, domains: Tensor, problem: Problem, recipe: Recipe) -> list[dict[str, float]]:
+    """Of each layer the MMD of each pair of sources, over the whole batch."""
+    options: Any = {"num_domains": len(problem.folders.domains), "kernel": recipe.mmd_kernel, "group": group()}
+    found = mmd(heads, domains, reduction="none", **options).tolist()
+    ids = [(problem.folders.index(name), name) for name in problem.sources]
+    pairs = list(itertools.combinations(ids, 2))
+    return [{f"{one} {other}": layer[a][b] for (a, one), (b, other) in pairs} for layer in found]
+
+
+def _record(progress: Progress, model: nn.Module, step: int, values: dict[str, float], with_gates: bool) -> None:
     progress.history["step"].append(step)
     for name, value in values.items():
         progress.history.setdefault(name, []).append(value)
@@ -224,80 +298,25 @@ def _train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def _record_gates(progress: _Progress, model: nn.Module) -> None:
+def _gates_now(model: nn.Module) -> list[list[float]]:
+    now = gates(model)
+    assert isinstance(now, Tensor)
+    return now.tolist()
+
+
+def _record_gates(progress: Progress, model: nn.Module) -> None:
     if is_patched(model) and gate_parameters(model):
-        now = gates(model)
-        assert isinstance(now, Tensor)
         progress.gates["step"].append(progress.step)
-        progress.gates["values"].append(now.tolist())
+        progress.gates["values"].append(_gates_now(model))
 
 
-def _select(progress: _Progress, model: nn.Module, problem: Problem, recipe: Recipe) -> None:
-    """Scores the sources' held-out images and keeps the weights if they are the best so far."""
-    scores = [score(model, problem, name, "validation", recipe) for name in problem.sources]
-    accuracy = round(sum(s.accuracy for s in scores) / len(scores), 6)  # equals stay equal
-    loss = sum(s.loss for s in scores) / len(scores)
+def _select(progress: Progress, model: nn.Module, problem: Problem, recipe: Recipe) -> dict[str, float]:
+    """Scores the sources' held-out images and keeps the weights if they are the best so far; returns the accuracies."""
+    scores = {name: score(model, problem, name, "validation", recipe) for name in problem.sources}
+    accuracy = round(sum(s.accuracy for s in scores.values()) / len(scores), 6)  # equals stay equal
+    loss = sum(s.loss for s in scores.values()) / len(scores)
     progress.history["validation"].append([progress.step, accuracy])
     if (accuracy, -loss) > (progress.best["accuracy"], -progress.best["loss"]):
         weights = {name: tensor.detach().clone() for name, tensor in learned(model).items()}
         progress.best = {"step": progress.step, "accuracy": accuracy, "loss": loss, "weights": weights}
-
-
-class _State:
-    """accelerate's saved state of one run, trained weights only, replaced as a whole."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        progress: _Progress,
-        schedule: torch.optim.lr_scheduler.LambdaLR,
-        out: str | os.PathLike[str] | None,
-        key: dict[str, Any],
-    ) -> None:
-        self.accelerator, self.model, self.progress, self.key = accelerator, model, progress, key
-        self.folder = None if out is None else Path(out).expanduser() / "state"
-        accelerator.register_for_checkpointing(progress, schedule)
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
-
-    def _save_weights(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        weights.clear()  # the frozen base is not saved again
-        if self.accelerator.is_main_process:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in learned(self.model).items()}
-            save_file(tensors, Path(folder) / "trained.safetensors")
-            (Path(folder) / "run.json").write_text(json.dumps(self.key))
-
-    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
-        models.clear()
-        saved = load_file(Path(folder) / "trained.safetensors")
-        for name, tensor in learned(self.model).items():
-            tensor.data.copy_(saved[name])
-
-    def save(self) -> None:
-        """Writes beside the old state, then takes its place: a kill leaves one of the two."""
-        if self.folder is None:
-            return
-        fresh, old = self.folder.with_name("state.new"), self.folder.with_name("state.old")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(fresh, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(fresh))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(old, ignore_errors=True)
-            if self.folder.exists():
-                os.replace(self.folder, old)
-            os.replace(fresh, self.folder)
-            shutil.rmtree(old, ignore_errors=True)
-
-    def resume(self, recipe: Recipe) -> None:
-        """Goes on from the saved state, if there is one. Raises ValueError where it is another run's, or corrupt."""
-        folder = None if self.folder is None else saved_state(self.folder.parent)
-        if folder is None:
-            return
-        check_state(folder, self.key, recipe)
-        try:
-            self.accelerator.load_state(str(folder))
-        except Exception as e:  # of torch, pickle, zipfile, safetensors: whatever a damaged file makes them say
-            raise corrupt(folder, " ".join(str(e).split()) or type(e).__name__) from e
+    return {name: found.accuracy for name, found in scores.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from fastheads.capture import CapturedHeads, capture_heads
 from fastheads.config import HeadConfig
 from fastheads.hosts import find_tower
 from fastheads.hosts.vision import answer, head_of
-from fastheads.losses import context_kl, head_mmd
+from fastheads.losses import context_kl, head_mmd, mmd
 from fastheads.losses.context import evaluating
 from fastheads.model import gate_parameters, is_patched, lora_parameters
 from fastheads.patching import disabled
@@ -179,7 +181,7 @@ class Objective:
         num_domains: S, domain ids are below it.
         teacher: the frozen original image tower under full fine-tuning; None: the patched model under `disabled`.
         mmd_features: "heads" or "embedding". mmd_to: what the MMD's gradient reaches, "gates", "lora" or "both".
-        mmd_options: of `fastheads.mmd`.
+        mmd_options: of `fastheads.mmd`. layer_weights: of `fastheads.head_mmd`.
     """
 
     classifier: Tensor | None
@@ -192,41 +194,64 @@ class Objective:
     mmd_features: str = "heads"
     mmd_to: str = "gates"
     mmd_options: dict[str, Any] | None = None
+    layer_weights: Sequence[float] | None = None
 
     def __call__(
         self, encoder: nn.Module, model: nn.Module, images: Tensor, labels: Tensor, domains: Tensor
     ) -> dict[str, Tensor]:
         """The loss and its parts: `encoder` is the (wrapped) ImageEncoder around `model`."""
-        heads: CapturedHeads | None = None
-        if self.mmd_weight:
-            with capture_heads(model) as heads:
-                features, logits = encoder(images)
-        else:
-            features, logits = encoder(images)
+        with capture_heads(model) if self.mmd_weight else nullcontext() as heads:
+            features, parts = self.means(encoder, model, images, labels)
+        loss = self.weighted(parts)
+        if heads is not None:
+            parts["mmd"] = self.mmd(heads, domains, features, reached=self.reached(model))
+            loss = loss + self.mmd_weight * parts["mmd"]
+        return {"loss": loss, **parts}
+
+    def means(
+        self, encoder: nn.Module, model: nn.Module, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The features, and the parts of the loss that are means over images."""
+        features, logits = encoder(images)
         if self.classifier is not None:
             logits = class_logits(features, self.classifier, self.logit_scale)
         parts = {"cross_entropy": F.cross_entropy(logits, labels)}
-        loss = parts["cross_entropy"]
-        if heads is not None:
-            parts["mmd"] = head_mmd(
-                heads,
-                domains,
-                features=self.mmd_features,
-                embedding=features if self.mmd_features == "embedding" else None,
-                parameters=self._reached(model),
-                num_domains=self.num_domains,
-                **(self.mmd_options or {}),
-            )
-            loss = loss + self.mmd_weight * parts["mmd"]
         if self.context_weight:
             if self.contexts is None:
                 raise ValueError("contexts: are needed with a context_weight; pass context_text_weights(…)")
             original = original_features(model, images, self.teacher)
             parts["context_kl"] = context_kl(features, original, self.contexts, self.logit_scale)
-            loss = loss + self.context_weight * parts["context_kl"]
-        return {"loss": loss, **parts}
+        return features, parts
 
-    def _reached(self, model: nn.Module) -> list[nn.Parameter] | None:
+    def weighted(self, parts: Mapping[str, Any]) -> Any:
+        """The weighted sum of `parts`, as far as they are there."""
+        weights = {"cross_entropy": 1.0, "context_kl": self.context_weight, "mmd": self.mmd_weight}
+        return sum(weights[name] * part for name, part in parts.items())
+
+    def mmd(
+        self,
+        heads: CapturedHeads,
+        domains: Tensor,
+        features: Tensor,
+        group: Any = None,
+        reached: list[nn.Parameter] | None = None,
+    ) -> Tensor:
+        """The MMD of `heads`, or of the `features` they came with; over all processes of `group`. reached: what its
+        gradient trains, None for the gates."""
+        options = self._options(group) | {"features": self.mmd_features, "parameters": reached}
+        options |= {"embedding": features if self.mmd_features == "embedding" else None}
+        return head_mmd(heads, domains, layer_weights=self.layer_weights, **options)
+
+    def _options(self, group: Any) -> dict[str, Any]:
+        return {"num_domains": self.num_domains, "group": group, **(self.mmd_options or {})}
+
+    def embedding_mmd(self, embedding: Tensor, domains: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+        """The MMD of an embedding `[N, E]` and its gradient in it."""
+        embedding = embedding.detach().requires_grad_()
+        loss = mmd(embedding, domains, **self._options(group))
+        return loss.detach(), torch.autograd.grad(loss, embedding)[0]
+
+    def reached(self, model: nn.Module) -> list[nn.Parameter] | None:
         """What the MMD trains, where that is not the gates alone."""
         if self.mmd_to == "gates":
             return None

@@ -20,12 +20,16 @@ class Recipe:
     mmd_to: what the MMD's gradient reaches: "gates", "lora" or "both"; mmd_layers: how much each layer's MMD counts.
     sequential: deltas alone in the first half of the steps, then gates alone. wise_ft: adapters are scored averaged
     with the original too, as full fine-tuning always is.
-    per_domain: images of each source domain in a step, over all processes.
-    recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass.
+    per_domain: images of each source domain in a step, over all processes; on each they come in `accumulate` parts, one
+    after the other, which changes no gradient.
+    recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass. compile: by
+    `torch.compile`. tf32: of a GPU's float32 products.
+    ema: the decay of an exponential moving average of what is trained, which is evaluated and kept instead; 0: none.
     """
 
     steps: int = 20_000
     per_domain: int = 12
+    accumulate: int = 1
     lr: float = 2e-4
     gate_lr: float = 2e-3
     weight_decay: float = 0.1
@@ -47,6 +51,9 @@ class Recipe:
     cache: bool = False
     recompute: int | str = 0
     checkpointing: bool = False
+    compile: bool = False
+    tf32: bool = False
+    ema: float = 0.0
     fixed_head: bool = False
     wise_ft: bool = False
     seed: int = 0
@@ -62,7 +69,7 @@ class Recipe:
         for name, takes in (("gate", ("softmax", "sigmoid", None)), ("mmd_to", ("gates", "lora", "both"))):
             if getattr(self, name) not in takes:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; takes {', '.join(map(repr, takes))}")
-        for name in ("steps", "per_domain", "evaluate_every", "save_every", "batch_size"):
+        for name in ("steps", "per_domain", "accumulate", "evaluate_every", "save_every", "batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; takes an integer ≥ 1")
         for name in ("lr", "gate_lr"):
@@ -71,6 +78,8 @@ class Recipe:
         for name in ("weight_decay", "mmd_weight", "context_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number ≥ 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: got {self.ema!r}; takes a number from 0 on and below 1")
 
     @property
     def adapter(self) -> dict[str, Any]:
@@ -78,13 +87,20 @@ class Recipe:
         return {name: getattr(self, name) for name in ("targets", "rank", "gate", "shared")}
 
 
-def check_run(method: Method, recipe: Recipe, precision: str = "no") -> None:
-    """That `fit` can run a recipe: its MMD, if it has one, has a gradient in this precision, and enough images.
+def check_run(method: Method, recipe: Recipe, precision: str = "no", processes: int = 1) -> None:
+    """That `fit` can run a recipe: each of the processes has an image of each domain for every part of a step, and the
+    MMD, if there is one, a gradient in this precision, and enough images.
 
     Raises ValueError.
     """
     if recipe.sequential and not (method.lora and method.gate):
         raise ValueError(f"sequential: got True, but {method.id} has not both deltas and gates; takes False")
+    least = processes * recipe.accumulate
+    if recipe.per_domain < least and least > 1:
+        raise ValueError(
+            f"per_domain: got {recipe.per_domain}; takes {least} or more with {processes} process"
+            f"{'es' * (processes > 1)} and accumulate {recipe.accumulate}: an image of each domain for every part"
+        )
     if not (method.mmd and recipe.mmd_weight):
         return
     if recipe.mmd_to != "gates" and (recipe.mmd_features != "embedding" or not method.lora):

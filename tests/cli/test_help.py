@@ -35,7 +35,7 @@ def test_help_tells_of_every_option(command, monkeypatch):
 
 def test_the_module_runs_and_names_every_command():
     environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fastheads.cli", "--help"]
+    command = [sys.executable, "-m", "fastheads", "--help"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert all(len(line) <= 100 for line in ran.stdout.splitlines())

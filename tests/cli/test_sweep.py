@@ -114,7 +114,7 @@ def test_the_same_command_again_does_nothing(whole, monkeypatch):
 def test_a_killed_sweep_goes_on_in_jobs_of_its_own(whole, write, tmp_path):
     """Killed, jobs and all, once a first run is done; the same command does what is left, with the same numbers."""
     path, out = write(cluster="local"), tmp_path / "out"
-    command = [sys.executable, "-m", "fastheads.cli", "sweep", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "fastheads", "sweep", str(path), "--out", str(out)]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     began = time.monotonic()
     with subprocess.Popen(command, **options) as first:

@@ -1,10 +1,15 @@
 """fastheads train: what it writes, and the same command again."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from commands import SHORT, done, listing, run
+from processes import free_port
+from safetensors.torch import load_file
 
 
 def test_training_writes_results_report_and_adapter(world):
@@ -78,3 +83,21 @@ def test_a_method_named_twice_runs_once(world):
     done(*twice, "--out", world.root / "run")
     assert len(json.loads((world.root / "run/results.json").read_text())["runs"]) == 2
     done(*world.train, "--out", world.root / "run")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_prints_and_writes_as_one_process(world, tmp_path):
+    """Two processes: what a single one learned, printed once."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    options = [*world.train[: world.train.index("zero-shot")], "hap", *SHORT, "--log-to", "jsonl", "--out", tmp_path]
+    command = [str(part) for part in (*torchrun, "-m", "fastheads", *options)]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("accuracy on the domain held out") == ran.stderr.count("  3/3  loss") == 1
+    found, alone = (
+        load_file(out / "sepia/seed0/hap/adapter/adapter_model.safetensors") for out in (tmp_path, world.root / "run")
+    )
+    assert max(float((found[name] - alone[name]).abs().max()) for name in alone) < 1e-5
+    assert len((tmp_path / "sepia/seed0/hap/log.jsonl").read_text().splitlines()) == 3

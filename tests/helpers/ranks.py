@@ -4,22 +4,86 @@ import os
 
 import torch
 
-from fastheads.train.loop import fit, trainable
+from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
+from fastheads.train.state import trainable
 
 
 def train_on_rank(rank, world, port, base, problem, recipe, out):
+    be_rank(rank, world, port)
+    run = fit(base, METHODS["hap"], problem, recipe, out=out, log=["jsonl"])
+    found = {n: p.detach() for n, p in trainable(base).items()}
+    torch.save({"history": run["history"], "weights": found}, out / f"rank{rank}.pt")
+
+
+def be_rank(rank, world, port):
     torch.set_num_threads(1)
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({k: str(v) for k, v in own.items()} | {"ACCELERATE_USE_CPU": "true"})
-    fit(base, METHODS["hap"], problem, recipe, out=out)
-    torch.save({n: p.detach() for n, p in trainable(base).items()}, out / f"rank{rank}.pt")
+    os.environ.update({k: str(v) for k, v in own.items()})
 
 
-def train_until_killed(root, out, kill):
-    """Trains on the folders under `root`; killed by the system at step `kill`, or else saves what it learned."""
-    import json
+def fall_silent_on_rank(rank, world, port, base, problem, recipe, out):
+    """The last process stops for good at step 2; another says how its run ended."""
     import signal
+
+    from fastheads.train.ranks import lost
+
+    os.environ["FASTHEADS_PATIENCE"] = "6"
+    be_rank(rank, world, port)
+
+    def report(values):
+        if rank == world - 1 and values["step"] == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    try:
+        fit(base, METHODS["hap"], problem, recipe, report=report)
+    except RuntimeError as e:
+        (out / f"lost{rank}").write_text(str(lost(e)))
+
+
+def fail_on_rank(rank, world, port, base, problem, recipe, out):
+    """Runs that fail on one process alone; each process writes what all of them said."""
+    import copy
+    import dataclasses
+    import errno
+    import json
+
+    from fastheads.train import state
+
+    be_rank(rank, world, port)
+    last, told = rank == world - 1, {}
+    fewer = (problem.folders.files[0][last:], *problem.folders.files[1:])
+    changed = {
+        "settings": (problem, dataclasses.replace(recipe, lr=recipe.lr * (1 + last))),
+        "images": (dataclasses.replace(problem, folders=dataclasses.replace(problem.folders, files=fewer)), recipe),
+        "loss": (problem, recipe),
+        "disk": (problem, recipe),
+    }
+    write = state.save_file
+
+    def full(tensors, path):
+        write(tensors, path)
+        if (path.parents[1] / "state").exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    for name, (its_problem, its_recipe) in changed.items():
+        model = copy.deepcopy(base)
+
+        def spoil(values, name=name, model=model):
+            if name == "loss" and last:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+        state.save_file = full if name == "disk" else write
+        try:
+            fit(model, METHODS["hap"], its_problem, its_recipe, out=out / name, report=spoil)
+        except (ValueError, FloatingPointError, OSError) as e:
+            told[name] = str(e), e.everywhere
+    (out / f"told{rank}.json").write_text(json.dumps(told))
+
+
+def train_until_killed(root, out, kill, number=9):
+    """Trains on the folders under `root`; gets that signal at step `kill`, or else saves what it learned."""
+    import json
 
     import open_clip
 
@@ -31,7 +95,7 @@ def train_until_killed(root, out, kill):
 
     def report(values):
         if values["step"] == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     torch.set_num_threads(1)
     register()
@@ -88,8 +152,7 @@ def look_on_rank(rank, world, port, paths, out):
     from fastheads.cli import data
     from fastheads.train.data.images import look
 
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({k: str(v) for k, v in own.items()} | {"ACCELERATE_USE_CPU": "true"})
+    be_rank(rank, world, port)
     looked = []
     found = data._unreadable(paths, lambda path: looked.append(path) or look(path), "looking")
     (out / f"rank{rank}.json").write_text(

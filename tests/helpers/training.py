@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from fastheads.train.loop import trainable
 from fastheads.train.recipe import Recipe
+from fastheads.train.state import trainable
 
 RECIPE = Recipe(
     steps=8, per_domain=2, lr=5e-3, gate_lr=5e-2, mmd_weight=0.1, evaluate_every=4, save_every=3, cache=True

@@ -12,9 +12,10 @@ from training import ONE_STEP, RECIPE, weights
 
 import fastheads
 from fastheads.train.evaluation import Score, fit_head, fit_probe, image_features, make_problem, score, source_splits
-from fastheads.train.loop import fit, prepare, trainable
+from fastheads.train.loop import fit, prepare
 from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe, check_run
+from fastheads.train.state import trainable
 
 
 def test_training_lowers_the_loss_and_reports_each_step(base, problem):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastheads
-from fastheads.train.loop import prepare, trainable
+from fastheads.train.loop import prepare
 from fastheads.train.methods import METHODS, ImageEncoder, Objective, class_logits, original_features
+from fastheads.train.state import trainable
 
 
 def images(n=6):

@@ -12,8 +12,11 @@ from commands import run
 from standins import EMBED, vit, with_timm
 
 import fastheads
-from fastheads.train import models
+from fastheads.train import models, sizing
+from fastheads.train.methods import METHODS
 from fastheads.train.planning import CONTEXT, GPUS, Step, plan
+from fastheads.train.recipe import Recipe
+from fastheads.train.sizing import that_fits
 
 
 @functools.cache
@@ -115,3 +118,25 @@ def test_the_command_prints_the_plan(monkeypatch):
     code, out, err = run("plan", "small", "--batch", "64", "--recompute", "2", "--checkpointing", "--impl", "cpu")
     assert (code, err) == (0, "")
     assert "hap, 345 classes, amp-bf16, cpu, recompute 2, checkpointing" in out
+
+
+def test_a_batch_that_runs_out_of_memory_falls_back_by_a_quarter():
+    tried = []
+
+    def attempt(batch):
+        tried.append(batch)
+        if batch > 50:
+            raise torch.cuda.OutOfMemoryError
+
+    assert (that_fits(100, attempt), tried) == (42, [100, 75, 56, 42])
+    assert that_fits(1, lambda batch: attempt(99)) == 0
+
+
+def test_as_many_images_as_a_cpu_has_room_for_by_the_ledger(monkeypatch):
+    """What the model itself takes is there already; one image more is too many."""
+    model, size = small(), 400_000_000
+    monkeypatch.setattr(sizing, "room", lambda: size)
+    batch = sizing.largest_batch(model, METHODS["hap"], Recipe(), "no")
+    step = Step(model, precision="fp32", impl="cpu")
+    kept = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert 0 < step.total(batch) <= size + kept < step.total(batch + 1)

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from training import ONE_STEP, RECIPE, weights
 import fastheads
 from fastheads.cli.arguments import parser
 from fastheads.model import head_modules
+from fastheads.train import state
 from fastheads.train.earlier import run_key
 from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
@@ -54,20 +56,65 @@ def test_a_stopped_run_resumes_to_the_same_weights(request, tmp_path, method, mo
     assert again["gates"] == run["gates"]
 
 
-def test_a_run_killed_by_the_system_resumes_to_the_same_weights(folders, tmp_path):
-    """SIGKILL in the middle of a step, in a process of its own; then the same run again, in another."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_killed_or_asked_to_end_resumes_to_the_same_weights(folders, tmp_path, number):
+    """In the middle of a step, in a process of its own; then the same run again, in another."""
 
     def run(out, kill):
         (tmp_path / out).mkdir(exist_ok=True)
-        process = start(train_until_killed, str(folders.root), str(tmp_path / out), kill)
+        process = start(train_until_killed, str(folders.root), str(tmp_path / out), kill, number)
         process.join(250)
         return process.exitcode
 
     assert run("whole", -1) == 0
-    assert run("killed", 5) == -signal.SIGKILL
+    assert run("killed", 5) == (-number if number == signal.SIGKILL else 0)
     assert not (tmp_path / "killed/final.pt").exists()
+    asked = json.loads((tmp_path / "killed/state/checksums.json").read_text())
+    assert "trained.safetensors" in asked
     assert run("killed", -1) == 0
     assert same(torch.load(tmp_path / "whole/final.pt"), torch.load(tmp_path / "killed/final.pt"))
+
+
+@pytest.mark.parametrize("file", ["run.json", "optimizer.bin", "trained.safetensors"])
+def test_a_damaged_state_leaves_the_one_before_it_to_go_on_from(base, problem, tmp_path, file):
+    """One bit of a tensor that loads all the same, or half a file."""
+    whole = copy.deepcopy(base)
+    fit(whole, METHODS["dig"], problem, RECIPE)
+
+    def stop(values):
+        if values["step"] == 8:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path, report=stop)
+    path = tmp_path / "state" / file
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content[:9] if file == "run.json" else content)
+    steps = []
+    with pytest.warns(UserWarning, match=f"{path} is corrupt .*: goes on from the state before it, of step 3"):
+        fit(base, METHODS["dig"], problem, RECIPE, out=tmp_path, report=lambda values: steps.append(values["step"]))
+    assert steps == [4, 5, 6, 7, 8] and same(weights(base), weights(whole))
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_state(base, problem, tmp_path, monkeypatch):
+    written, write = [], state.save_file
+
+    def full(tensors, path):
+        write(tensors, path)
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OSError) as caught:
+        fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
+    assert "the state of step 6 can't be written" in str(caught.value) and "No space left" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+    monkeypatch.undo()
+    steps = []
+    fit(base, METHODS["dig"], problem, RECIPE, out=tmp_path, report=lambda values: steps.append(values["step"]))
+    assert steps[0] == 4
 
 
 def test_a_kill_while_the_state_is_replaced_leaves_one_to_resume_from(base, problem, tmp_path, monkeypatch):
@@ -90,7 +137,7 @@ def test_a_kill_while_the_state_is_replaced_leaves_one_to_resume_from(base, prob
     assert same(weights(resumed), weights(whole))
 
 
-@pytest.mark.parametrize("change", ["weights", "prompts", "class names", "lr", "processes", "images"])
+@pytest.mark.parametrize("change", ["weights", "prompts", "class names", "lr", "images"])
 def test_a_state_of_another_run_is_refused_and_says_what_differs(base, problem, tmp_path, monkeypatch, change):
     fit(copy.deepcopy(base), METHODS["dig"], problem, ONE_STEP, out=tmp_path)
     recipe, told = ONE_STEP, "the base's weights differ"
@@ -109,10 +156,6 @@ def test_a_state_of_another_run_is_refused_and_says_what_differs(base, problem, 
         told = "the images differ (blue: was 20, now 19)"
         files = (problem.folders.files[0][1:], *problem.folders.files[1:])
         problem = dataclasses.replace(problem, folders=dataclasses.replace(problem.folders, files=files))
-    else:
-        told = "the number of processes: was 2, now 1"
-        path = tmp_path / "state/run.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
     with pytest.raises(ValueError) as caught:
         fit(copy.deepcopy(base), METHODS["dig"], problem, recipe, out=tmp_path)
     wanted = f"out: {tmp_path / 'state'} holds the state of another run ({told}); name another --out, or remove it"

@@ -10,6 +10,7 @@ sees what an uninterrupted run sees from step t on. No loader draws from torch's
 
 import functools
 import multiprocessing
+import signal
 import statistics
 import time
 from collections import deque
@@ -106,6 +107,7 @@ class Loader(DataLoader[Item]):
             images.keep_decoded()
         # A generator of its own: a loader otherwise draws from the global one at each iteration.
         options |= {"generator": torch.Generator(), "pin_memory": torch.cuda.is_available(), "collate_fn": _as_it_is}
+        options |= {"worker_init_fn": _ends_with_its_run}
         if workers and images.folders.decoded and "fork" in multiprocessing.get_all_start_methods():
             options["multiprocessing_context"] = "fork"  # which shares the decoded images, where others would copy them
         super().__init__(images, num_workers=at_least("workers", workers, 0), **options)
@@ -249,3 +251,8 @@ def clip_transforms(
     whole = [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(size)]
     end = [transforms.ToTensor(), transforms.Normalize(mean, std)]
     return views, evaluation or transforms.Compose(whole + end)
+
+
+def _ends_with_its_run(worker: int) -> None:
+    """SIGTERM, which launchers send to whole groups of processes, is the run's to act on: it may still need images."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
