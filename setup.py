@@ -39,6 +39,7 @@ TEST = [
     "setuptools>=64",
 ]
 DEV = ["ruff", "mypy", "pre-commit", *TEST]
+DOCS = ["mkdocs>=1.6", "mkdocs-material", "mkdocstrings-python"]
 
 # csrc/ is a plain shared library behind a C interface, loaded with ctypes: no headers of Python or torch. Optional:
 # without a compiler the install goes on, and `explain` says so.
@@ -81,7 +82,15 @@ setup(
         "safetensors",
         "numpy",
     ],
-    extras_require={"hf": ["transformers>=5"], "train": TRAIN, "demo": DEMO, "bench": BENCH, "test": TEST, "dev": DEV},
+    extras_require={
+        "hf": ["transformers>=5"],
+        "train": TRAIN,
+        "demo": DEMO,
+        "bench": BENCH,
+        "test": TEST,
+        "dev": DEV,
+        "docs": DOCS,
+    },
     entry_points={"console_scripts": ["fastheads = fastheads.cli:main"]},
     zip_safe=False,
     classifiers=[
