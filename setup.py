@@ -39,7 +39,7 @@ TEST = [
     "setuptools>=64",
 ]
 DEV = ["ruff", "mypy", "pre-commit", *TEST]
-DOCS = ["mkdocs>=1.6", "mkdocs-material", "mkdocstrings-python"]
+DOCS = ["mkdocs>=1.6", "mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff sets signatures
 
 # csrc/ is a plain shared library behind a C interface, loaded with ctypes: no headers of Python or torch. Optional:
 # without a compiler the install goes on, and `explain` says so.
