@@ -30,7 +30,7 @@ FOR_DOCS := -e '.[docs]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid compile-check compile-report docs install-dev clean
+.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid compile-check compile-report docs dist install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -109,6 +109,9 @@ compile-report: $(VENV)/.for-test ## every kernel and tile row for sm_80 and sm_
 
 docs: $(VENV)/.for-docs ## the documentation site, in build/site; fails at a dead link or an undocumented public name
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
+dist: $(VENV)/.for-test ## an sdist, and from it this platform's wheel, in dist/
+	$(BIN)/uv build $(ARGS)
 
 install-dev: $(VENV)/.for-dev ## the environment of test and lint, without running anything
 

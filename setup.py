@@ -53,6 +53,7 @@ NATIVE = Extension(
     extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"],
     extra_link_args=["-fopenmp"],
     optional=True,
+    py_limited_api=True,  # nothing of Python is used: one library, and one wheel, for every version
 )
 
 setup(
@@ -63,6 +64,7 @@ setup(
     long_description_content_type="text/markdown",
     author="the fastheads authors",
     license="MIT",
+    license_files=["LICENSE", "fastheads/demo/NOTICE"],
     python_requires=">=3.10",
     # kernels/ stands at the top of the repository and is installed as fastheads.kernels: a public
     # package called `kernels` exists, and must not be shadowed.
@@ -75,6 +77,7 @@ setup(
     package_data={"": ["*.json", "*.html", "*.gz", "*.safetensors", "NOTICE", "py.typed"]},
     include_package_data=False,
     ext_modules=[NATIVE],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=[
         "torch>=2.11",
         'triton; platform_system == "Linux"',
