@@ -27,6 +27,19 @@ PAGES = {name: f"repository/{name.lower()}" for name in ("README.md", "CONTRIBUT
 COPIED = ("bench/results/*.json", "examples/*.py", "LICENSE", "CITATION.cff", "fastheads/demo/NOTICE")
 PUBLIC = ("fastheads", "fastheads.losses")  # packages all of whose `__all__` is public
 
+COMMANDS = """# Command line
+
+What `--help` says of each command. A shell completes commands, options and paths by what `shtab` makes of them:
+
+```bash
+pip install shtab
+shtab --shell=bash fastheads.cli.arguments.parser > ~/.local/share/bash-completion/completions/fastheads
+```
+
+`--shell=zsh` and `--shell=tcsh` likewise.
+
+"""
+
 LINK = re.compile(r'(\]\(|src="|href=")(?![a-z]+:|#|/)([^)"#\s]+)')
 
 
@@ -41,7 +54,7 @@ def help_of_commands() -> str:
     (commands,) = (action for action in main._actions if isinstance(action, argparse._SubParsersAction))
     parsers = {"": main, **commands.choices}
     parts = [f"## fastheads {name}\n\n```text\n{parser.format_help()}```\n" for name, parser in parsers.items()]
-    return "# Command line\n\nWhat `--help` says.\n\n" + "\n".join(parts)
+    return COMMANDS + "\n".join(parts)
 
 
 def on_files(files: Files, config: Any) -> Files:
