@@ -41,7 +41,7 @@ def test_the_module_runs_and_names_every_command():
     assert (ran.returncode, ran.stderr) == (0, "")
     assert all(len(line) <= 100 for line in ran.stdout.splitlines())
     listed, examples = ran.stdout.split("examples, in the order of a day:\n")
-    assert re.findall(r"^ {4}(\w+) +\w+", listed, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^ {4}([a-z-]+)\s+\w+", listed, re.MULTILINE) == list(COMMANDS)
     lines = [shlex.split(line) for line in examples.splitlines()]
     assert [line[:2] for line in lines] == [["fastheads", name] for name in COMMANDS]
     assert [arguments.parser().parse_args(line[1:]).command for line in lines] == list(COMMANDS)
