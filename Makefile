@@ -26,10 +26,11 @@ PINNED := -c constraints.txt
 FOR_TEST := -e '.[demo,test]'
 FOR_DEV := -e '.[demo,dev]'
 FOR_BENCH := -e '.[demo,bench,test]'
+FOR_DOCS := -e '.[docs]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid ranks kills compile-check compile-report install-dev clean
+.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid ranks kills compile-check compile-report docs dist install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -112,6 +113,12 @@ compile-check: $(VENV)/.for-test ## the default rows compiled for sm_80 and sm_9
 compile-report: $(VENV)/.for-test ## every kernel and tile row for sm_80 and sm_90, without a GPU (half an hour on two cores)
 	$(BIN)/python -m bench.compile_report --check --json bench/results/compile.json --doc docs/performance.md $(ARGS)
 
+docs: $(VENV)/.for-docs ## the documentation site, in build/site; fails at a dead link or an undocumented public name
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build $(ARGS)
+
+dist: $(VENV)/.for-test ## an sdist, and from it this platform's wheel, in dist/
+	$(BIN)/uv build $(ARGS)
+
 install-dev: $(VENV)/.for-dev ## the environment of test and lint, without running anything
 
 clean: ## remove builds and caches (environments and runs/ stay)
@@ -158,3 +165,8 @@ $(VENV)/.for-bench: $(SOURCES)
 	$(call make_venv,$(VENV))
 	$(call install,$(VENV),$(PINNED) $(FOR_BENCH))
 	@touch $@ $(VENV)/.for-test
+
+$(VENV)/.for-docs: $(SOURCES)
+	$(call make_venv,$(VENV))
+	$(call install,$(VENV),$(PINNED) $(FOR_DOCS))
+	@touch $@

@@ -43,6 +43,7 @@ TEST = [
     "webdataset",
 ]
 DEV = ["ruff", "mypy", "pre-commit", *TEST]
+DOCS = ["mkdocs>=1.6", "mkdocs-material", "mkdocstrings-python", "ruff"]  # ruff sets signatures
 
 # csrc/ is a plain shared library behind a C interface, loaded with ctypes: no headers of Python or torch. Optional:
 # without a compiler the install goes on, and `explain` says so.
@@ -56,6 +57,7 @@ NATIVE = Extension(
     extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"],
     extra_link_args=["-fopenmp"],
     optional=True,
+    py_limited_api=True,  # nothing of Python is used: one library, and one wheel, for every version
 )
 
 setup(
@@ -66,6 +68,7 @@ setup(
     long_description_content_type="text/markdown",
     author="the fastheads authors",
     license="MIT",
+    license_files=["LICENSE", "fastheads/demo/NOTICE"],
     python_requires=">=3.10",
     # kernels/ stands at the top of the repository and is installed as fastheads.kernels: a public
     # package called `kernels` exists, and must not be shadowed.
@@ -78,6 +81,7 @@ setup(
     package_data={"": ["*.json", "*.html", "*.gz", "*.safetensors", "NOTICE", "py.typed"]},
     include_package_data=False,
     ext_modules=[NATIVE],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=[
         "torch>=2.11",
         'triton; platform_system == "Linux"',
@@ -94,6 +98,7 @@ setup(
         "bench": BENCH,
         "test": TEST,
         "dev": DEV,
+        "docs": DOCS,
     },
     entry_points={"console_scripts": ["fastheads = fastheads.cli:main"]},
     zip_safe=False,

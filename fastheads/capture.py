@@ -18,9 +18,11 @@ from fastheads.reference import GATES
 class CapturedHeads:
     """What the forward passes inside `capture_heads` said, filled as they run.
 
-    features: `[L, B, H, dh]` detached un-gated head outputs of the pooled token, at least float32, one row per adapted
-        layer; several forward passes follow each other along B.
-    thetas: the L gate parameters. gates: `[L, H]`, differentiable in them.
+    Attributes:
+        features: `[L, B, H, dh]` detached un-gated head outputs of the pooled token, at least float32, one row per
+            adapted layer; several forward passes follow each other along B.
+        thetas: the L gate parameters.
+        gates: `[L, H]`, differentiable in them.
     """
 
     def __init__(self, layers: list[HeadLoRA], tower: Tower) -> None:

@@ -17,7 +17,7 @@ def whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as f:
+        with open(temporary, "r+b") as f:  # Windows syncs only what may be written
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:

@@ -14,6 +14,11 @@ DATA = (
     "shards wrote"
 )
 
+ADAPTER = "runs/train/sketch/seed0/hap/adapter"  # where train writes one, in examples
+
+# Shells complete a path by these of shtab's functions.
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+
 OWN = "openai, or timm's own"  # the weights of a model for which none are named
 
 
@@ -200,19 +205,20 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
-    main = kind(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
-    commands = main.add_subparsers(
-        dest="command",
-        required=True,
-        metavar="demo | check | shards | bench-data | plan | train | sweep | evaluate | merge | inspect",
+    """The parser of the whole command line, from which shtab makes a shell's completion."""
+    main = kind(
+        prog="fastheads",
+        description="Adapt CLIP's attention heads to domains it has not seen.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     demo = commands.add_parser(
         "demo",
         help="every method on icons in four looks; minutes on a CPU, no download",
         description="Adapts a small CLIP, which comes with fastheads, by every method on icons in three looks, tests "
         "it on a fourth that it never saw, and writes a report. Needs no download and no GPU.",
+        epilog="example: fastheads demo --target neon",
     )
     demo.add_argument(
         "--target", default=None, metavar="DOMAIN", help="held out: art, neon, photo, sketch (the default)"
@@ -232,6 +238,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         help="what images there are, and which can't be read",
         description="Lists the images by domain and class, says what is skipped, and decodes every one. Exit code 1 "
         "where some can't be read.",
+        epilog="example: fastheads check data/PACS",
     )
     check.add_argument("data", type=_path, metavar="DATA", help=DATA)
 
@@ -240,6 +247,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         help="pack images into WebDataset shards with an index",
         description="Packs images, as they are, into .tar files that whoever reads WebDataset reads, with an index by "
         "which train draws from them as from the folder: the same batches in the same order.",
+        epilog="example: fastheads shards data/PACS data/PACS-shards",
     )
     shards.add_argument("data", type=_path, metavar="DATA", help=DATA)
     shards.add_argument("out", type=_path, metavar="OUT", help="a new folder, for --data")
@@ -429,11 +437,22 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         help="accuracy of a model, with or without an adapter, on each domain",
         description="Accuracy on each domain of a folder, zero-shot or by a linear head: of a base model, a merged "
         "one, or one with an adapter.",
+        epilog=f"example: fastheads evaluate --data data/PACS --adapter {ADAPTER}",
     )
     _model_options(evaluate, pretrained=OWN)
     _data_options(evaluate)
     _adapter_options(evaluate, required=False)
     evaluate.add_argument("--domain", nargs="+", default=None, metavar="DOMAIN", help="default: all")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what an adapter holds, or how a model would be patched",
+        description="With --adapter: its base, sizes and gates. Without: the path each layer of --model would take, "
+        "and why.",
+        epilog=f"example: fastheads inspect --adapter {ADAPTER}",
+    )
+    inspect.add_argument("--adapter", type=_path, default=None, metavar="DIR", help="written by train (…/adapter)")
+    _model_options(inspect, pretrained="random weights")
 
     merge = commands.add_parser(
         "merge",
@@ -441,17 +460,15 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         description="Folds an adapter's deltas and gates into its base model and writes a checkpoint with stock keys, "
         "for open_clip.create_model(NAME, pretrained=FILE), timm.create_model(NAME, checkpoint_path=FILE), or, as a "
         "folder of that name without its ending, for Hugging Face's from_pretrained.",
+        epilog=f"example: fastheads merge --adapter {ADAPTER} --out merged.safetensors",
     )
     _model_options(merge, pretrained=OWN)
     _adapter_options(merge, required=True)
     merge.add_argument("--out", type=_path, required=True, metavar="FILE", help="the checkpoint, .safetensors")
-
-    inspect = commands.add_parser(
-        "inspect",
-        help="what an adapter holds, or how a model would be patched",
-        description="With --adapter: its base, sizes and gates. Without: the path each layer of --model would take, "
-        "and why.",
-    )
-    inspect.add_argument("--adapter", type=_path, default=None, metavar="DIR", help="written by train (…/adapter)")
-    _model_options(inspect, pretrained="random weights")
+    examples = [command.epilog.removeprefix("example: ") for command in commands.choices.values() if command.epilog]
+    main.epilog = "\n  ".join(["examples, in the order of a day:", *examples])
+    for command in commands.choices.values():
+        for action in command._actions:
+            if action.type is _path:
+                action.complete = FILES  # type: ignore[attr-defined]
     return main

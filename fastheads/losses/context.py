@@ -116,7 +116,8 @@ def context_kl(
     """CAR-FT's KL between the contexts the original encoder sees and the tuned one's: `reference.context_kl`, checked.
 
     Args:
-        features, teacher_features: `[B, E]` from the tuned and the original image encoder.
+        features: `[B, E]` from the tuned image encoder.
+        teacher_features: `[B, E]` from the original one.
         context_weights: `[C, E]` of `context_text_weights`.
         logit_scale: the factor, `model.logit_scale.exp()` (100 for CLIP): without it the loss is near zero.
 

@@ -24,7 +24,7 @@ _TILE = (
 def library() -> ctypes.CDLL | None:
     """csrc/ as it was built at install; None where it was not, or does not load."""
     folder = Path(__file__).parent.parent
-    for suffix in EXTENSION_SUFFIXES:
+    for suffix in reversed(EXTENSION_SUFFIXES):  # one of every Python's before one of this Python's alone
         path = folder / f"libfastheads{suffix}"
         if path.exists():
             try:

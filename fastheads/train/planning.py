@@ -139,10 +139,13 @@ def plan(
         batch: images in a step.
         gpu: `"A100-40"`, `"A100-80"` or `"H100"`.
         method: `"fine-tune"`, `"car-ft"`, `"lora"`, `"ha-lora"`, `"dig"` or `"hap"`.
-        config: of the adapters; None: the method's. rank: another rank in it, or one per layer; targets: others in it.
+        config: of the adapters; None: the method's.
+        rank: another rank in it, or one per layer.
+        targets: others in it.
         precision: `"fp32"`; `"bf16"`: the model stored in it (adapters stay float32); `"amp-bf16"`: autocast.
-        recompute: of `patch`. checkpointing: whole blocks are computed again (OpenCLIP's `set_grad_checkpointing`).
-            `largest` has the answers with and without.
+        recompute: of `patch`.
+        checkpointing: whole blocks are computed again (OpenCLIP's `set_grad_checkpointing`). `largest` has the answers
+            with and without.
         impl: of `patch`; `"cpu"` counts a step on a CPU, where there is no `largest`.
         classes: C of the classifier `[C, E]`, text or linear head (a model that is given has its own); 345 are
             DomainNet's.

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,7 @@ from commands import base, run
 from fastheads.cli import arguments
 from fastheads.cli import commands as cli
 
-COMMANDS = ("demo", "check", "shards", "bench-data", "plan", "train", "sweep", "evaluate", "merge", "inspect")
+COMMANDS = ("demo", "check", "shards", "bench-data", "plan", "train", "sweep", "evaluate", "inspect", "merge")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -39,8 +40,22 @@ def test_the_module_runs_and_names_every_command():
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert (ran.returncode, ran.stderr) == (0, "")
     assert all(len(line) <= 100 for line in ran.stdout.splitlines())
-    for name in COMMANDS:
-        assert re.search(rf"^ +{name} +\w+", ran.stdout, re.MULTILINE)
+    listed, examples = ran.stdout.split("examples, in the order of a day:\n")
+    assert re.findall(r"^ {4}([a-z-]+)\s+\w+", listed, re.MULTILINE) == list(COMMANDS)
+    lines = [shlex.split(line) for line in examples.splitlines()]
+    assert [line[:2] for line in lines] == [["fastheads", name] for name in COMMANDS]
+    assert [arguments.parser().parse_args(line[1:]).command for line in lines] == list(COMMANDS)
+
+
+def test_shells_complete_paths_as_shtab_has_it():
+    (commands,) = (a for a in arguments.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    options = {
+        option
+        for action in commands.choices["merge"]._actions
+        if hasattr(action, "complete")
+        for option in action.option_strings
+    }
+    assert options == {"--adapter", "--out"}
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch):
