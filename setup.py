@@ -73,7 +73,7 @@ setup(
         *(f"fastheads.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"fastheads.kernels": "kernels"},
-    package_data={"": ["*.json", "*.html", "*.gz", "*.safetensors", "NOTICE", "py.typed"]},
+    package_data={"": ["*.json", "*.html", "*.css", "*.gz", "*.safetensors", "NOTICE", "py.typed"]},
     include_package_data=False,
     ext_modules=[NATIVE],
     install_requires=[

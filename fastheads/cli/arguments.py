@@ -121,6 +121,29 @@ def _adapter_options(parser: argparse.ArgumentParser, *, required: bool) -> None
     )
 
 
+def _domain_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        default=["all"],
+        metavar="DOMAIN",
+        help='held out in turn, or "all": each that is no source (the default)',
+    )
+    parser.add_argument(
+        "--sources", nargs="+", default=None, metavar="DOMAIN", help="learned from (default: all but the target)"
+    )
+
+
+def _split_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--split-by",
+        choices=("image", "folder"),
+        default="image",
+        help="what the 80/20 splits keep whole; folder: images in one folder below their class, of one object, say, "
+        "stay on one side (default: image)",
+    )
+
+
 def _again_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--recompute",
@@ -185,7 +208,9 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     main = kind(prog="fastheads", description="Adapt CLIP's attention heads to domains it has not seen.")
     commands = main.add_subparsers(
-        dest="command", required=True, metavar="demo | check | plan | train | sweep | evaluate | merge | inspect"
+        dest="command",
+        required=True,
+        metavar="demo | check | plan | train | sweep | heads | evaluate | merge | inspect",
     )
 
     demo = commands.add_parser(
@@ -235,16 +260,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     _model_options(train, pretrained=OWN)
     _data_options(train)
     group = train.add_argument_group("the experiment")
-    group.add_argument(
-        "--target",
-        nargs="+",
-        default=["all"],
-        metavar="DOMAIN",
-        help='held out in turn, or "all": each that is no source (the default)',
-    )
-    group.add_argument(
-        "--sources", nargs="+", default=None, metavar="DOMAIN", help="learned from (default: all but the target)"
-    )
+    _domain_options(group)
     group.add_argument(
         "--method",
         nargs="+",
@@ -253,13 +269,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         help="zero-shot, linear-probe, fine-tune, car-ft, lora, ha-lora, dig, hap (default: hap)",
     )
     group.add_argument("--seed", nargs="+", type=_whole(0), default=[0], metavar="N", help="one run each (default: 0)")
-    group.add_argument(
-        "--split-by",
-        choices=("image", "folder"),
-        default="image",
-        help="what the 80/20 splits keep whole; folder: images in one folder below their class, of one object, say, "
-        "stay on one side (default: image)",
-    )
+    _split_option(group)
     group.add_argument("--out", type=_path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     group = train.add_argument_group("the training")
     count = _whole(1)
@@ -345,6 +355,33 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     sweep.add_argument(
         "--out", type=_path, default=None, metavar="DIR", help="default: runs/NAME, by the name of the file"
     )
+
+    heads = commands.add_parser(
+        "heads",
+        help="which heads of the frozen model to close for a domain it has not seen, by several criteria",
+        description="Closes each head of the frozen model by itself: accuracy on every domain, beside the MMD between "
+        "the sources. Then criteria that see the sources alone choose heads to close, and an oracle by one half of the "
+        "target; all are tested on its other half.",
+        epilog="example: fastheads heads --model ViT-B-16 --pretrained openai --data data/PACS --target sketch",
+    )
+    _model_options(heads, pretrained=OWN)
+    _data_options(heads)
+    group = heads.add_argument_group("the selection")
+    _domain_options(group)
+    group.add_argument("--seed", nargs="+", type=_whole(0), default=[0], metavar="N", help="of the splits (default: 0)")
+    _split_option(group)
+    group.add_argument(
+        "--most", type=count, default=5, metavar="K", help="how many heads are closed at most (default: 5)"
+    )
+    group.add_argument(
+        "--images",
+        type=count,
+        default=None,
+        metavar="N",
+        help="of each domain, to measure and choose by (default: all)",
+    )
+    group.add_argument("--out", type=_path, default=Path("runs/heads"), metavar="DIR", help="default: runs/heads")
+    heads.set_defaults(method=[], precision="no", fixed_head=False)
 
     evaluate = commands.add_parser(
         "evaluate",

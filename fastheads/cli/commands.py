@@ -1,4 +1,4 @@
-"""The command line: `fastheads demo | check | plan | train | sweep | evaluate | merge | inspect`."""
+"""The command line: `fastheads demo | check | plan | train | sweep | heads | evaluate | merge | inspect`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from fastheads.cli import data, sweep
 from fastheads.cli.arguments import InputError, parser
@@ -81,6 +82,44 @@ def _train(args: argparse.Namespace) -> None:
             page = write_report(found, args.out, samples=setting.folders.samples())
     print("accuracy on the domain held out, %\n" + table(found))
     print(f"\nreport: {page}")
+
+
+def _heads(args: argparse.Namespace) -> None:
+    from fastheads.train.progress import Bars, phase
+
+    with Bars() as bars:
+        from fastheads.files import write_json
+        from fastheads.patching import patch
+        from fastheads.train.experiment import versions
+        from fastheads.train.heads import CONFIG, CRITERIA, select_heads
+        from fastheads.train.methods import METHODS
+        from fastheads.train.recipe import Recipe
+        from fastheads.train.report.closed import table, write_heads
+
+        recipe = Recipe(batch_size=args.batch_size, workers=args.workers)
+        setting = set_up(args, [(METHODS["dig"], recipe)])
+        patch(setting.model, CONFIG)
+        about = {
+            **setting.about,
+            "command": args.typed,
+            "versions": versions(),
+            "criteria": {name: told for name, (told, _) in CRITERIA.items()},
+        }
+        records: list[dict[str, Any]] = []
+
+        def keep(record: dict[str, Any]) -> None:
+            write_json(args.out / "heads.json", {**about, "runs": [*records, record]})
+
+        for target in setting.targets:
+            for seed in args.seed:
+                problem = setting.problem_of(target, seed)
+                own = replace(recipe, seed=seed)
+                options: dict[str, Any] = {"most": args.most, "images": args.images, "keep": keep}
+                records.append(select_heads(setting.model, problem, own, **options))
+                bars.say(table(records[-1]))
+        with phase("writing the page"):
+            page = write_heads({**about, "runs": records}, args.out)
+    print(f"\n{args.out / 'heads.json'}\n{page}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -183,6 +222,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "plan": _plan,
     "train": _train,
     "sweep": sweep.sweep,
+    "heads": _heads,
     "evaluate": _evaluate,
     "merge": _merge,
     "inspect": _inspect,

@@ -68,7 +68,7 @@ def images_of(
 
     try:
         with phase("listing the images"):
-            least = 2 if args.command == "train" else 1
+            least = 2 if args.command in ("train", "heads") else 1
             folders = read_domains(args.data, domains=domains, class_names=args.class_names, least=least)
     except (OSError, ValueError) as e:
         if str(e).startswith("class_names: "):
