@@ -210,7 +210,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     commands = main.add_subparsers(
         dest="command",
         required=True,
-        metavar="demo | check | plan | train | sweep | heads | evaluate | merge | inspect",
+        metavar="demo | check | plan | train | sweep | report | heads | evaluate | merge | inspect",
     )
 
     demo = commands.add_parser(
@@ -355,6 +355,18 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     sweep.add_argument(
         "--out", type=_path, default=None, metavar="DIR", help="default: runs/NAME, by the name of the file"
     )
+
+    report = commands.add_parser(
+        "report",
+        help="runs of train and sweep side by side: tables, paired differences, curves over a setting",
+        description="Writes one page on all runs in these folders. A run that several have counts once; methods that "
+        "differ in a setting are told apart by it. Differences are paired image by image and seed by seed.",
+        epilog="example: fastheads report runs/icons runs/lambda-10 --latex",
+    )
+    report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="a folder that train or sweep wrote")
+    report.add_argument("--csv", action="store_true", help="write the numbers as report.csv too")
+    report.add_argument("--latex", action="store_true", help="write the table as report.tex too")
+    report.add_argument("--out", type=_path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
 
     heads = commands.add_parser(
         "heads",

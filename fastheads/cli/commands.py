@@ -1,4 +1,4 @@
-"""The command line: `fastheads demo | check | plan | train | sweep | heads | evaluate | merge | inspect`."""
+"""The command line: `fastheads demo | check | plan | train | sweep | report | heads | evaluate | merge | inspect`."""
 
 from __future__ import annotations
 
@@ -82,6 +82,26 @@ def _train(args: argparse.Namespace) -> None:
             page = write_report(found, args.out, samples=setting.folders.samples())
     print("accuracy on the domain held out, %\n" + table(found))
     print(f"\nreport: {page}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from fastheads.train.progress import Bars, phase
+
+    with Bars():
+        from fastheads.files import write_whole
+        from fastheads.train.compare import compare
+        from fastheads.train.experiment import table
+        from fastheads.train.report.page import write_report
+        from fastheads.train.report.sections import Page
+
+        found = compare(args.runs, args.typed)
+        page = Page(found)
+        with phase("writing the report"):
+            paths = [write_report(found, args.out)]
+        for wanted, name, text in ((args.csv, "report.csv", page.csv), (args.latex, "report.tex", page.latex)):
+            paths += [write_whole(args.out / name, text().encode())] if wanted else []
+    print("accuracy on the domain held out, %\n" + table(found))
+    print("\n" + "\n".join(map(str, paths)))
 
 
 def _heads(args: argparse.Namespace) -> None:
@@ -222,6 +242,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "plan": _plan,
     "train": _train,
     "sweep": sweep.sweep,
+    "report": _report,
     "heads": _heads,
     "evaluate": _evaluate,
     "merge": _merge,

@@ -13,7 +13,7 @@ from commands import base, run
 from fastheads.cli import arguments
 from fastheads.cli import commands as cli
 
-COMMANDS = ("demo", "check", "plan", "train", "sweep", "heads", "evaluate", "merge", "inspect")
+COMMANDS = ("demo", "check", "plan", "train", "sweep", "report", "heads", "evaluate", "merge", "inspect")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -124,7 +124,7 @@ def fake_samples(root: Path, size: int = 8) -> dict[str, list[tuple[Path, str]]]
 
 def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has reports written without painting."""
-    for name in ("bars", "curves", "gate_map", "gate_history", "source_and_target"):
+    for name in ("bars", "curves", "over", "gate_map", "gate_history", "source_and_target"):
         monkeypatch.setattr(figures, name, lambda *args, **kwargs: b"png")
     for name in ("classes", "reliability"):
         monkeypatch.setattr(answer_figures, name, lambda *args, **kwargs: b"png")

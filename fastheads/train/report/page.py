@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from fastheads.files import write_whole
+from fastheads.train.data.presets import preset_of
 from fastheads.train.report import markup
 from fastheads.train.report.record import Changed
 from fastheads.train.report.sections import Page
@@ -21,6 +22,9 @@ from fastheads.train.report.sections import Page
 CONTENTS = {
     "data": "Data",
     "accuracy": "Accuracy",
+    "differences": "Differences",
+    "curves": "Settings",
+    "published": "Published",
     "changed": "What changed",
     "classes": "Classes",
     "calibration": "Calibration",
@@ -70,7 +74,11 @@ def write_report(
         raise ValueError("experiment: 'runs' is empty, there is nothing to report")
     out, page = Path(out).expanduser(), Page(experiment)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    known = preset_of(str(page.dataset.get("name") or ""))
     optional = {
+        "differences": markup.section("differences", "Method against method", "", page.differences()),
+        "curves": markup.section("curves", "What a setting changes", "", page.curves()),
+        "published": markup.section("published", "Published numbers", "", page.published(known) if known else ""),
         "changed": markup.section("changed", "What changed", CHANGED, page.changed(changed or {})),
         "classes": markup.section("classes", "Class by class", CLASSES, page.classes()),
         "calibration": markup.section("calibration", "Is it as sure as it should be?", CALIBRATION, page.calibration()),
