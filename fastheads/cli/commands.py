@@ -126,16 +126,12 @@ def _heads(args: argparse.Namespace) -> None:
             "criteria": {name: told for name, (told, _) in CRITERIA.items()},
         }
         records: list[dict[str, Any]] = []
-
-        def keep(record: dict[str, Any]) -> None:
-            write_json(args.out / "heads.json", {**about, "runs": [*records, record]})
-
         for target in setting.targets:
             for seed in args.seed:
                 problem = setting.problem_of(target, seed)
                 own = replace(recipe, seed=seed)
-                options: dict[str, Any] = {"most": args.most, "images": args.images, "keep": keep}
-                records.append(select_heads(setting.model, problem, own, **options))
+                records.append(select_heads(setting.model, problem, own, most=args.most, images=args.images))
+                write_json(args.out / "heads.json", {**about, "runs": records})
                 bars.say(table(records[-1]))
         with phase("writing the page"):
             page = write_heads({**about, "runs": records}, args.out)

@@ -70,21 +70,22 @@ class Frozen:
             return class_logits(features, self.problem.classifier, self.problem.logit_scale)
         return logits.float()
 
-    def closing(self, loader: Loader, closed: Sequence[Head], more: Sequence[Head], doing: str) -> Said:
-        """With `closed` heads closed, and with each of `more` heads beside them: `[1 + len(more), N]`.
+    def closing(self, loader: Loader, closed: Sequence[Head], sets: Sequence[Sequence[Head]], doing: str) -> Said:
+        """With `closed` heads closed, and with each of the sets of heads beside them: `[1 + len(sets), N]`.
 
-        Blocks below a head that is closed say what they said without: they are not computed again.
+        Blocks below all heads of a set say what they said without: they are not computed again.
         """
         device, found = self.problem.device, []
-        steps = len(loader) * (1 + len(more))
+        steps = len(loader) * (1 + len(sets))
         with evaluating(self.model), masked(self.model, closed), phase(doing, steps, "passes") as advance:
             for images, labels, _ in loader:
                 images, labels, rows = images.to(device), labels.to(device), []
                 with _remembering(self.tower) as outputs:
                     rows.append(self.logits(images))
                 advance(1)
-                for layer, head in more:
-                    with _beginning(self.tower, layer, outputs), masked(self.model, [(layer, head)]):
+                for heads in sets:
+                    lowest = min((layer for layer, _ in heads), default=len(self.tower.blocks))
+                    with _beginning(self.tower, lowest, outputs), masked(self.model, heads):
                         rows.append(self.logits(images))
                     advance(1)
                 logits = torch.stack(rows)
@@ -201,11 +202,11 @@ CRITERIA: dict[str, tuple[str, Callable[[Seen], Tensor]]] = {
 
 def greedy(
     frozen: Frozen, loaders: Sequence[Loader], first: Sequence[Said], most: int, doing: str
-) -> tuple[list[Head], Said]:
+) -> tuple[list[Head], float]:
     """Closes the head whose closing helps most, again and again, until none does or `most` are closed.
 
     first: of each loader, what closing each head does, from `Frozen.closing`. Every domain counts alike. Returns
-    the heads, and what the model says in the end.
+    the heads, and the accuracy in the end.
     """
     closed, said = list[Head](), list(first)
     while True:
@@ -213,12 +214,13 @@ def greedy(
         mean = _mean(said)
         best = mean.better()
         if best == 0:
-            return closed, Said(mean.right[:1], mean.loss[:1])
+            return closed, mean.right[0].mean().item()
         closed.append(left[best - 1])
         if len(closed) == most:
-            return closed, Said(mean.right[best : best + 1], mean.loss[best : best + 1])
+            return closed, mean.right[best].mean().item()
         left.remove(closed[-1])
-        said = [frozen.closing(loader, closed, left, f"{doing}, head {len(closed) + 1}") for loader in loaders]
+        more = [[head] for head in left]
+        said = [frozen.closing(loader, closed, more, f"{doing}, head {len(closed) + 1}") for loader in loaders]
 
 
 def _mean(said: Sequence[Said]) -> Said:
@@ -240,14 +242,12 @@ def select_heads(
     *,
     most: int = 5,
     images: int | None = None,
-    keep: Callable[[dict[str, Any]], object] = lambda record: None,
 ) -> dict[str, Any]:
     """Measures the heads of a frozen model, patched by `CONFIG`, and what closing some brings on the target.
 
     Args:
         most: how many heads are closed at most.
         images: of each domain, how many to measure and choose by; None: all. The target's other half is always whole.
-        keep: called with the record as far as it is, after each step.
 
     Returns a JSON-like record: `baseline` accuracy by domain, `heads` (layer, head, the accuracy by domain with it
     closed, every criterion's score), `correlation` of each score with the target's gain, and `selections` (heads, how
@@ -261,12 +261,14 @@ def select_heads(
     half = len(files) // 2
     oracle_loader = frozen.loader(problem.target, sorted(files[:half][:images]))
     test_loader = frozen.loader(problem.target, sorted(files[half:]))
-    held = [problem.validation[name] for name in sources]
-    some = [sorted(draw.sample(each, min(images or len(each), len(each)))) for each in held]
-    loaders = [frozen.loader(name, each) for name, each in zip(sources, some, strict=True)]
+    loaders = []
+    for name in sources:
+        held = problem.validation[name]
+        loaders.append(frozen.loader(name, sorted(draw.sample(held, min(images or len(held), len(held))))))
 
-    said = [frozen.closing(at, (), frozen.heads, f"heads on {n}") for at, n in zip(loaders, sources, strict=True)]
-    unseen = frozen.closing(oracle_loader, (), frozen.heads, f"heads on {problem.target}")
+    alone = [[head] for head in frozen.heads]
+    said = [frozen.closing(at, (), alone, f"heads on {name}") for at, name in zip(loaders, sources, strict=True)]
+    unseen = frozen.closing(oracle_loader, (), alone, f"heads on {problem.target}")
     gradients = torch.stack([frozen.gate_gradients(loader) for loader in loaders])
     tokens, labels = zip(*(frozen.tokens(loader) for loader in loaders), strict=True)
     seen = Seen(said, gradients, tokens, labels)
@@ -292,52 +294,39 @@ def select_heads(
         "correlation": {name: _rank_correlation(score, gain) for name, score in scores.items()},
         "selections": [],
     }
-    keep(record)
 
-    tested: dict[frozenset[Head], Tensor] = {}
-
-    def test(heads: Sequence[Head]) -> Tensor:
-        key = frozenset(heads)
-        if key not in tested:
-            tested[key] = frozen.closing(test_loader, heads, (), f"{len(key)} closed on {problem.target}").right[0]
-        return tested[key].float()
-
-    def add(name: str, told: str, heads: Sequence[Head], on_sources: float | None) -> None:
-        right, plain = test(heads), test(())
-        record["test_images"] = len(right)
+    sets: dict[str, list[Sequence[Head]]] = {}  # by criterion, those to choose from on the sources
+    for name, score in scores.items():
+        order = [frozen.heads[i] for i in score.argsort(descending=True)[:most]]
+        sets[name] = [order[:k] for k in range(1, most + 1)]
+    sets["random"] = [draw.sample(frozen.heads, draw.randint(1, most)) for _ in range(DRAWS)]
+    flat = list(dict.fromkeys(tuple(heads) for some in sets.values() for heads in some))
+    tried = _mean(
+        [frozen.closing(at, (), flat, f"sets of heads on {n}") for at, n in zip(loaders, sources, strict=True)]
+    )
+    told = {name: words for name, (words, _) in CRITERIA.items()} | {"random": f"the best of {DRAWS} random sets"}
+    chosen: list[tuple[str, str, Sequence[Head], float | None]] = []
+    for name, some in sets.items():
+        rows = [0, *(1 + flat.index(tuple(heads)) for heads in some)]
+        best = Said(tried.right[rows], tried.loss[rows]).better()
+        chosen.append((name, told[name], ([], *some)[best], tried.right[rows[best]].mean().item()))
+    best_heads, _ = greedy(frozen, [oracle_loader], [unseen], most, "oracle")
+    chosen.append(("oracle", f"greedy on {unseen.right.shape[1]} images of the target's other half", best_heads, None))
+    best_heads, reached = greedy(frozen, loaders, said, most, "greedy on the sources")
+    chosen.append(("greedy", "one by one, each the best for the sources", best_heads, reached))
+    tested = frozen.closing(test_loader, (), [heads for _, _, heads, _ in chosen], "testing").right.float()
+    plain = ("none", "all heads are open", list[Head](), tried.right[0].mean().item())
+    record["test_images"] = tested.shape[1]
+    for (name, words, closed, on_sources), right in zip((plain, *chosen), tested, strict=True):
         record["selections"].append(
             {
                 "name": name,
-                "chosen": told,
-                "heads": list(map(list, heads)),
+                "chosen": words,
+                "heads": list(map(list, closed)),
                 "sources": on_sources,
                 "target": right.mean().item(),
-                "gain": (right - plain).mean().item(),
-                "error": (right - plain).std().item() / len(right) ** 0.5,
+                "gain": (right - tested[0]).mean().item(),
+                "error": (right - tested[0]).std().item() / len(right) ** 0.5,
             }
         )
-        keep(record)
-
-    def best_of(sets: Sequence[Sequence[Head]], doing: str) -> tuple[Sequence[Head], float]:
-        """Of sets of heads the one that is best on the sources: the set, and its accuracy there."""
-        means = []
-        for heads in sets:
-            known = [frozen.closing(loader, heads, (), doing) for loader in loaders] if heads else said
-            mean = _mean(known)
-            means.append(Said(mean.right[:1], mean.loss[:1]))
-        every = Said(*(torch.cat(parts) for parts in zip(*means, strict=True)))
-        best = every.better()
-        return sets[best], every.right[best].mean().item()
-
-    none = _mean(said).right[0].mean().item()
-    add("none", "all heads are open", (), none)
-    heads, reached = greedy(frozen, [oracle_loader], [unseen], most, "oracle")
-    add("oracle", f"greedy on {unseen.right.shape[1]} images of the target's other half", heads, None)
-    for name, score in scores.items():
-        order = [frozen.heads[i] for i in score.argsort(descending=True)[:most]]
-        add(name, CRITERIA[name][0], *best_of([order[:k] for k in range(most + 1)], f"by {name}"))
-    drawn = [draw.sample(frozen.heads, draw.randint(1, most)) for _ in range(DRAWS)]
-    add("random", f"the best of {DRAWS} random sets", *best_of([(), *drawn], "random heads"))
-    heads, reached = greedy(frozen, loaders, said, most, "greedy")
-    add("greedy", "closed one by one, each the best for the sources", heads, reached.right.mean().item())
     return record
