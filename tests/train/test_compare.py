@@ -115,7 +115,14 @@ def test_page_csv_and_latex_say_the_same(folders, tmp_path, monkeypatch):
         elif row["target"] == "average":
             assert f"{abs(float(row['mean'])):.1f} ± {float(row['error']):.1f}" in page.text
     assert r"hap, mmd\_weight 10.0" in shown.latex()
-    assert "over-mmd_weight" in shown.pictures or "Accuracy over mmd weight" in page.text
+
+
+def test_accuracy_over_a_setting_is_painted(folders):
+    page = sections.Page(compare(folders, ""))
+    html = page.curves()
+    assert page.pictures["over-mmd_weight"].startswith(b"\x89PNG")
+    for value in ("0.1", "10"):
+        assert f"{value}: {page.average(f'hap, mmd_weight {float(value)}')}" in html
 
 
 def test_published_numbers_stand_apart(folders, tmp_path, monkeypatch):
