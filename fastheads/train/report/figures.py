@@ -269,6 +269,8 @@ def over(lines: Sequence[tuple[str, str, Sequence[tuple[float, Any]]]], setting:
             axes.errorbar(x, y, [s.error or 0 for _, s in points], color=colour, marker="o", markersize=4, label=label)
         if values and min(values) > 0 and max(values) > 9 * min(values):
             axes.set_xscale("log")
+        axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+        axes.minorticks_off()
         axes.set(xlabel=setting, ylabel="accuracy, %", title=short(f"Accuracy over {setting}", 32))
         axes.grid(axis="y")
         axes.legend()
