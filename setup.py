@@ -78,7 +78,7 @@ setup(
         *(f"fastheads.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"fastheads.kernels": "kernels"},
-    package_data={"": ["*.json", "*.html", "*.gz", "*.safetensors", "NOTICE", "py.typed"]},
+    package_data={"": ["*.json", "*.html", "*.css", "*.gz", "*.safetensors", "NOTICE", "py.typed"]},
     include_package_data=False,
     ext_modules=[NATIVE],
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

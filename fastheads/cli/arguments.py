@@ -31,6 +31,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
+        if message.endswith("required: COMMAND"):
+            own = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+            message = f"a command is missing; takes {', '.join(own.choices)}"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
@@ -140,6 +143,29 @@ def _adapter_options(parser: argparse.ArgumentParser, *, required: bool) -> None
     )
     parser.add_argument(
         "--any-base", action="store_true", help="take the adapter on another base than the one it was trained on"
+    )
+
+
+def _domain_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        default=["all"],
+        metavar="DOMAIN",
+        help='held out in turn, or "all": each that is no source (the default)',
+    )
+    parser.add_argument(
+        "--sources", nargs="+", default=None, metavar="DOMAIN", help="learned from (default: all but the target)"
+    )
+
+
+def _split_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--split-by",
+        choices=("image", "folder"),
+        default="image",
+        help="what the 80/20 splits keep whole; folder: images in one folder below their class, of one object, say, "
+        "stay on one side (default: image)",
     )
 
 
@@ -288,16 +314,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     _model_options(train, pretrained=OWN)
     _data_options(train)
     group = train.add_argument_group("the experiment")
-    group.add_argument(
-        "--target",
-        nargs="+",
-        default=["all"],
-        metavar="DOMAIN",
-        help='held out in turn, or "all": each that is no source (the default)',
-    )
-    group.add_argument(
-        "--sources", nargs="+", default=None, metavar="DOMAIN", help="learned from (default: all but the target)"
-    )
+    _domain_options(group)
     group.add_argument(
         "--method",
         nargs="+",
@@ -306,13 +323,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         help="zero-shot, linear-probe, fine-tune, car-ft, lora, ha-lora, dig, hap (default: hap)",
     )
     group.add_argument("--seed", nargs="+", type=_whole(0), default=[0], metavar="N", help="one run each (default: 0)")
-    group.add_argument(
-        "--split-by",
-        choices=("image", "folder"),
-        default="image",
-        help="what the 80/20 splits keep whole; folder: images in one folder below their class, of one object, say, "
-        "stay on one side (default: image)",
-    )
+    _split_option(group)
     group.add_argument("--out", type=_path, default=Path("runs/train"), metavar="DIR", help="default: runs/train")
     group = train.add_argument_group("the training")
     count = _whole(1)
@@ -431,6 +442,45 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     sweep.add_argument(
         "--out", type=_path, default=None, metavar="DIR", help="default: runs/NAME, by the name of the file"
     )
+
+    report = commands.add_parser(
+        "report",
+        help="runs of train and sweep side by side: tables, paired differences, curves over a setting",
+        description="Writes one page on all runs in these folders. A run that several have counts once; methods that "
+        "differ in a setting are told apart by it. Differences are paired image by image and seed by seed.",
+        epilog="example: fastheads report runs/icons runs/lambda-10 --latex",
+    )
+    report.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="a folder that train or sweep wrote")
+    report.add_argument("--csv", action="store_true", help="write the numbers as report.csv too")
+    report.add_argument("--latex", action="store_true", help="write the table as report.tex too")
+    report.add_argument("--out", type=_path, default=Path("runs/report"), metavar="DIR", help="default: runs/report")
+
+    heads = commands.add_parser(
+        "heads",
+        help="which heads of the frozen model to close for a domain it has not seen, by several criteria",
+        description="Closes each head of the frozen model by itself: accuracy on every domain, beside the MMD between "
+        "the sources. Then criteria that see the sources alone choose heads to close, and an oracle by one half of the "
+        "target; all are tested on its other half.",
+        epilog="example: fastheads heads --model ViT-B-16 --pretrained openai --data data/PACS --target sketch",
+    )
+    _model_options(heads, pretrained=OWN)
+    _data_options(heads)
+    group = heads.add_argument_group("the selection")
+    _domain_options(group)
+    group.add_argument("--seed", nargs="+", type=_whole(0), default=[0], metavar="N", help="of the splits (default: 0)")
+    _split_option(group)
+    group.add_argument(
+        "--most", type=count, default=5, metavar="K", help="how many heads are closed at most (default: 5)"
+    )
+    group.add_argument(
+        "--images",
+        type=count,
+        default=None,
+        metavar="N",
+        help="of each domain, to measure and choose by (default: all)",
+    )
+    group.add_argument("--out", type=_path, default=Path("runs/heads"), metavar="DIR", help="default: runs/heads")
+    heads.set_defaults(method=[], precision="no", fixed_head=False, cache_images=False, per_domain=12)
 
     evaluate = commands.add_parser(
         "evaluate",

@@ -11,7 +11,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from fastheads.cli import data, sweep
 from fastheads.cli.arguments import InputError, parser
@@ -88,6 +89,60 @@ def _train(args: argparse.Namespace) -> None:
             page = write_report(found, args.out, samples=setting.folders.samples())
     print("accuracy on the domain held out, %\n" + table(found))
     print(f"\nreport: {page}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from fastheads.train.progress import Bars, phase
+
+    with Bars():
+        from fastheads.files import write_whole
+        from fastheads.train.compare import compare
+        from fastheads.train.experiment import table
+        from fastheads.train.report.page import write_report
+        from fastheads.train.report.sections import Page
+
+        found = compare(args.runs, args.typed)
+        page = Page(found)
+        with phase("writing the report"):
+            paths = [write_report(found, args.out)]
+        for wanted, name, text in ((args.csv, "report.csv", page.csv), (args.latex, "report.tex", page.latex)):
+            paths += [write_whole(args.out / name, text().encode())] if wanted else []
+    print("accuracy on the domain held out, %\n" + table(found))
+    print("\n" + "\n".join(map(str, paths)))
+
+
+def _heads(args: argparse.Namespace) -> None:
+    from fastheads.train.progress import Bars, phase
+
+    with Bars() as bars:
+        from fastheads.files import write_json
+        from fastheads.patching import patch
+        from fastheads.train.experiment import versions
+        from fastheads.train.heads import CONFIG, CRITERIA, select_heads
+        from fastheads.train.methods import METHODS
+        from fastheads.train.recipe import Recipe
+        from fastheads.train.report.closed import table, write_heads
+
+        recipe = Recipe(batch_size=args.batch_size, workers=args.workers)
+        setting = set_up(args, [(METHODS["dig"], recipe)])
+        patch(setting.model, CONFIG)
+        about = {
+            **setting.about,
+            "command": args.typed,
+            "versions": versions(),
+            "criteria": {name: told for name, (told, _) in CRITERIA.items()},
+        }
+        records: list[dict[str, Any]] = []
+        for target in setting.targets:
+            for seed in args.seed:
+                problem = setting.problem_of(target, seed)
+                own = replace(recipe, seed=seed)
+                records.append(select_heads(setting.model, problem, own, most=args.most, images=args.images))
+                write_json(args.out / "heads.json", {**about, "runs": records})
+                bars.say(table(records[-1]))
+        with phase("writing the page"):
+            page = write_heads({**about, "runs": records}, args.out)
+    print(f"\n{args.out / 'heads.json'}\n{page}")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -194,6 +249,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "plan": _plan,
     "train": _train,
     "sweep": sweep.sweep,
+    "report": _report,
+    "heads": _heads,
     "evaluate": _evaluate,
     "merge": _merge,
     "inspect": _inspect,

@@ -24,6 +24,12 @@ def write_answers(out: Path, score: Score) -> None:
     write_json(out / _FILE, {"labels": score.labels, "answers": score.answers, "confidence": confidence})
 
 
+def read_answers(folder: Path) -> dict[str, Any] | None:
+    """What `write_answers` wrote; None where it wrote nothing."""
+    path = folder / _FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def details(score: Score, classes: int) -> dict[str, Any]:
     """Of the answers on a target: how many right by class, the 20 largest confusions, calibration in ten bins."""
     labels, answers, confidence = map(np.asarray, (score.labels, score.answers, score.confidence))
@@ -54,12 +60,12 @@ def changed_answers(
     target, seed = runs[0]["target"], runs[0]["seed"]
     files, names = folders.files[folders.index(target)], folders.class_names
     folder = out / target / f"seed{seed}"
-    if not (folder / "zero-shot" / _FILE).is_file():
+    if not (zero_shot := read_answers(folder / "zero-shot")):
         return {}
-    before = json.loads((folder / "zero-shot" / _FILE).read_text())["answers"]
+    before = zero_shot["answers"]
     changed = {}
     for method in dict.fromkeys(run["method"] for run in runs if run["method"] != "zero-shot"):
-        after = json.loads((folder / method / _FILE).read_text())["answers"]
+        after = (read_answers(folder / method) or zero_shot)["answers"]
         found: dict[bool, dict[int, Path]] = {True: {}, False: {}}
         rows = []
         for (path, label), was, now in zip(files, before, after, strict=True):

@@ -14,7 +14,22 @@ from commands import base, run
 from fastheads.cli import arguments
 from fastheads.cli import commands as cli
 
-COMMANDS = ("demo", "check", "shards", "bench-data", "plan", "train", "sweep", "evaluate", "inspect", "merge")
+COMMANDS = (
+    *("demo", "check", "shards", "bench-data", "plan", "train", "sweep", "report", "heads", "evaluate", "inspect", "merge"),
+)
+    "demo",
+    "check",
+    "shards",
+    "bench-data",
+    "plan",
+    "train",
+    "sweep",
+    "report",
+    "heads",
+    "evaluate",
+    "inspect",
+    "merge",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from fastheads.train.report import answer_figures, figures
 
 METHODS = {
     "zero-shot": ("Zero-shot CLIP", 0.523),
@@ -117,6 +120,14 @@ def fake_samples(root: Path, size: int = 8) -> dict[str, list[tuple[Path, str]]]
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 255, (size, size), dtype=np.uint8)).save(path)
     return samples
+
+
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has reports written without painting."""
+    for name in ("bars", "curves", "over", "gate_map", "gate_history", "source_and_target"):
+        monkeypatch.setattr(figures, name, lambda *args, **kwargs: b"png")
+    for name in ("classes", "reliability"):
+        monkeypatch.setattr(answer_figures, name, lambda *args, **kwargs: b"png")
 
 
 class Page(HTMLParser):

@@ -258,6 +258,26 @@ def curves(lines: Sequence[Curve], *, title: str, ylabel: str, percent: bool = F
     return render(2.9, paint)
 
 
+def over(lines: Sequence[tuple[str, str, Sequence[tuple[float, Any]]]], setting: str) -> bytes:
+    """Accuracy over a setting: lines of (label, colour, points), a point a value and a score with its error."""
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        values = [value for _, _, points in lines for value, _ in points]
+        for label, colour, points in lines:
+            x, y = [value for value, _ in points], [score.mean for _, score in points]
+            axes.errorbar(x, y, [s.error or 0 for _, s in points], color=colour, marker="o", markersize=4, label=label)
+        if values and min(values) > 0 and max(values) > 9 * min(values):
+            axes.set_xscale("log")
+        axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+        axes.minorticks_off()
+        axes.set(xlabel=setting, ylabel="accuracy, %", title=short(f"Accuracy over {setting}", 32))
+        axes.grid(axis="y")
+        axes.legend()
+
+    return render(2.9, paint)
+
+
 def _name_ends(axes: Axes, lines: Sequence[Curve]) -> None:
     bottom, top = axes.get_ylim()
     start = min(float(line.x[0]) for line in lines)

@@ -111,3 +111,37 @@ def section(name: str, title: str, words: str, content: str) -> str:
 def contents(sections: Mapping[str, str]) -> str:
     """Links to the sections, by their names on the page."""
     return "\n".join(f'<a href="#{name}">{title}</a>' for name, title in sections.items())
+
+
+def style() -> str:
+    """The style sheet of every page."""
+    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+
+
+def page(title: str, opening: str, sections: Mapping[str, tuple[str, str]]) -> bytes:
+    """A page of its own: sections by name, each a title and HTML; one without HTML is left out."""
+    shown = {name: (words, html) for name, (words, html) in sections.items() if html}
+    links = contents({name: words for name, (words, _) in shown.items()})
+    body = "\n".join(section(name, words, "", html) for name, (words, html) in shown.items())
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{style()}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>{escape(title)}</h1>
+{opening}
+<nav aria-label="Sections">{links}</nav>
+</header>
+{body}
+</main>
+</body>
+</html>
+""".encode()

@@ -3,7 +3,7 @@
 `write_report` turns the experiment's record (plain JSON values) into `report.html`, with its style and pictures inside,
 and `figures/*.png`. `record.py` and `clusters.py` work out the numbers, `figures.py` and `answer_figures.py` paint the
 pictures. The page's sections stand by their thought in `opening.py`, `answers.py`, `classes.py`, `training.py`,
-`cost.py` and `sections.py`, which joins them. The style, and most fixed words, are in `report.html` beside this file.
+`cost.py` and `sections.py`, which joins them. `report.html` has the fixed words, `style.css` the style.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from fastheads.files import write_whole
+from fastheads.train.data.presets import preset_of
 from fastheads.train.report import markup
 from fastheads.train.report.record import Changed
 from fastheads.train.report.sections import Page
@@ -21,6 +22,9 @@ from fastheads.train.report.sections import Page
 CONTENTS = {
     "data": "Data",
     "accuracy": "Accuracy",
+    "differences": "Differences",
+    "curves": "Settings",
+    "published": "Published",
     "changed": "What changed",
     "classes": "Classes",
     "calibration": "Calibration",
@@ -70,12 +74,17 @@ def write_report(
         raise ValueError("experiment: 'runs' is empty, there is nothing to report")
     out, page = Path(out).expanduser(), Page(experiment)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    known = preset_of(str(page.dataset.get("name") or ""))
     optional = {
+        "differences": markup.section("differences", "Method against method", "", page.differences()),
+        "curves": markup.section("curves", "What a setting changes", "", page.curves()),
+        "published": markup.section("published", "Published numbers", "", page.published(known) if known else ""),
         "changed": markup.section("changed", "What changed", CHANGED, page.changed(changed or {})),
         "classes": markup.section("classes", "Class by class", CLASSES, page.classes()),
         "calibration": markup.section("calibration", "Is it as sure as it should be?", CALIBRATION, page.calibration()),
     }
     html = template.substitute(
+        style=markup.style(),
         title=escape(str(experiment.get("title") or "Experiment")),
         headline=page.headline(),
         meta=page.meta(),

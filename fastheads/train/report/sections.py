@@ -7,13 +7,14 @@ from pathlib import Path
 from fastheads.train.report import markup
 from fastheads.train.report.answers import Answers
 from fastheads.train.report.classes import Classes
+from fastheads.train.report.comparison import Comparison
 from fastheads.train.report.cost import Cost
 from fastheads.train.report.opening import Opening
 from fastheads.train.report.record import number
 from fastheads.train.report.training import Training
 
 
-class Page(Opening, Answers, Classes, Training, Cost):
+class Page(Opening, Answers, Comparison, Classes, Training, Cost):
     """All sections of the page; pictures gather on the way."""
 
     def data(self, samples: Mapping[str, Sequence[tuple[Path, str]]]) -> str:
