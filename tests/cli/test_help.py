@@ -15,19 +15,7 @@ from fastheads.cli import arguments
 from fastheads.cli import commands as cli
 
 COMMANDS = (
-    *("demo", "check", "shards", "bench-data", "plan", "train", "sweep", "report", "heads", "evaluate", "inspect", "merge"),
-)
-    "demo",
-    "check",
-    "shards",
-    "bench-data",
-    "plan",
-    "train",
-    "sweep",
-    "report",
-    "heads",
-    "evaluate",
-    "inspect",
+    *("demo", "check", "shards", "bench-data", "plan", "train", "sweep", "report", "heads", "evaluate", "inspect"),
     "merge",
 )
 
