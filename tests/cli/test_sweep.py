@@ -145,6 +145,7 @@ def test_a_killed_sweep_goes_on(whole, write, tmp_path):
 
 def test_jobs_are_processes_of_their_own_and_say_how_they_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(submitit.Job, "_results_timeout_s", 1)  # how long the result of one killed is waited for
+
     def work(what):
         if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
