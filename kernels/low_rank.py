@@ -51,7 +51,7 @@ def given(delta: LowRank | None) -> tuple[Delta | None, Low, int]:
 @triton.jit
 def low_rank_bwd_kernel(
     dqkv, delta, u, p_db, N, rows, steps, C,
-    TARGETS: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
+    T: tl.constexpr, HEAD: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """U = dT: U_h = s·dY_h B_h `[rows, r]` (a shared A: summed over heads), of which the caller makes dA = Uᵀ x and
     U A, dx's part; and dB_h = s·dY_hᵀ T_h `[dh, r]`.
@@ -60,17 +60,17 @@ def low_rank_bwd_kernel(
     dh, padded to a power of two.
     """
     H: tl.constexpr = HEAD.heads
-    GROUPS: tl.constexpr = TARGETS if LOW.shared else TARGETS * H
+    GROUPS: tl.constexpr = T if LOW.shared else T * H
     OF_HEAD: tl.constexpr = HEAD.dim * LOW.rank
     i_g, i_s = tl.program_id(0) % GROUPS, tl.program_id(0) // GROUPS
-    i_t, i_h = i_g // (GROUPS // TARGETS), i_g % (GROUPS // TARGETS)
+    i_t, i_h = i_g // (GROUPS // T), i_g % (GROUPS // T)
     part = 0  # of target i_t: the inverse of LOW.target_of
     for p in tl.static_range(3):
         part = tl.where(i_t == LOW.target_of[p], p, part)
     o_d, o_c = tl.arange(0, DIM), tl.arange(0, LOW.tile)
     m_c = o_c < LOW.rank
     m_db = (o_d < HEAD.dim)[:, None] & m_c[None, :]
-    p_db += i_s.to(tl.int64) * (TARGETS * H * OF_HEAD) + o_d[:, None] * LOW.rank + o_c[None, :]
+    p_db += i_s.to(tl.int64) * (T * H * OF_HEAD) + o_d[:, None] * LOW.rank + o_c[None, :]
     b_db = tl.full([DIM, LOW.tile], 0.0, tl.float32)
     for i in range(steps):
         o_n = (i_s * steps + i) * BLOCK + tl.arange(0, BLOCK)
@@ -124,7 +124,7 @@ def low_rank_bwd(dqkv: Tensor, delta: LowRank, u: Tensor) -> Tensor:
     splits = cdiv(blocks, steps) if blocks else 0
     partial = torch.empty((splits, T, H, dh, r), dtype=torch.float32, device=dqkv.device)
     args = (as_rows(dqkv), delta.on_chip(), as_rows(u), partial, N, rows, steps, C)
-    meta = {"TARGETS": T, "HEAD": head_of(H, dh, dqkv.dtype), "LOW": low, "BLOCK": block, "DIM": dim, "num_stages": 1}
+    meta = {"T": T, "HEAD": head_of(H, dh, dqkv.dtype), "LOW": low, "BLOCK": block, "DIM": dim, "num_stages": 1}
     warps = 8 if dim * low.tile > 64 * 64 else 4
     launch(low_rank_bwd_kernel, (on_grid(splits * groups, "low_rank_bwd"),), *args, **meta, num_warps=warps)
     return partial

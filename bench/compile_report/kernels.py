@@ -18,7 +18,7 @@ SHARED_NAME = {80: "A100", 90: "H100, H200"}
 OTHER_NAME = {86: "A10, RTX 30", 89: "L4, L40S, RTX 40", 100: "B200", 120: "RTX 50"}  # a few cases each: `family_cases`
 NAME = SHARED_NAME | OTHER_NAME
 # Constexprs that say which problem it is, not which tile.
-PROBLEM = {"HEAD", "LOW", "CAUSAL", "POOL", "HEADS", "DIM", "TARGETS", "SHARED", "MERGE"}
+PROBLEM = {"HEAD", "LOW", "CAUSAL", "POOL", "T", "HEADS", "DIM", "TARGETS", "SHARED", "MERGE"}
 PROBLEM |= {"S", "POWERS", "PRESET", "UNBIASED", "PREC", "BLOCKS"}
 PROBLEM |= {"warps", "stages"}  # have columns of their own
 # Of an SM: 32-bit registers in each of its four parts; bytes of shared memory, of which a block takes 1 KB more than it
