@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,12 @@ def peak_memory_mb() -> float:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         found = None
-    kilobytes = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * 1024 / 1e6
+    if found:
+        return int(found[1]) * 1024 / 1e6
+    import psutil
+
+    now = psutil.Process().memory_info()
+    return getattr(now, "peak_wset", now.rss) / 1e6  # Windows has a peak; elsewhere what is resident now
 
 
 class Log:

@@ -5,12 +5,14 @@ import dataclasses
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from standins import same
 from training import RECIPE, weights
 
+from fastheads.train.logs import peak_memory_mb
 from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
 
@@ -91,3 +93,13 @@ def test_a_moving_average_is_evaluated_and_kept_also_after_a_kill(base, problem,
     assert not any(torch.equal(tensor, seen[-1][name]) for name, tensor in weights(base).items())
     for name, tensor in weights(base).items():
         assert torch.allclose(tensor.double(), wanted[name], atol=1e-6)
+
+
+def test_memory_is_told_where_there_is_no_proc(monkeypatch):
+    here = peak_memory_mb()
+
+    def refuse(path, *args, **options):
+        raise OSError(path)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert 0.1 * here < peak_memory_mb() < 1.5 * here
