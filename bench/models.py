@@ -38,6 +38,7 @@ TIMM = ("vision_transformer", "deit", "eva", "vitamin", "vision_transformer_relp
 # Hugging Face's: the kind of model, and (width, layers, heads) of its image and its text tower, as its config.json has
 # them; None for a tower that it lacks.
 _B, _L, _H, _SO = (768, 12, 12), (1024, 24, 16), (1280, 32, 16), (1152, 27, 16)
+_SIGLIP = {"base-patch16-224": _B, "large-patch16-256": _L, "so400m-patch14-384": _SO}
 HUGGINGFACE: dict[str, tuple[str, tuple[int, ...] | None, tuple[int, ...]]] = {
     "openai/clip-vit-base-patch32": ("clip", _B, (512, 12, 8)),
     "openai/clip-vit-base-patch16": ("clip", _B, (512, 12, 8)),
@@ -45,12 +46,7 @@ HUGGINGFACE: dict[str, tuple[str, tuple[int, ...] | None, tuple[int, ...]]] = {
     "openai/clip-vit-large-patch14-336": ("clip", _L, _B),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("clip", _H, _L),
     "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": ("clip", (1664, 48, 16), (1280, 32, 20)),
-    "google/siglip-base-patch16-224": ("siglip", _B, _B),
-    "google/siglip-large-patch16-256": ("siglip", _L, _L),
-    "google/siglip-so400m-patch14-384": ("siglip", _SO, _SO),
-    "google/siglip2-base-patch16-224": ("siglip", _B, _B),
-    "google/siglip2-large-patch16-256": ("siglip", _L, _L),
-    "google/siglip2-so400m-patch14-384": ("siglip", _SO, _SO),
+    **{f"google/{kind}-{name}": ("siglip", of, of) for kind in ("siglip", "siglip2") for name, of in _SIGLIP.items()},
     "google/siglip2-giant-opt-patch16-256": ("siglip", (1536, 40, 16), _SO),
     "google/siglip2-base-patch16-naflex": ("siglip2", _B, _B),
     "google/siglip2-so400m-patch16-naflex": ("siglip2", _SO, _SO),

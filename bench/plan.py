@@ -21,7 +21,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fastheads
 from bench.base.results import write_json
-from bench.base.tables import table, write_block
+from bench.base.tables import put, table
 from bench.base.towers import SETTINGS
 from bench.contests import attentions
 from bench.contests.models import blocks_of, clip
@@ -151,10 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "kept": [kept(path, precision) for precision in PRECISIONS for path in LAYERS + BLOCKS],
         "fits": [largest(name, precision, way) for name in MODELS for precision in PRECISIONS for way in WAYS],
     }
-    for block, text in blocks(content).items():
-        print(f"\n{text}")
-        if given.doc:
-            write_block(given.doc, block, text)
+    put(blocks(content), given.doc)
     if given.json:
         write_json(given.json, content)
     return 0

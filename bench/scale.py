@@ -1,13 +1,14 @@
 """Past one machine: what a rank holds and sends, how long a step takes, and where more GPUs stop helping.
 
-    python -m bench.scale --json bench/results/scale.json --doc docs/scale.md     some minutes, no GPU
+    python -m bench.scale --json bench/results/scale.json --doc docs/scale.md     some seconds, no GPU
 
 Nothing here was measured on a GPU. Bytes that a rank holds: `fastheads.plan`'s ledger. Bytes that it sends: the
 formulas below, held against counts of gloo runs with 2 and 4 processes (`tests/bench/test_scale.py`). Times: the
 roofline's model at the rates that good kernels reach (`bench.roofline`), and these, which are assumptions:
 
 - a rank sends at LINKS: 70 % of NVLink's 300 GB/s inside a node of 8, 80 % of its share of the network between nodes;
-- a collective's ring takes n − 1 hops (all-reduce: twice) of HOP each;
+- a collective's ring takes n − 1 hops (all-reduce: twice) of HOP each; DDP sums in buckets of BUCKET, FSDP2 gathers and
+  scatters block by block;
 - DDP's all-reduce hides behind the backward pass, FSDP2's gathers and scatters behind both passes, as far as they are
   long enough; the MMD's gather hides behind nothing, for the loss waits for it.
 """
@@ -23,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from bench.base.results import read_json, write_json
-from bench.base.tables import table, write_block
+from bench.base.tables import put, table
 from bench.base.towers import SETTINGS, Setting
 from bench.roofline.chips import CHIPS
 from bench.roofline.costs import cost, seconds
@@ -33,6 +34,8 @@ from fastheads.train.planning import CONTEXT, GPUS, Step
 
 NODE, CHIP, ROOM = 8, "A100", GPUS["A100-80"] - CONTEXT
 NVLINK, HOP = 0.7 * 300e9, 10e-6  # bytes per second of a rank, seconds
+BUCKET = 25 * 2**20  # bytes, DDP's default
+MMD_RINGS = 5  # two of the losses' sum; features, ids and sizes
 LINKS = {"200 Gb/s a GPU": 0.8 * 25e9, "50 Gb/s a GPU": 0.8 * 6.25e9}  # DGX A100: eight times 200 Gb/s; 400 Gb/s a node
 WORLDS = (8, 16, 32, 64)
 BATCHES = {"L/14": 256, "H/14": 128}  # images of a rank
@@ -87,10 +90,9 @@ def mmd_volumes(layers: int, batch: int, width: int, world: int) -> Volumes:
     )
 
 
-def time_of(volumes: Volumes, world: int, link: float) -> float:
-    kinds = (volumes.all_reduce, volumes.all_reduce, volumes.all_gather, volumes.reduce_scatter, volumes.broadcast)
-    hops = sum(map(bool, kinds)) * (world - 1)
-    return volumes.sent(world) / (NVLINK if world <= NODE else link) + hops * HOP
+def time_of(volumes: Volumes, world: int, link: float, rings: int) -> float:
+    """Seconds of collectives that go round `rings` times in all."""
+    return volumes.sent(world) / (NVLINK if world <= NODE else link) + rings * (world - 1) * HOP
 
 
 def compute(setting: Setting, method: str) -> float:
@@ -123,19 +125,21 @@ def rows_of(key: str, method: str) -> list[dict[str, Any]]:
             for world in WORLDS:
                 if engine == "DDP":
                     volumes, bytes_held = ddp_volumes(step.model), held + step.gradient_bytes
+                    rings = 2 * math.ceil(volumes.all_reduce / BUCKET) + bool(volumes.broadcast)
                     hidden = 2 / 3 * once
                 else:
                     volumes = fsdp_volumes(blocks, visual, world, HALF)
                     bytes_held = held - sharded + sharded // world + 2 * HALF * largest
+                    rings = 3 * len(blocks) + 2  # blocks gathered for each pass and scattered, the rest once each
                     hidden = once
                 mmd = mmd_volumes(setting.layers, setting.batch, setting.width, world)
                 beside = {"loss": 0.0, "gather": 0.0}
                 if method == "hap":
-                    beside = {"loss": mmd_compute(setting, world), "gather": time_of(mmd, world, link)}
+                    beside = {"loss": mmd_compute(setting, world), "gather": time_of(mmd, world, link, MMD_RINGS)}
                     bytes_held += mmd.all_gather
                 else:
                     mmd = Volumes()
-                shown = max(0.0, time_of(volumes, world, link) - again * hidden)
+                shown = max(0.0, time_of(volumes, world, link, rings) - again * hidden)
                 alone = again * once + (mmd_compute(setting, 1) if method == "hap" else 0.0)
                 took = again * once + beside["loss"] + beside["gather"] + shown
                 found.append(
@@ -225,10 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     content = {"rows": [row for key in BATCHES for method in METHODS for row in rows_of(key, method)]}
     loading = read_json(Path(__file__).parent / "results" / "loading.json")
-    for block, text in blocks(content, loading).items():
-        print(f"\n{block}\n\n{text}")
-        if given.doc:
-            write_block(given.doc, block, text)
+    put(blocks(content, loading), given.doc)
     if given.json:
         write_json(given.json, content)
     return 0

@@ -81,3 +81,11 @@ def read_block(text: str, name: str) -> str:
 def write_block(file: Path, name: str, content: str) -> None:
     before, _, after = _around(file.read_text(encoding="utf-8"), name)
     file.write_text(f"{before}{content.rstrip()}\n{after}", encoding="utf-8")
+
+
+def put(made: Mapping[str, str], doc: Path | None) -> None:
+    """Prints blocks by their names, and puts them into the document, if there is one."""
+    for name, text in made.items():
+        print(f"\n{name}\n\n{text}")
+        if doc:
+            write_block(doc, name, text)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastheads.ops.layer import Layer, cast_together
+from fastheads.ops.layer import Layer, Pool, cast_together
 from fastheads.reference import GATES, pool_heads
 
 # Forming W' reads and writes 2 D² numbers: for fewer than about FEW · D / (columns of T) tokens, 640 at ViT-B's
@@ -24,9 +24,7 @@ FEW = 40
 Heads = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
-def forward(
-    layer: Layer, pool: int | Tensor | str | slice | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+def forward(layer: Layer, pool: Pool) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """o, lse, cls, and what `backward` reads: q, k and v `[B, N, 3E]`, T `[B, N, C]`, the heads where o is gated."""
     projected, low = project(layer)
     each = heads_of(projected, layer.num_heads)
@@ -102,7 +100,7 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return a @ b if scale == 1 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
-def infer(layer: Layer, pool: int | Tensor | str | slice | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def infer(layer: Layer, pool: Pool) -> tuple[Tensor, Tensor, Tensor | None]:
     """`forward` where no backward pass will come and nothing is dropped: o, lse, cls."""
     gate, x, H = _gate(layer), layer.x, layer.num_heads
     if layer.lora_A is None or layer.w_in.dtype.itemsize < 4 or _few_tokens(x, layer.lora_A):
@@ -190,7 +188,7 @@ def _dx(dy: Sequence[Tensor], u: Tensor | None, layer: Layer) -> Tensor:
     x, D, E, scale = layer.x, layer.x.shape[2], layer.width, layer.scale
     down = None if u is None or layer.lora_A is None else layer.lora_A.reshape(-1, D)
     if x.dtype.itemsize < 4 and u is not None and down is not None and layer.seed is None:
-        return torch.cat((*dy, u.T), 1) @ cast_together(0, layer.w_in, scale * down, x.dtype)
+        return torch.cat((*dy, u.T), 1) @ cast_together(layer.w_in, scale * down, x.dtype)
     weight = layer.w_in.to(x.dtype)
     if x.dtype.itemsize < 4:
         dx = torch.cat(tuple(dy), 1) @ weight
@@ -265,7 +263,7 @@ def attend(
     gate: Tensor | None,
     mask: Tensor | None,
     causal: bool,
-    pool: int | str | slice | Tensor | None,
+    pool: Pool,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """o `[B, N, E]` gated, lse `[B, H, N]`, un-gated cls `[B, H, dh]` where asked for, un-gated heads `[B, N, E]` where

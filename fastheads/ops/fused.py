@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastheads.ops import cpu
-from fastheads.ops.layer import Layer, pooled
+from fastheads.ops.layer import Layer, Pool, pooled
 
 
 @functools.cache
@@ -203,7 +203,7 @@ def forward_filled(*arguments: Any) -> tuple[Tensor, ...]:
     return o, lse, lse.new_empty(0) if cls is None else cls, *(o.new_empty(0) if t is None else t for t in kept)
 
 
-def infer(layer: Layer, pool: int | Tensor | str | slice | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def infer(layer: Layer, pool: Pool) -> tuple[Tensor, Tensor, Tensor | None]:
     """`forward` of `impl="cpu"` where nothing is kept and nothing dropped, without the operator around it."""
     with _plainly(layer.x):
         return cpu.infer(layer, pool)
@@ -450,7 +450,7 @@ def project_backward(
 
 
 def attend(
-    impl: str, qkv: Sequence[Tensor], pool: int | Tensor | str | slice | None, options: dict[str, Any]
+    impl: str, qkv: Sequence[Tensor], pool: Pool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, Sequence[Tensor | None]]:
     """Gated heads `[B, N, E]` of q, k and v `[B, H, N, dh]`, the pooled token's, and what `attend_backward` reads.
 

@@ -22,8 +22,8 @@ from fastheads import reference
 from fastheads.ops import cpu, fused
 from fastheads.ops.dispatch import choose, problem_of
 from fastheads.ops.flops import tell_counters
-from fastheads.ops.head_attention import plain, unwatched
-from fastheads.ops.layer import Layer, Pool, pool_arguments, pooled
+from fastheads.ops.head_attention import KEEP, plain, unwatched
+from fastheads.ops.layer import NO_SECOND, Layer, Pool, needed_of, pool_arguments, pooled
 from fastheads.reference import GATES, TARGETS
 
 
@@ -206,12 +206,13 @@ def _project_gradients(ctx: Any, dprojected: Tensor, _: Any) -> tuple[Tensor | N
     tell_counters()
     needed = list(ctx.needs_input_grad[:5])
     grads = _PROJECT_BACKWARD(dprojected, *ctx.saved_tensors, needed, *ctx.settings)
-    return (*_needed(grads, needed), *(None,) * (1 + len(ctx.settings)))
+    return (*needed_of(grads, needed), *(None,) * (1 + len(ctx.settings)))
 
 
 def _of_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     o, lse, _, kept = output
-    ctx.save_for_backward(*inputs[:5], lse, kept if kept.numel() else o)
+    qkv = inputs[:3] if inputs[-1] == "cpu" else cpu.heads_of(kept, inputs[0].shape[1])  # views of what is kept
+    ctx.save_for_backward(*qkv, *inputs[3:5], lse, kept if kept.numel() else o)
     ctx.settings, ctx.num_heads = inputs[8:], inputs[0].shape[1]
 
 
@@ -219,15 +220,11 @@ def _attend_gradients(ctx: Any, do: Tensor, *_: Any) -> tuple[Tensor | None, ...
     tell_counters()
     dqkv, dgate = _ATTEND_BACKWARD(do, *ctx.saved_tensors, *ctx.settings)
     grads = (*cpu.heads_of(dqkv, ctx.num_heads), dgate)
-    return (*_needed(grads, ctx.needs_input_grad[:4]), *(None,) * 6)
-
-
-def _needed(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    return (*needed_of(grads, ctx.needs_input_grad[:4]), *(None,) * 6)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError("head attention has no second derivative in this implementation; use impl='reference'")
+    raise RuntimeError(NO_SECOND)
 
 
 def _operator(name: str, schema: str, run: Any, shapes: Any, gradients: Any, setup: Any = None) -> Any:
@@ -313,7 +310,9 @@ def head_attention_in_halves(
     recompute: True keeps x alone for the backward pass, and computes both halves, and what is between, again there;
     "norms" keeps all, as False does.
     """
-    if recompute is True and torch.is_grad_enabled():
+    if recompute not in KEEP:
+        raise ValueError(f"recompute: got {recompute!r}; takes {', '.join(map(repr, KEEP))}")
+    if KEEP[recompute] == "inputs" and torch.is_grad_enabled():
         dropped = options["dropout_p"] > 0 or tensors[5].dropout > 0
         again: Any = checkpoint(_in_halves, *tensors, use_reentrant=False, preserve_rng_state=dropped, **options)
         return cast(tuple[Tensor, Tensor | None, Tensor | None], again)
@@ -377,7 +376,7 @@ def _in_halves(
     else:
         kind, token, tokens = pool_arguments(pool)
         o, _, cls, _ = _ATTEND(*inputs, tokens, kind, token, gate_form, name)
-        cls = cls if kind else None
+        cls = cls.detach() if kind else None
     return o, cls if cls is None or factor is None else cls * factor.detach().unsqueeze(-1), None
 
 

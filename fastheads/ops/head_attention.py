@@ -14,7 +14,7 @@ from fastheads import reference
 from fastheads.ops import fused
 from fastheads.ops.dispatch import choose, looked_at, problem_of
 from fastheads.ops.flops import tell_counters
-from fastheads.ops.layer import pool_arguments
+from fastheads.ops.layer import NO_SECOND, Pool, needed_of, pool_arguments
 from fastheads.ops.norms import Normed, normed
 from fastheads.reference import GATES, TARGETS, HeadAttentionOutput
 
@@ -56,7 +56,7 @@ _BACKWARD = torch.ops.fastheads.head_attention_backward.default
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _INPUTS = 11  # of the operator that are tensors, or None; they come first
-_KEEP: dict[bool | str, str] = {False: "projections", "norms": "qkv", True: "inputs"}  # by recompute
+KEEP: dict[bool | str, str] = {False: "projections", "norms": "qkv", True: "inputs"}  # by recompute
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
@@ -121,11 +121,10 @@ class _HeadAttention(torch.autograd.Function):
             x, saved = Normed(*saved[kept:]).output(ctx.settings[0], ctx.dtype), saved[:kept]
         saved = [x, *saved]
         if torch.is_grad_enabled() or not unwatched(do, *saved):
-            grads = _BACKWARD(do, *saved, list(needed), *ctx.settings)
-            grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+            grads = needed_of(_BACKWARD(do, *saved, list(needed), *ctx.settings), needed)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                grads = fused.backward(do, *saved, needed, *ctx.settings)
+                grads = list(fused.backward(do, *saved, needed, *ctx.settings))
         return None, None, *grads, *(None,) * (_INPUTS - len(grads))
 
 
@@ -147,7 +146,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise RuntimeError("head_attention has no second derivative in this implementation; use impl='reference'")
+        raise RuntimeError(NO_SECOND)
 
 
 def _differentiated(keyset: Any, *args: Any) -> Any:
@@ -179,7 +178,7 @@ def head_attention(
     causal: bool = False,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    pool: int | Tensor | str | slice | None = None,
+    pool: Pool = None,
     recompute: bool | str = False,
     impl: str = "auto",
 ) -> HeadAttentionOutput:
@@ -202,8 +201,8 @@ def head_attention(
     Raises ValueError for a tensor that does not fit the others, naming it, and for an `impl` that cannot compute this.
     """
     _check(x, w_in, b_in, lora_A, lora_B, num_heads, targets, gate, w_out, b_out, mask, dropout_p, pool)
-    if recompute not in _KEEP:
-        raise ValueError(f"recompute: got {recompute!r}; takes {', '.join(map(repr, _KEEP))}")
+    if recompute not in KEEP:
+        raise ValueError(f"recompute: got {recompute!r}; takes {', '.join(map(repr, KEEP))}")
     if gate_form and gate_form not in GATES:
         raise ValueError(f"gate_form: got {gate_form!r}; takes {', '.join(map(repr, ('', *GATES)))}")
     dropout = dropout_p > 0 and lora_A is not None
@@ -237,7 +236,7 @@ def _by_formula(
         out = reference.head_attention(*tensors[:5], gate=tensors[5], **options)
         return HeadAttentionOutput(out.o, out.lse.detach(), out.cls)
 
-    if _KEEP[recompute] == "inputs" and torch.is_grad_enabled():
+    if KEEP[recompute] == "inputs" and torch.is_grad_enabled():
         return cast(HeadAttentionOutput, checkpoint(plain, *inputs, use_reentrant=False))
     return plain(*inputs)
 
@@ -246,7 +245,7 @@ def _by_operator(
     tensors: tuple[Any, ...],
     dtype: torch.dtype,
     dropout: bool,
-    pool: int | Tensor | str | slice | None,
+    pool: Pool,
     recompute: bool | str,
     settings: tuple[Any, ...],
 ) -> HeadAttentionOutput:
@@ -262,7 +261,7 @@ def _by_operator(
     seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout else None
     kind, token, pool_tokens = pool_arguments(pool)
     given: Any = (*tensors, seed, pool_tokens)
-    keep = _KEEP[recompute] if backward else "nothing"
+    keep = KEEP[recompute] if backward else "nothing"
     others: Any = (kind, token, keep, dtype, *settings)
     if not unwatched(*given):
         o, lse, cls, *_ = _FORWARD(*given, *others)
@@ -287,7 +286,7 @@ def _check(
     b_out: Tensor | None,
     mask: Tensor | None,
     dropout_p: float,
-    pool: int | Tensor | str | slice | None,
+    pool: Pool,
 ) -> None:
     """Raises ValueError, naming the argument, for what doesn't fit the others, and a mask of integers."""
 

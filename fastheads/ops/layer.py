@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NO_SECOND = "head attention has no second derivative in this implementation; use impl='reference'"
+
 
 class Layer(NamedTuple):
     """The operator's inputs that forward and backward read alike, in the order of its schema."""
@@ -88,6 +90,11 @@ class Layer(NamedTuple):
         return out
 
 
+def needed_of(grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that are needed, None for the others."""
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
 Pool = int | Tensor | str | slice | None
 
 
@@ -107,11 +114,9 @@ def pooled(kind: str, token: int, tokens: Tensor | None) -> Pool:
     return {"": None, "token": token, "tokens": tokens, "mean": slice(token, None)}[kind]
 
 
-def cast_together(dim: int, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """b behind a, in `dtype`: cast on the way, without a copy of a between."""
-    shape = list(a.shape)
-    shape[dim] += b.shape[dim]
-    out = a.new_empty(shape, dtype=dtype)
-    out.narrow(dim, 0, a.shape[dim]).copy_(a)
-    out.narrow(dim, a.shape[dim], b.shape[dim]).copy_(b)
+def cast_together(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """b's rows below a's, in `dtype`: cast on the way, without a copy of a between."""
+    out = a.new_empty((len(a) + len(b), *a.shape[1:]), dtype=dtype)
+    out[: len(a)].copy_(a)
+    out[len(a) :].copy_(b)
     return out

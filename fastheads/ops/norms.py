@@ -18,8 +18,9 @@ class Normed(NamedTuple):
     bias: Tensor | None
 
     def output(self, *dtypes: torch.dtype) -> Tensor:
-        """`(input − mean) / σ · weight + bias`, in float32 at least, rounded to each of `dtypes` in turn: a CPU's
-        LayerNorm bit for bit, whose last two operations are one multiply-add, as addcmul's are."""
+        """`(input − mean) / σ · weight + bias`, in float32 at least, rounded to its own dtype and each of
+        `dtypes` in turn: with a weight and a bias a CPU's LayerNorm bit for bit, whose last two operations are one
+        multiply-add, as addcmul's are."""
         y = (self.input - self.mean).mul_(self.rstd)
         if self.weight is not None and self.bias is not None:
             y = torch.addcmul(self.bias.to(y.dtype), y, self.weight.to(y.dtype))
@@ -27,7 +28,7 @@ class Normed(NamedTuple):
             y = y.mul_(self.weight)
         elif self.bias is not None:
             y = y.add_(self.bias)
-        for dtype in dtypes:
+        for dtype in (self.input.dtype, *dtypes):
             y = y.to(dtype)
         return y
 
@@ -36,9 +37,9 @@ def normed(x: Tensor) -> Normed | None:
     """What `x` is the output of, where that is LayerNorm over the last dimension, maybe cast; else None.
 
     None too where x was written since, or LayerNorm's tensors were, or they are freed; where its statistics have 16
-    bits (a CPU's LayerNorm that is wholly bfloat16); under hooks on saved tensors, which may hand out each only once
-    (torch's checkpoint); and in a compiled graph, whose compiler chooses. Nobody sees what is written through `.data`,
-    or before a cast.
+    bits (a CPU's LayerNorm that is wholly bfloat16); under hooks on saved tensors, LayerNorm's or ours, which may hand
+    out each only once (torch's checkpoint); where its weights' memory is freed between the passes (FSDP's); and in a
+    compiled graph, whose compiler chooses. Nobody sees what is written through `.data`, or before a cast.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return None
@@ -50,10 +51,15 @@ def normed(x: Tensor) -> Normed | None:
     if node is None or node.name() != "NativeLayerNormBackward0":
         return None
     try:
+        if getattr(node._raw_saved_input, "unpack_hook", None) is not None:
+            return None
         found = Normed(
             node._saved_input, node._saved_result1, node._saved_result2, node._saved_weight, node._saved_bias
         )
     except RuntimeError:  # freed, or written
+        return None
+    affine = [t for t in (found.weight, found.bias) if t is not None]
+    if any([t.numel() != x.shape[-1] or t.untyped_storage().nbytes() < t.nbytes for t in affine]):
         return None
     if found.mean.dtype.itemsize < 4 or found.mean.shape != (*x.shape[:-1], 1) or found.input.device != x.device:
         return None

@@ -12,10 +12,10 @@ from standins import patched
 import fastheads
 from bench.base.results import read_json
 from bench.base.tables import read_block
-from bench.scale import Volumes, blocks, ddp_volumes, fsdp_volumes, mmd_volumes
+from bench.scale import Volumes, blocks, ddp_volumes, fsdp_volumes, mmd_volumes, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS, BATCH = 2, 3
+BATCH = 3
 
 
 @pytest.mark.slow
@@ -42,3 +42,10 @@ def test_the_page_has_the_result_file_s_tables():
     page = (ROOT / "docs" / "scale.md").read_text()
     for block, text in made.items():
         assert read_block(page, block) == f"{text}\n"
+
+
+def test_the_result_file_is_that_of_the_code():
+    made = rows_of("L/14", "hap")
+    of = {(row["model"], row["method"]) for row in made}
+    kept = read_json(ROOT / "bench" / "results" / "scale.json")["rows"]
+    assert made == [row for row in kept if (row["model"], row["method"]) in of]

@@ -120,7 +120,11 @@ def step_on_rank(rank, world, folder, name, targets, wrap):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    model = patched(name, default_config(name, targets=targets), recompute=wrap == "fsdp recompute")
+    model = patched(
+        name,
+        default_config(name, targets=targets),
+        recompute={"fsdp recompute": True, "fsdp norms": "norms"}.get(wrap, False),
+    )
     fill_adapters(model)
     model.forward = model.encode_image
     if wrap == "ddp":
@@ -128,6 +132,8 @@ def step_on_rank(rank, world, folder, name, targets, wrap):
     else:
         mesh = dist.init_device_mesh("cpu", (world,))
         for block in find_tower(model, "visual").blocks:
+            if wrap == "fsdp norms":  # whose weights are freed before the attention's backward pass asks for them
+                fully_shard(block.ln_1, mesh=mesh)
             fully_shard(block, mesh=mesh)
         run = model
         fully_shard(model.visual, mesh=mesh)  # not the whole: torch shards no scalar, as OpenCLIP's logit_scale is

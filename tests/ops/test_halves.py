@@ -165,6 +165,9 @@ def test_compiled_they_are_operators_with_the_same_gradients(name, recompute):
     for got, right in zip(learned(model, compiled), learned(model, model.visual), strict=True):
         assert relative(got, right) < 1e-5
     assert all(seen.count(f"fastheads.{own}.default") == 3 for own in OPERATORS), seen
+    with fastheads.capture_heads(model) as heads:
+        compiled(images())
+    assert not heads.features.requires_grad  # as where no compiler looks
 
 
 def test_recompute_keeps_the_layers_input_alone():

@@ -176,6 +176,7 @@ def test_recompute_saves_memory_in_a_whole_model():
         ("clip", ("q", "v"), "ddp"),
         ("clip", ("q", "v"), "fsdp"),
         ("clip", ("q", "v"), "fsdp recompute"),
+        ("clip", ("q", "v"), "fsdp norms"),
         ("clip", ("q", "o", "mlp"), "ddp"),
         ("clip", ("q", "o", "mlp"), "fsdp"),
         ("timm_rotary", ("q", "v"), "ddp"),
