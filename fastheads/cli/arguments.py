@@ -230,6 +230,15 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
+def _cache_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--cache-images",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep decoded images in memory, or not (default: where they take less than half of what is free)",
+    )
+
+
 def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     """The parser of the whole command line, from which shtab makes a shell's completion."""
     main = kind(
@@ -412,12 +421,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         metavar="X",
         help="evaluate and keep a moving average of what is trained, of this decay (0.999, say; default: none)",
     )
-    group.add_argument(
-        "--cache-images",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="keep decoded images in memory, or not (default: where they take less than half of what is free)",
-    )
+    _cache_option(group)
     _again_options(group)
     group.add_argument(
         "--log",
@@ -474,13 +478,14 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--images",
-        type=count,
+        type=_whole(2),
         default=None,
         metavar="N",
         help="of each domain, to measure and choose by (default: all)",
     )
+    _cache_option(group)
     group.add_argument("--out", type=_path, default=Path("runs/heads"), metavar="DIR", help="default: runs/heads")
-    heads.set_defaults(method=[], precision="no", fixed_head=False, cache_images=False, per_domain=12)
+    heads.set_defaults(method=[], precision="no", fixed_head=False, per_domain=12)
 
     evaluate = commands.add_parser(
         "evaluate",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shlex
@@ -68,8 +67,6 @@ def _train(args: argparse.Namespace) -> None:
             if name not in METHODS:
                 raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
         recipes = {name: recipe_of(args, METHODS[name]) for name in args.method}  # bad numbers are told first
-        if "tensorboard" in args.log and importlib.util.find_spec("tensorboard") is None:
-            raise InputError("--log: TensorBoard is not installed; it comes with: pip install 'fastheads[tensorboard]'")
         with ending_at_once("what was saved before"):
             setting = set_up(args, [(METHODS[name], recipe) for name, recipe in recipes.items()])
             found = experiment(
@@ -136,7 +133,7 @@ def _heads(args: argparse.Namespace) -> None:
         for target in setting.targets:
             for seed in args.seed:
                 problem = setting.problem_of(target, seed)
-                own = replace(recipe, seed=seed)
+                own = replace(recipe, seed=seed, **setting.found)
                 records.append(select_heads(setting.model, problem, own, most=args.most, images=args.images))
                 write_json(args.out / "heads.json", {**about, "runs": records})
                 bars.say(table(records[-1]))

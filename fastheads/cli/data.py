@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import warnings
@@ -127,11 +126,12 @@ def _check_probe(folders: DomainFolders, parts: Mapping[str, Split]) -> None:
 def kept_images(args: argparse.Namespace, folders: DomainFolders) -> str:
     """What to say of the decoded images that are kept in memory, as `--cache-images` says or where they fit; "" where
     they are not, of which it is noted why."""
+    from fastheads.train import logs
     from fastheads.train.data.images import decoded_bytes
 
     if args.cache_images is False:
         return ""
-    size, room = decoded_bytes(folders.paths()), free_memory() // 2
+    size, room = decoded_bytes(folders.paths()), logs.free_memory() // 2
     own = size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if args.cache_images or own <= room:
         return f"decoded images are kept in memory, about {own / 1e6:,.1f} MB"
@@ -140,18 +140,6 @@ def kept_images(args: argparse.Namespace, folders: DomainFolders) -> str:
         f"free is {room / 1e6:,.1f}; --cache-images keeps them all the same"
     )
     return ""
-
-
-def free_memory() -> int:
-    """Bytes that this machine has free, or that the control group which this process is in may still take."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, max(0, limit - used))
-    return free
 
 
 def _note(text: str) -> None:

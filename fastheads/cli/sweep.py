@@ -22,11 +22,6 @@ from fastheads.cli.arguments import InputError, Parser, parser
 from fastheads.cli.training import Setting, experiment, recipe_of, set_up
 from fastheads.files import write_json
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 if TYPE_CHECKING:
     from fastheads.train.methods import Method
     from fastheads.train.progress import Bars
@@ -82,6 +77,11 @@ def read(text: str) -> Sweep:
     """What a file says. Raises InputError for a key, a method or a value that is none, naming its table."""
     from fastheads.train.methods import METHODS
 
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
@@ -89,9 +89,11 @@ def read(text: str) -> Sweep:
     tables = {name: values.pop(name, {}) for name in TABLES}
     train = _train_options()
     rows_may = {o.dest for o in next(g for g in train._action_groups if g.title == TRAINING)._group_actions}
-    rows_may -= {"precision"}
+    rows_may -= {"precision", "log", "cache_images"}
     options = _options()
     of_file = {key: o for key, o in options.items() if o.dest not in ("help", "out", "method")}
+    if not isinstance(tables["submit"], dict):
+        raise InputError(f"submit: got {tables['submit']!r}; takes a table")
     demo = bool(tables["demo"])
     fixed = {"model": "fastheads-demo", "data": "icons"} if demo else {}
     if demo:
@@ -105,6 +107,8 @@ def read(text: str) -> Sweep:
         where = f"methods.{name}: "
         if not re.fullmatch(r"[\w.+-]+", name) or not isinstance(table, dict):
             raise InputError(f"methods: got {name!r}; takes tables with names of letters, digits, '-', '+', '.'")
+        if not isinstance(table.get("search", {}), dict) or not isinstance(table.get("method", name), str):
+            raise InputError(f"{where}takes a table for search, and a name for method")
         own = {key: value for key, value in table.items() if key not in ("method", "label", "search", "like")}
         keys, points = [key for key, o in options.items() if o.dest in rows_may], _points(table.get("search"), where)
         _check_keys(own, keys, where)
@@ -113,6 +117,8 @@ def read(text: str) -> Sweep:
         method, like = METHODS.get(table.get("method", name)), table.get("like")
         if method is None:
             raise InputError(f"{where}got the method {table.get('method', name)!r}; takes {', '.join(METHODS)}")
+        if points and method.trains not in ("adapter", "encoder"):
+            raise InputError(f"{where}search: {method.id} has nothing to choose")
         if like is not None and (like not in rows or not rows[like].points):
             raise InputError(f"{where}got like = {like!r}; takes a row above it that has a search")
         told = f" Here: {', '.join(f'{key} {value}' for key, value in own.items())}." if own else ""
@@ -144,7 +150,8 @@ def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 
 def _options() -> dict[str, argparse.Action]:
-    return {o.option_strings[-1].removeprefix("--"): o for o in _train_options()._actions if o.option_strings}
+    names = ((name, o) for o in _train_options()._actions for name in o.option_strings)
+    return {name[2:]: o for name, o in names if name.startswith("--") and not name.startswith("--no-")}
 
 
 def _parse(values: Mapping[str, Any]) -> argparse.Namespace:
@@ -152,7 +159,8 @@ def _parse(values: Mapping[str, Any]) -> argparse.Namespace:
     argv, options = list[str](), _options()
     for key, value in values.items():
         if isinstance(value, bool):
-            argv += [f"--{key}"] * value
+            no = isinstance(options[key], argparse.BooleanOptionalAction)
+            argv += [f"--{key}"] if value else [f"--no-{key}"] * no
         elif isinstance(value, list) and isinstance(options[key], argparse._AppendAction):
             argv += [f"--{key}={item}" for item in value]
         elif isinstance(value, list):
@@ -161,6 +169,8 @@ def _parse(values: Mapping[str, Any]) -> argparse.Namespace:
             argv += [f"--{key}={value}"]
     args = _train_options().parse_args(argv)
     args.command = "train"
+    if args.per_domain == "auto":
+        raise InputError("per-domain: got 'auto'; a sweep takes a number, the same wherever its jobs run")
     for name in ("target", "sources", "seed"):
         if getattr(args, name):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))
@@ -175,7 +185,8 @@ def _points(search: dict[str, Any] | None, where: str) -> tuple[dict[str, Any], 
     search = dict(search)
     trials = search.pop("trials", None)
     for key, value in search.items():
-        ranged = isinstance(value, dict) and set(value) == {"low", "high"} and 0 < value["low"] < value["high"]
+        numbers = isinstance(value, dict) and all([isinstance(x, (int, float)) for x in value.values()])
+        ranged = numbers and set(value) == {"low", "high"} and 0 < value["low"] < value["high"]
         if not (ranged and trials) and not (isinstance(value, list) and value):
             takes = "a list of values, or with trials a range {low, high}"
             raise InputError(f"{where}search: got {value!r} for {key!r}; takes {takes}")
@@ -198,8 +209,10 @@ def _points(search: dict[str, Any] | None, where: str) -> tuple[dict[str, Any], 
 
 def _set_up(sweep: Sweep, out: Path) -> Setting:
     if not sweep.demo:
-        recipes = [(row.method, sweep.recipe(row, "", {})) for row in sweep.rows.values()]
-        return set_up(sweep.args, recipes)
+        args = argparse.Namespace(**vars(sweep.args))
+        args.method, args.out = list(dict.fromkeys(row.keys["method"][0] for row in sweep.rows.values())), out
+        each = [(row, point) for row in sweep.rows.values() for point in row.points or ({},)]
+        return set_up(args, [(row.method, sweep.recipe(row, "", point)) for row, point in each])
     from fastheads.demo import run
 
     base, folders = run.set_up(out)
@@ -265,11 +278,12 @@ def _search(sweep: Sweep, setting: Setting, bars: Bars, out: Path, target: str, 
                 setting.model,
                 row.method,
                 problem,
-                replace(sweep.recipe(row, target, trial["point"]), seed=seed),
+                replace(sweep.recipe(row, target, trial["point"]), seed=seed, **setting.found),
                 home / "search" / _label(name, trial["point"]),
                 base_name=setting.about["base_name"],
                 precision=setting.about["precision"],
                 report=bars.watch(f"{_label(name, trial['point'])} · {target} · {seed}"),
+                log=sweep.args.log,
             )
             accuracy = sum(run["accuracy"][source] for source in problem.sources) / len(problem.sources)
             trial |= {"sources": round(accuracy, 6), "loss": run["validation_loss"]}

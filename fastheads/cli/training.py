@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import warnings
@@ -71,6 +72,7 @@ def _model_name(args: argparse.Namespace) -> str:
 def _check_towers(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> None:
     """Raises what `patch` will, for each method with an adapter, before a weight or a picture is loaded; and what a
     method (with its weight of the context's KL) lacks where the model has no text."""
+    from fastheads.hosts import find_tower
     from fastheads.patching import explain
     from fastheads.train import models
     from fastheads.train.methods import check_text
@@ -86,12 +88,15 @@ def _check_towers(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]
             return
         for method, recipe in rows:
             check_text(model, method, recipe.context_weight)
-        if text and args.fixed_head:
+        if text and any(recipe.fixed_head for _, recipe in rows):
             raise InputError(f"--fixed-head: {args.model} classifies by text, and has no linear head")
         for method, recipe in rows:
             config = method.config_for(model, **recipe.adapter)
             if config is not None:
                 explain(model, config)
+                depth = len(find_tower(model, "visual").attentions)
+                if method.mmd and recipe.mmd_layers and len(recipe.mmd_layers) != depth:
+                    raise InputError(f"--mmd-layers: got {len(recipe.mmd_layers)} numbers; takes {depth}, one a layer")
 
 
 def transforms_of(model: nn.Module) -> Any:
@@ -150,7 +155,7 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
     auto = args.per_domain == "auto"
     try:
         recipe = Recipe(
-            per_domain=12 if auto else args.per_domain,
+            per_domain=max(12, args.accumulate) if auto else args.per_domain,
             lr=lr,
             context_weight=context,
             cache=bool(args.cache_images),
@@ -187,6 +192,8 @@ def set_up(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> S
     from fastheads.train.evaluation import make_problem
     from fastheads.train.progress import phase
 
+    if "tensorboard" in getattr(args, "log", ()) and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--log: TensorBoard is not installed; it comes with: pip install 'fastheads[tensorboard]'")
     targets, domains = data.targets_of(args)
     prompts = prompts_of(args)
     _check_towers(args, rows)
@@ -248,7 +255,7 @@ def _as_many_as_fit(
                 if method.trains in ("adapter", "encoder")
             ]
         batch = min(gather_object([min(each)]) if each and processes > 1 else each, default=sources * 12)
-        found = batch * args.accumulate * processes // sources
+        found = batch * args.accumulate // sources * processes
         where = "tried on the GPU" if next(model.parameters()).is_cuda else "by the ledger"
         why = f"{batch:,} images fit on a process at once, {where}"
     if found < 1:

@@ -25,6 +25,7 @@ CHECKSUMS = "checksums.json"
 _NAMES = {
     "base": "--model, --pretrained",
     "method": "--method",
+    "kind": "--method",
     "target": "--target",
     "sources": "--sources",
     "prompts": "--prompt",
@@ -33,7 +34,7 @@ _NAMES = {
     "split_by": "--split-by",
 }
 # Of a recipe: how images are loaded, and in which parts, and how often, the same is computed.
-_NO_MATTER = ("workers", "batch_size", "cache", "accumulate", "recompute", "checkpointing", "compile")
+_NO_MATTER = ("save_every", "workers", "batch_size", "cache", "accumulate", "recompute", "checkpointing", "compile")
 _RESULT = ("method", "target", "seed", "accuracy", "peak_memory_mb")  # a few of what a result must have
 
 
@@ -68,6 +69,7 @@ def run_key(
     return {
         **hashed,
         "method": method.id,
+        "kind": {k: v for k, v in dataclasses.asdict(method).items() if k not in ("id", "label", "description")},
         "target": problem.target,
         "sources": list(problem.sources),
         "prompts": list(problem.prompts),

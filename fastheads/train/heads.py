@@ -58,9 +58,11 @@ class Frozen:
         ]
 
     def loader(self, domain: str, indices: Sequence[int]) -> Loader:
-        """The images of a domain at `indices`, which are kept decoded."""
+        """The images of a domain at `indices`, decoded once where the recipe says so."""
         transform, size, workers = self.problem.transforms[1], self.recipe.batch_size, self.recipe.workers
-        return evaluation_loader(self.problem.folders, domain, indices, transform, size, workers=workers, keep=True)
+        return evaluation_loader(
+            self.problem.folders, domain, indices, transform, size, workers=workers, keep=self.recipe.cache
+        )
 
     def logits(self, images: Tensor) -> Tensor:
         """`[B, C]`, of the model's own head or the text."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import signal
 import threading
@@ -104,5 +103,3 @@ def alone_in(folder: Path) -> Iterator[None]:
             with phase(f"waiting for another process in {folder}"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    with contextlib.suppress(OSError):
-        (folder / ".lock").unlink()

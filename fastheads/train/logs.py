@@ -41,6 +41,18 @@ def peak_memory_mb() -> float:
     return getattr(now, "peak_wset", now.rss) / 1e6  # Windows has a peak; elsewhere what is resident now
 
 
+def free_memory() -> int:
+    """Bytes that this machine has free, or that the control group which this process is in may still take."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, max(0, limit - used))
+    return free
+
+
 class Log:
     """`log.jsonl` and `tensorboard/` in `folder`, as far as `kinds` names them; after `step` they go on.
 

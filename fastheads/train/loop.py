@@ -142,6 +142,7 @@ def fit(
     progress = Progress()
     state = State(accelerator, inner, progress, schedule, out, key=key)
     state.resume(recipe)
+    progress.average = {name: t.to(accelerator.device) for name, t in progress.average.items()}
     agree(key, recipe, step=progress.step)
 
     if progress.step == 0:
@@ -269,10 +270,11 @@ def _averaged(model: nn.Module, average: dict[str, Tensor]) -> Iterator[None]:
 
 def _pairs(heads: Tensor, domains: Tensor, problem: Problem, recipe: Recipe) -> list[dict[str, float]]:
     """Of each layer the MMD of each pair of sources, over the whole batch."""
-    options: Any = {"num_domains": len(problem.folders.domains), "kernel": recipe.mmd_kernel, "group": group()}
-    found = mmd(heads, domains, reduction="none", **options).tolist()
-    ids = [(problem.folders.index(name), name) for name in problem.sources]
-    pairs = list(itertools.combinations(ids, 2))
+    place = torch.zeros(len(problem.folders.domains), dtype=torch.int64)
+    place[[problem.folders.index(name) for name in problem.sources]] = torch.arange(len(problem.sources))
+    options: Any = {"num_domains": len(problem.sources), "kernel": recipe.mmd_kernel, "group": group()}
+    found = mmd(heads, place.to(domains.device)[domains], reduction="none", **options).tolist()
+    pairs = list(itertools.combinations(enumerate(problem.sources), 2))
     return [{f"{one} {other}": layer[a][b] for (a, one), (b, other) in pairs} for layer in found]
 
 

@@ -93,6 +93,8 @@ def check_run(method: Method, recipe: Recipe, precision: str = "no", processes: 
 
     Raises ValueError.
     """
+    if method.trains not in ("adapter", "encoder"):
+        return
     if recipe.sequential and not (method.lora and method.gate):
         raise ValueError(f"sequential: got True, but {method.id} has not both deltas and gates; takes False")
     least = processes * recipe.accumulate
@@ -108,6 +110,13 @@ def check_run(method: Method, recipe: Recipe, precision: str = "no", processes: 
             f"mmd_to: got {recipe.mmd_to!r}, but {method.id}'s MMD of mmd_features={recipe.mmd_features!r} reaches "
             'gates alone; takes "gates", or mmd_features="embedding" and a method with deltas'
         )
+    if recipe.mmd_layers is not None and recipe.mmd_features != "heads":
+        raise ValueError(
+            f'mmd_layers: got {recipe.mmd_layers} with mmd_features="{recipe.mmd_features}", which has no layers; '
+            "takes None there"
+        )
+    if recipe.mmd_layers is not None and not (min(recipe.mmd_layers, default=-1) >= 0 < sum(recipe.mmd_layers)):
+        raise ValueError(f"mmd_layers: got {recipe.mmd_layers}; takes numbers ≥ 0, not all 0")
     if precision == "fp16" and recipe.mmd_features == "embedding":
         raise ValueError(
             'precision: "fp16" scales the loss, but not the inner gradient of mmd_features="embedding", which would '

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastheads.hosts.vision import checkpoint_blocks, image_size, image_tower
 from fastheads.train.experiment import device
+from fastheads.train.logs import free_memory
 from fastheads.train.loop import prepare
 from fastheads.train.methods import ImageEncoder, Method
 from fastheads.train.planning import Step
@@ -23,13 +22,7 @@ def room() -> int:
     """Bytes that this process may take: of its GPU what is free, else its share of the memory the system has left."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(device())[0]
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    if found is None:
-        raise ValueError("per_domain: this system doesn't say how much memory is free; takes a number")
-    return int(found[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def largest_batch(model: nn.Module, method: Method, recipe: Recipe, precision: str) -> int:
@@ -42,7 +35,7 @@ def largest_batch(model: nn.Module, method: Method, recipe: Recipe, precision: s
     step = Step(
         model,
         method=method.id,
-        targets=recipe.targets,
+        config=method.config_for(model, **recipe.adapter),
         precision="fp32" if precision == "no" else "amp-bf16",
         recompute=recipe.recompute,
         checkpointing=recipe.checkpointing,
@@ -66,7 +59,7 @@ def that_fits(batch: int, attempt: Callable[[int], None]) -> int:
 
 def _try(model: nn.Module, method: Method, recipe: Recipe, precision: str, batch: int) -> None:
     own = copy.deepcopy(model).train()
-    prepare(own, method, recompute=recipe.recompute, targets=recipe.targets)
+    prepare(own, method, recompute=recipe.recompute, fixed_head=recipe.fixed_head, **recipe.adapter)
     if recipe.checkpointing:
         checkpoint_blocks(image_tower(own))
     images = torch.zeros(batch, 3, *image_size(own), device=device())

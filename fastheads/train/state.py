@@ -123,8 +123,11 @@ class State:
         assert self.folder is not None
         old = self.folder.with_name("state.old")
         write_json(fresh / CHECKSUMS, checksums(fresh))
-        for path in (*fresh.iterdir(), fresh):
-            descriptor = os.open(path, os.O_RDONLY)
+        for path in fresh.iterdir():
+            with path.open("r+b") as f:  # Windows syncs only what may be written, and no folder
+                os.fsync(f.fileno())
+        if os.name == "posix":
+            descriptor = os.open(fresh, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:

@@ -11,11 +11,10 @@ from pictures import CLASSES, DOMAINS, write_image, write_set
 from processes import free_port, on_ranks
 from ranks import look_on_rank
 
-from fastheads.cli import data as data_options
 from fastheads.cli import training
 from fastheads.demo.base import MODEL, register
 from fastheads.losses import context as contexts
-from fastheads.train import evaluation, progress
+from fastheads.train import evaluation, logs, progress
 from fastheads.train.data import batches as data
 from fastheads.train.data import images as images_module
 from fastheads.train.report import figures
@@ -403,8 +402,8 @@ def test_images_are_packed_trained_from_and_measured(root, base, tmp_path):
 
 
 def test_images_that_do_not_fit_are_decoded_anew_and_it_is_said(root, base, tmp_path, monkeypatch):
-    assert data_options.free_memory() > 10**7
-    monkeypatch.setattr(data_options, "free_memory", lambda: 1_000)
+    assert logs.free_memory() > 10**7
+    monkeypatch.setattr(logs, "free_memory", lambda: 1_000)
     code, out, err = run("train", *base, "--data", root, "--target", "art", *SHORT, "--out", tmp_path / "run")
     assert code == 0 and "kept in memory" not in out
     assert "images are decoded anew each time: kept in memory they would take 0.0 MB" in err

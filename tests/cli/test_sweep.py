@@ -168,6 +168,21 @@ WRONG = {
     "no rows": (HEAD, "", "methods: got none"),
     "no TOML": (HEAD, "[methods", "no TOML: "),
     "a search": (HEAD, "[methods.hap.search]\nlr = 3", "methods.hap: search: got 3 for 'lr'; takes a list"),
+    "a range of words": (
+        HEAD,
+        '[methods.hap.search]\ntrials = 2\nlr = {{low = "a", high = 3}}',
+        "search: got {'low': 'a'",
+    ),
+    "a search in no table": (HEAD, "[methods.hap]\nsearch = 3", "methods.hap: takes a table for search"),
+    "a search of what learns nothing": (
+        HEAD,
+        "[methods.zero-shot.search]\nlr = [1, 2]",
+        "zero-shot has nothing to choose",
+    ),
+    "a batch that fits": (HEAD, '[methods.hap]\nper-domain = "auto"', "per-domain: got 'auto'; a sweep takes a number"),
+    "layers that there are not": (HEAD, "[methods.hap]\nmmd-layers = [1, 1]", "--mmd-layers: got 2 numbers; takes"),
+    "a log of a row": (HEAD, '[methods.hap]\nlog = ["jsonl"]', "methods.hap: there is no key 'log'"),
+    "submit": ("submit = 3\n" + HEAD, "[methods.hap]", "submit: got 3; takes a table"),
     "a choice of nobody": (HEAD, '[methods.hap]\nlike = "lora"', "methods.hap: got like = 'lora'"),
     "processes": (HEAD, "[methods.hap]\n[submit]\nprocesses = 0", "submit: got 0 for 'processes'"),
     "a cluster": (HEAD, '[methods.hap]\n[submit]\ncluster = "cloud"', "submit: "),
@@ -198,6 +213,14 @@ def test_random_search_draws_the_same_points_in_the_range(world, write, tmp_path
     points = read(text).rows["hap"].points
     assert points == read(text).rows["hap"].points and len({p["lr"] for p in points}) == 5
     assert all(1e-4 <= p["lr"] <= 1e-1 and p["steps"] in (3, 4) for p in points)
+
+
+def test_keys_are_trains_options_by_any_of_their_names(write):
+    from fastheads.cli.sweep import read
+
+    for told, kept in (("cache-images = true", True), ("cache-images = false", False), ("", None)):
+        args = read(write("[methods.hap]", f'log = ["jsonl"]\n{told}\n' + HEAD).read_text()).args
+        assert (args.log, args.cache_images) == (["jsonl"], kept)
 
 
 def test_the_studies_can_be_read(world):

@@ -95,6 +95,14 @@ def test_a_moving_average_is_evaluated_and_kept_also_after_a_kill(base, problem,
         assert torch.allclose(tensor.double(), wanted[name], atol=1e-6)
 
 
+def test_the_mmd_of_pairs_is_the_sources_alone(base, problem, tmp_path):
+    """One image of each of two sources is less than an image of each of the three domains there are."""
+    recipe = dataclasses.replace(RECIPE, per_domain=1, mmd_kernel="dan", steps=1, evaluate_every=1)
+    fit(base, METHODS["hap"], problem, recipe, out=tmp_path, log=["jsonl"])
+    (line,) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sum(layer["blue green"] for layer in line["mmd_of_pairs"]) / 6 == pytest.approx(line["mmd"], rel=1e-3)
+
+
 def test_memory_is_told_where_there_is_no_proc(monkeypatch):
     here = peak_memory_mb()
 

@@ -172,6 +172,19 @@ def test_fp16_with_the_inner_gradient_of_the_embedding_mmd_is_refused(base, prob
 
 
 @pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"mmd_layers": (1.0,) * 6, "mmd_features": "embedding"}, "mmd_layers: got .* which has no layers"),
+        ({"mmd_layers": (0.0, 0.0)}, "mmd_layers: got .* not all 0"),
+    ],
+)
+def test_weights_of_layers_that_count_for_nothing_are_refused(changes, told):
+    with pytest.raises(ValueError, match=told):
+        check_run(METHODS["hap"], dataclasses.replace(RECIPE, **changes))
+    check_run(METHODS["zero-shot"], dataclasses.replace(RECIPE, accumulate=16, **changes))  # which takes none of it
+
+
+@pytest.mark.parametrize(
     ("method", "changes", "fits"),
     [
         ("hap", {}, False),

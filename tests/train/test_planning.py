@@ -140,3 +140,5 @@ def test_as_many_images_as_a_cpu_has_room_for_by_the_ledger(monkeypatch):
     step = Step(model, precision="fp32", impl="cpu")
     kept = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     assert 0 < step.total(batch) <= size + kept < step.total(batch + 1)
+    wide = sizing.largest_batch(model, METHODS["hap"], Recipe(rank=(16,)), "no")
+    assert 0 < wide < batch  # of the run's own rank

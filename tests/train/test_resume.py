@@ -20,7 +20,7 @@ import fastheads
 from fastheads.cli.arguments import parser
 from fastheads.model import head_modules
 from fastheads.train import state
-from fastheads.train.earlier import run_key
+from fastheads.train.earlier import differences, run_key
 from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
 from fastheads.train.recipe import Recipe
@@ -220,9 +220,14 @@ def test_every_number_of_a_recipe_is_told_by_an_option_there_is(problem):
     assert [name for name in key["recipe"] if f"--{name.replace('_', '-')}" not in options] == []
 
 
+def test_a_row_of_another_method_by_the_same_name_is_another_run(problem):
+    keys = [run_key({}, dataclasses.replace(METHODS[m], id="mine"), problem, Recipe(), "no") for m in ("lora", "hap")]
+    assert differences(keys[0], keys[1], Recipe())[0].startswith("--method: was ")
+
+
 def test_settings_that_change_no_result_do_not_keep_a_run_from_resuming(base, problem, tmp_path):
     fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path)
-    other = dataclasses.replace(RECIPE, cache=False, batch_size=7, recompute=2, checkpointing=True)
+    other = dataclasses.replace(RECIPE, cache=False, batch_size=7, recompute=2, checkpointing=True, save_every=4)
     fit(base, METHODS["dig"], problem, other, out=tmp_path)
 
 
