@@ -440,7 +440,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         description="Runs what a TOML file says: the keys are train's options without the dashes, a table "
         "[methods.NAME] is a row with settings of its own, its [methods.NAME.search] values to choose from on the "
         "sources, [submit] says where jobs run. A killed sweep goes on when started again.",
-        epilog="example: fastheads sweep studies/pacs-deit.toml",
+        epilog="example: fastheads sweep studies/icons.toml",
     )
     sweep.add_argument("file", type=_path, metavar="FILE", help="the table, in TOML")
     sweep.add_argument(

@@ -97,7 +97,10 @@ class Plan:
         lines.append(_line("gradients, once all are made", self.gradient_bytes))
         if self.room is not None and self.largest is not None:
             word = "fits" if self.fits else "does not fit"
-            lines.append(f"{self.gpu}: {word} into {self.room / 1e6:,.0f} MB; largest batch " + _words(self.largest))
+            lines.append(
+                f"{self.gpu}: {word} into {self.room / 1e6:,.0f} MB; largest batch "
+                + _words(self.largest, again or "recompute")
+            )
             lines.append(f"({NOT_MEASURED})")
         return "\n".join(lines)
 
@@ -106,10 +109,11 @@ def _line(name: str, size: int, batch: int = 0) -> str:
     return f"  {name:<30}{size / 1e6:>10,.1f}" + (f"{size / batch / 1e6:>11,.2f}" if batch else "")
 
 
-def _words(largest: dict[str, int]) -> str:
+def _words(largest: dict[str, int], again: str) -> str:
     if not any(largest.values()):
         return "none: one image is too many"
-    return ", ".join(("" if how == "plain" else f"with {how} ") + f"{batch:,}" for how, batch in largest.items())
+    words = {"plain": "", "recompute": f"with {again} ", "checkpointing": "with checkpointing "}
+    return ", ".join(f"{words[how]}{batch:,}" for how, batch in largest.items())
 
 
 def plan(
