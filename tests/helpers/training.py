@@ -15,3 +15,13 @@ ONE_STEP = dataclasses.replace(RECIPE, steps=1, evaluate_every=1, save_every=1)
 
 def weights(model):
     return {name: p.detach().clone() for name, p in trainable(model).items()}
+
+
+def stopped_at(step):
+    """A run's `report` that ends it there, as a kill would: InterruptedError."""
+
+    def report(values):
+        if values["step"] == step:
+            raise InterruptedError
+
+    return report

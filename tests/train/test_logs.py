@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from standins import same
-from training import RECIPE, weights
+from training import RECIPE, stopped_at, weights
 
 from fastheads.train.logs import peak_memory_mb
 from fastheads.train.loop import fit
@@ -39,13 +39,9 @@ def events(monkeypatch):
 def test_a_log_has_each_step_once_also_after_a_kill(base, problem, tmp_path, events):
     """Killed in step 6 after the state of step 3: lines 4 and 5, and a torn one, are written anew."""
 
-    def stop(values):
-        if values["step"] == 6:
-            raise InterruptedError
-
     kinds = ["jsonl", "tensorboard"]
     with pytest.raises(InterruptedError):
-        fit(copy.deepcopy(base), METHODS["hap"], problem, RECIPE, out=tmp_path, report=stop, log=kinds)
+        fit(copy.deepcopy(base), METHODS["hap"], problem, RECIPE, out=tmp_path, report=stopped_at(6), log=kinds)
     path = tmp_path / "log.jsonl"
     with open(path, "a") as f:
         f.write('{"step": 6, "lo')
@@ -80,12 +76,8 @@ def test_a_moving_average_is_evaluated_and_kept_also_after_a_kill(base, problem,
     for step in seen[1:]:
         wanted = {name: 0.75 * old + 0.25 * step[name].double() for name, old in wanted.items()}
 
-    def stop(values):
-        if values["step"] == 5:
-            raise InterruptedError
-
     with pytest.raises(InterruptedError):
-        fit(copy.deepcopy(base), METHODS["hap"], problem, recipe, out=tmp_path, report=stop)
+        fit(copy.deepcopy(base), METHODS["hap"], problem, recipe, out=tmp_path, report=stopped_at(5))
     scored, score = [], loop.score
     monkeypatch.setattr(loop, "score", lambda model, *args: scored.append(weights(model)) or score(model, *args))
     fit(base, METHODS["hap"], problem, recipe, out=tmp_path)

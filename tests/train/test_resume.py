@@ -14,7 +14,7 @@ import torch
 from processes import start
 from ranks import train_until_killed
 from standins import relative, same
-from training import ONE_STEP, RECIPE, weights
+from training import ONE_STEP, RECIPE, stopped_at, weights
 
 import fastheads
 from fastheads.cli.arguments import parser
@@ -35,15 +35,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(request, tmp_path, method, mo
     whole = copy.deepcopy(base)
     run = fit(whole, METHODS[method], problem, recipe)
 
-    class StopError(Exception):
-        pass
-
-    def stop(values):
-        if values["step"] == 6:
-            raise StopError
-
-    with pytest.raises(StopError):
-        fit(copy.deepcopy(base), METHODS[method], problem, recipe, out=tmp_path, report=stop)
+    with pytest.raises(InterruptedError):
+        fit(copy.deepcopy(base), METHODS[method], problem, recipe, out=tmp_path, report=stopped_at(6))
     torch.manual_seed(99)
     resumed = copy.deepcopy(base)
     steps = []
@@ -81,12 +74,8 @@ def test_a_damaged_state_leaves_the_one_before_it_to_go_on_from(base, problem, t
     whole = copy.deepcopy(base)
     fit(whole, METHODS["dig"], problem, RECIPE)
 
-    def stop(values):
-        if values["step"] == 8:
-            raise InterruptedError
-
     with pytest.raises(InterruptedError):
-        fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path, report=stop)
+        fit(copy.deepcopy(base), METHODS["dig"], problem, RECIPE, out=tmp_path, report=stopped_at(8))
     path = tmp_path / "state" / file
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -256,11 +245,7 @@ def test_a_resnet_that_was_stopped_resumes_with_its_running_statistics(resnet, t
     whole = copy.deepcopy(base)
     fit(whole, METHODS["fine-tune"], problem, recipe)
 
-    def stop(values):
-        if values["step"] == 2:
-            raise InterruptedError
-
     with pytest.raises(InterruptedError):
-        fit(copy.deepcopy(base), METHODS["fine-tune"], problem, recipe, out=tmp_path, report=stop)
+        fit(copy.deepcopy(base), METHODS["fine-tune"], problem, recipe, out=tmp_path, report=stopped_at(2))
     fit(base, METHODS["fine-tune"], problem, recipe, out=tmp_path)
     assert same(whole.state_dict(), base.state_dict())
