@@ -113,16 +113,9 @@ def contents(sections: Mapping[str, str]) -> str:
     return "\n".join(f'<a href="#{name}">{title}</a>' for name, title in sections.items())
 
 
-def style() -> str:
-    """The style sheet of every page."""
-    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-
-
-def page(title: str, opening: str, sections: Mapping[str, tuple[str, str]]) -> bytes:
-    """A page of its own: sections by name, each a title and HTML; one without HTML is left out."""
-    shown = {name: (words, html) for name, (words, html) in sections.items() if html}
-    links = contents({name: words for name, (words, _) in shown.items()})
-    body = "\n".join(section(name, words, "", html) for name, (words, html) in shown.items())
+def document(title: str, content: str) -> bytes:
+    """A whole page, with its style inside; `content` is HTML, `title` text."""
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -131,17 +124,25 @@ def page(title: str, opening: str, sections: Mapping[str, tuple[str, str]]) -> b
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">
 <style>
-{style()}</style>
+{style}</style>
 </head>
 <body>
 <main>
-<header>
+{content}</main>
+</body>
+</html>
+""".encode()
+
+
+def page(title: str, opening: str, sections: Mapping[str, tuple[str, str]]) -> bytes:
+    """A page of its own: sections by name, each a title and HTML; one without HTML is left out."""
+    shown = {name: (words, html) for name, (words, html) in sections.items() if html}
+    links = contents({name: words for name, (words, _) in shown.items()})
+    body = "\n".join(section(name, words, "", html) for name, (words, html) in shown.items())
+    header = f"""<header>
 <h1>{escape(title)}</h1>
 {opening}
 <nav aria-label="Sections">{links}</nav>
 </header>
-{body}
-</main>
-</body>
-</html>
-""".encode()
+"""
+    return document(title, header + body + "\n")

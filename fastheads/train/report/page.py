@@ -74,6 +74,7 @@ def write_report(
         raise ValueError("experiment: 'runs' is empty, there is nothing to report")
     out, page = Path(out).expanduser(), Page(experiment)
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    title = str(experiment.get("title") or "Experiment")
     known = preset_of(str(page.dataset.get("name") or ""))
     optional = {
         "differences": markup.section("differences", "Method against method", "", page.differences()),
@@ -83,9 +84,8 @@ def write_report(
         "classes": markup.section("classes", "Class by class", CLASSES, page.classes()),
         "calibration": markup.section("calibration", "Is it as sure as it should be?", CALIBRATION, page.calibration()),
     }
-    html = template.substitute(
-        style=markup.style(),
-        title=escape(str(experiment.get("title") or "Experiment")),
+    content = template.substitute(
+        title=escape(title),
         headline=page.headline(),
         meta=page.meta(),
         tiles=page.tiles(),
@@ -106,4 +106,4 @@ def write_report(
     )
     for name, png in page.pictures.items():
         write_whole(Path(out, "figures", f"{name}.png"), png)
-    return write_whole(Path(out, "report.html"), html.encode())
+    return write_whole(Path(out, "report.html"), markup.document(title, content))
