@@ -355,7 +355,18 @@ def test_a_log_file_hears_of_every_phase_that_lasts(root, base, tmp_path, monkey
     slow(evaluation, "class_text_weights")
     slow(images_module, "look", 0.01)
     slow(data, "decode", 0.02)
-    command = ("train", *base, "--data", root, "--target", "sketch", *SHORT, "--out", tmp_path / "run")
+    command = (
+        "train",
+        *base,
+        "--data",
+        root,
+        "--target",
+        "sketch",
+        *SHORT,
+        "--no-cache-images",
+        "--out",
+        tmp_path / "run",
+    )
     code, _, err = run(*command, "--method", "linear-probe", "hap")
     assert code == 0, err
     for line in (
