@@ -101,7 +101,7 @@ sanitize: ## csrc/ under the address and undefined-behaviour sanitizers
 grid: $(VENV)/.for-test ## the numerics tests over long random grids (GRID problems each; an hour or more on two cores)
 	OMP_NUM_THREADS=1 FASTHEADS_GRID=$(GRID) $(BIN)/pytest -n $(JOBS) --timeout=0 tests/ops/test_numerics.py $(ARGS)
 
-ranks: $(VENV)/.for-test ## 200 steps on 1, 2 and 4 processes and in parts: one process's adapters? (half an hour on two cores)
+ranks: $(VENV)/.for-test ## 200 steps on 1, 2 and 4 processes and in parts: one process's adapters? (minutes on two cores)
 	OMP_NUM_THREADS=1 FASTHEADS_RANKS=200 $(BIN)/pytest --timeout=0 tests/train/test_ranks.py $(ARGS)
 
 kills: $(VENV)/.for-test ## 4 processes killed at 20 random times, gone on from by 2: the same adapters, each step once?
