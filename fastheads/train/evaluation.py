@@ -205,7 +205,7 @@ def image_features(model: nn.Module, loader: DataLoader[Any], doing: str = "imag
 def score(
     model: nn.Module, problem: Problem, domain: str, part: str, recipe: Recipe, head: nn.Linear | None = None
 ) -> Score:
-    """How a head (None: the model's own, or the text classifier) does on a domain's images.
+    """How a head (None: the model's own, or the text classifier) does on a domain's images, among the classes it has.
 
     part: "training", "validation" or "all".
     """
@@ -215,9 +215,12 @@ def score(
     if head is None:
         assert problem.classifier is not None
         logits = class_logits(features, problem.classifier.to(features.device), problem.logit_scale)
-        return dataclasses.replace(score_logits(logits, labels), context=context)
-    with torch.no_grad():
-        return dataclasses.replace(score_logits(head(features), labels), context=context)
+    else:
+        with torch.no_grad():
+            logits = head(features)
+    if lacking := problem.folders.lacking(domain):
+        logits = logits.masked_fill(torch.tensor(lacking, device=logits.device), -torch.inf)
+    return dataclasses.replace(score_logits(logits, labels), context=context)
 
 
 def context_logits(features: Tensor, problem: Problem) -> Tensor | None:

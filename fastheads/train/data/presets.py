@@ -1,7 +1,8 @@
 """Known data sets, by the name of their folder: what must be in it (`presets.json`).
 
 Names and numbers are those of DomainBed's code (VLCS's list of files, TerraIncognita's categories, DomainNet's list of
-duplicates), of the sets' folders, and of papers on them.
+duplicates), of ImageNet-R's and ImageNet-A's (the 200 classes of each, as WiSE-FT's code has them too), of the sets'
+folders, and of papers on them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,19 +24,37 @@ class Preset:
     """Which domains, with their numbers of images where known, and which classes, as folders are named.
 
     images: of all domains, each number that is in use: of TerraIncognita papers have 24,788, whose domains these are,
-    and DomainBed's download gives 24,330.
+    and DomainBed's download gives 24,330; none where it isn't known. subsets: the classes of a domain that has not all.
     """
 
     domains: Mapping[str, int | None]
     classes: tuple[str, ...]
     images: tuple[int, ...]
+    subsets: Mapping[str, frozenset[str]]
+
+    def classes_of(self, domain: str) -> Collection[str]:
+        """Those that a domain must have images of."""
+        return next((names for known, names in self.subsets.items() if _plain(known) == _plain(domain)), self.classes)
+
+    def called(self, folder: str) -> str:
+        """The class of a folder: its name, or, as ImageNet-V2 has them, the class's place among the others."""
+        numbered = folder.isdecimal() and folder not in self.classes and int(folder) < len(self.classes)
+        return self.classes[int(folder)] if numbered else folder
 
 
 @functools.cache
 def presets() -> dict[str, Preset]:
     """Every known data set, by its name in papers."""
     found = json.loads(Path(__file__).with_name("presets.json").read_text())
-    return {n: Preset(p["domains"], tuple(p["classes"].split()), tuple(p["images"])) for n, p in found.items()}
+    return {
+        name: Preset(
+            p["domains"],
+            tuple(p["classes"].split()),
+            tuple(p["images"]),
+            {domain: frozenset(classes.split()) for domain, classes in p.get("subsets", {}).items()},
+        )
+        for name, p in found.items()
+    }
 
 
 def _plain(name: str) -> str:
@@ -48,7 +67,7 @@ def preset_of(name: str) -> str | None:
 
 
 def departures(name: str, folders: DomainFolders, read: Sequence[str] | None = None) -> str:
-    """What a data set's folder lacks or has too much, in a line; empty where it is as DomainBed has it.
+    """What a data set's folder lacks or has too much, in a line; empty where it is as it was published.
 
     read: the domains that were read; None: all.
     """
@@ -59,16 +78,16 @@ def departures(name: str, folders: DomainFolders, read: Sequence[str] | None = N
     found += _names("surplus class", folders.classes, preset.classes)
     counts = {_plain(d): len(files) for d, files in zip(folders.domains, folders.files, strict=True)}
     total = sum(counts.values())
-    if total not in preset.images and not (read and len(preset.images) > 1):
+    if not (preset.images and total in preset.images) and not (read and len(preset.images) > 1):
         wrong = [
             f"{counts[_plain(domain)]:,} images of {domain} for {count:,}"
             for domain, count in preset.domains.items()
             if count is not None and counts.get(_plain(domain), count) != count
         ]
-        if not (wrong or found or read):
+        if preset.images and not (wrong or found or read):
             wrong = [f"{total:,} images for {' or '.join(f'{n:,}' for n in preset.images)}"]
         found += wrong
-    return f"{folders.root} is not all of DomainBed's {name}: {'; '.join(found)}" if found else ""
+    return f"{folders.root} is not all of {name}: {'; '.join(found)}" if found else ""
 
 
 def _names(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -303,8 +303,8 @@ def in_and_out(rows: Sequence[tuple[str, str, Sequence[Any]]], title: str, line:
             (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(marks[0], marks[-1])
         axes.minorticks_off()
         if line is not None:
-            x = np.linspace(*axes.get_xlim(), 50)
-            axes.plot(x, [line.expected(source) for source in x], color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+            across = np.linspace(*axes.get_xlim(), 50)
+            axes.plot(across, [line.expected(source) for source in across], color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
         axes.set(xlabel="sources, held-out images, %", ylabel="target, %", title=short(title, 32))
         axes.grid()
         figure.legend(loc="outside lower center", ncols=2)

@@ -143,11 +143,11 @@ class Robustness(Shown):
                 f"{words}No effective robustness: it takes two or more runs, of different accuracy on the sources, of "
                 f"{', '.join(METHODS[m].label for m in BASELINES)}."
             )
-        counts = ", ".join(f"{line.points} on {target}" for target, line in lines.items() if line)
+        counts = "; ".join(f"{line.points} on {t}, slope {line.slope:.2f}" for t, line in lines.items() if line)
         caption = (
             f"Effective robustness (Taori et al. 2020), in points: how far the target's accuracy lies above the line "
             f"through the baselines' logits, here through the runs of {used} ({counts}). A line through few runs is "
-            "rough, and through two it has no error of its own."
+            "rough, through two it has no error of its own, and one that falls is nothing to be expected."
         )
         columns = [*self.targets, *["average"] * (len(self.targets) > 1)]
         return markup.note(words) + markup.table(["Method", *map(escape, columns)], rows, caption)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fastheads.train.data.domains import DomainFolders
+from fastheads.train.data.domains import DomainFolders, read_domains
 from fastheads.train.data.presets import departures, preset_of, presets
 
 
@@ -60,3 +60,24 @@ def test_domainbeds_own_folders_are_known_by_name():
         preset = presets()[name]
         assert (len(set(preset.classes)), preset.images[0]) == (classes, images)
         assert None in preset.domains.values() or sum(preset.domains.values()) == images
+
+
+def test_imagenets_domains_may_have_fewer_classes_and_answers_are_among_those(tmp_path):
+    """ImageNet-R has 200 of the classes, ImageNet-V2 numbers its folders; a class that R should have is missed."""
+    known = presets()["ImageNet"]
+    assert {domain: len(names) for domain, names in known.subsets.items()} == {"imagenet-a": 200, "imagenet-r": 200}
+    assert all(names < set(known.classes) for names in known.subsets.values()) and len(set(known.classes)) == 1000
+    goldfish, tench, shark = known.classes[1], known.classes[0], known.classes[2]
+    assert {goldfish, shark} <= known.subsets["imagenet-r"] and tench not in known.subsets["imagenet-r"]
+    for place in (f"imagenet/{tench}", f"imagenet/{goldfish}", "imagenet-v2/0", "imagenet-v2/1", f"imagenet-r/{goldfish}"):
+        (tmp_path / "ImageNet" / place).mkdir(parents=True)
+        (tmp_path / "ImageNet" / place / "0.png").write_bytes(b"")
+    found = read_domains(tmp_path / "ImageNet")
+    assert found.classes == (tench, goldfish) and found.class_names == ("tench", "goldfish")
+    assert found.lacking("imagenet-r") == [True, False] and found.lacking("imagenet-v2") is None
+    assert "no domain 'imagenet-a', 'imagenet-sketch'; no class 'n01484850', " in departures("ImageNet", found)
+    for domain in ("imagenet", "imagenet-v2"):
+        (tmp_path / "ImageNet" / domain / shark).mkdir()
+        (tmp_path / "ImageNet" / domain / shark / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"no image of class '{shark}' in domain 'imagenet-r'"):
+        read_domains(tmp_path / "ImageNet")

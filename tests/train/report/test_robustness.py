@@ -41,7 +41,7 @@ def test_page_and_csv_say_the_same_of_each_method(tmp_path):
     shown = Sections(found)
     rows = list(csv.DictReader(shown.csv().splitlines()))
     text = Page(write_report(found, tmp_path)).text
-    assert shown.baselines() == ["zero-shot", "linear-probe", "fine-tune"] and "(6 on noisy, 6 on rotated)" in text
+    assert shown.baselines() == ["zero-shot", "linear-probe", "fine-tune"] and "6 on noisy, slope" in text
     assert "recorded for the curves, and nothing follows it" in text
     for name in ("in-and-out-0", "in-and-out-1", "training-context_accuracy", "training-context_change"):
         assert (tmp_path / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
