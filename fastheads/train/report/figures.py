@@ -304,7 +304,9 @@ def in_and_out(rows: Sequence[tuple[str, str, Sequence[Any]]], title: str, line:
         axes.minorticks_off()
         if line is not None:
             across = np.linspace(*axes.get_xlim(), 50)
-            axes.plot(across, [line.expected(source) for source in across], color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+            axes.plot(
+                across, [line.expected(source) for source in across], color=MUTED, linewidth=1, linestyle=(0, (1, 2))
+            )
         axes.set(xlabel="sources, held-out images, %", ylabel="target, %", title=short(title, 32))
         axes.grid()
         figure.legend(loc="outside lower center", ncols=2)

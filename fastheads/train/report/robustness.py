@@ -110,7 +110,9 @@ class Robustness(Shown):
         lines, charts, rows, gained = self.lines(), "", [], dict[tuple[str, str], float | None]()
         for at, target in enumerate(self.targets):
             each = {m: self.means(m, target) for m in self.ids}
-            gained |= {(m, target): effective(p, lines[target]) for m, found in each.items() for p in found if not p.over}
+            gained |= {
+                (m, target): effective(p, lines[target]) for m, found in each.items() for p in found if not p.over
+            }
             if lines[target] is None and not any(p.over for found in each.values() for p in found):
                 continue
             shown = [(self.brief(m), self.colour(m), found) for m, found in each.items() if found]

@@ -69,7 +69,13 @@ def test_imagenets_domains_may_have_fewer_classes_and_answers_are_among_those(tm
     assert all(names < set(known.classes) for names in known.subsets.values()) and len(set(known.classes)) == 1000
     goldfish, tench, shark = known.classes[1], known.classes[0], known.classes[2]
     assert {goldfish, shark} <= known.subsets["imagenet-r"] and tench not in known.subsets["imagenet-r"]
-    for place in (f"imagenet/{tench}", f"imagenet/{goldfish}", "imagenet-v2/0", "imagenet-v2/1", f"imagenet-r/{goldfish}"):
+    for place in (
+        f"imagenet/{tench}",
+        f"imagenet/{goldfish}",
+        "imagenet-v2/0",
+        "imagenet-v2/1",
+        f"imagenet-r/{goldfish}",
+    ):
         (tmp_path / "ImageNet" / place).mkdir(parents=True)
         (tmp_path / "ImageNet" / place / "0.png").write_bytes(b"")
     found = read_domains(tmp_path / "ImageNet")
