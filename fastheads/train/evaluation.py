@@ -75,7 +75,7 @@ class Problem:
     def to(self, device: torch.device) -> Problem:
         """The same with its tensors and its training batches on `device`."""
         texts = {name: getattr(self, name) for name in ("classifier", "contexts", "domain_contexts")}
-        moved = {name: None if text is None else text.to(device) for name, text in texts.items()}
+        moved: Any = {name: None if text is None else text.to(device) for name, text in texts.items()}
         return dataclasses.replace(self, **moved, device=device)
 
     def training_loader(self, recipe: Recipe, *, start: int = 0, process: int = 0, processes: int = 1) -> Loader:
@@ -241,8 +241,9 @@ def score_logits(logits: Tensor, labels: Tensor) -> Score:
     """Accuracy and cross-entropy of logits `[N, C]`."""
     confidence, answers = logits.softmax(-1).max(-1)
     accuracy = (answers == labels).float().mean().item()
-    each = (tuple(values.tolist()) for values in (labels, answers, confidence))
-    return Score(accuracy, F.cross_entropy(logits, labels).item(), len(labels), *each)
+    each: Any = {"labels": labels, "answers": answers, "confidence": confidence}
+    each = {name: tuple(values.tolist()) for name, values in each.items()}
+    return Score(accuracy, F.cross_entropy(logits, labels).item(), len(labels), **each)
 
 
 def check_probe(folders: DomainFolders, training: Mapping[str, Sequence[int]]) -> None:

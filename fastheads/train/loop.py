@@ -98,9 +98,9 @@ def fit(
             gates and the MMD of each layer and pair of sources.
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second. The history has
-    `[step, value]` at each evaluation of validation (accuracy), of context_accuracy and context_change (`context_kept` of
-    the sources' held-out images, from the original model at step 0 on; of a model with text), and with
-    `recipe.target_curve` of target (accuracy); and at up to 200 steps the loss and its parts.
+    at up to 200 steps the loss and its parts, and `[step, value]` at each evaluation: the accuracies validation and,
+    with `recipe.target_curve`, target; of a model with text context_accuracy and context_change (`context_kept` of the
+    sources' held-out images), from the original model at step 0 on.
     """
     processes = join().num_processes
     check_run(method, recipe, precision, processes)

@@ -50,7 +50,7 @@ def test_plain_ddp_gives_the_same_adapter_on_one_process_and_on_two(root, tmp_pa
 
 
 def test_hap_is_an_algorithm_of_domainbeds(monkeypatch):
-    """In a stand-in of that harness: what it calls, on images in its normalisation and another size than the model's."""
+    """In a stand-in of that harness: what it calls, on images in its normalisation and of another size."""
     register()
 
     class Algorithm(torch.nn.Module):
@@ -76,7 +76,7 @@ def test_hap_is_an_algorithm_of_domainbeds(monkeypatch):
     with torch.no_grad():
         assert hap.predict(minibatches[0][0]).shape == (4, 2)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    white = hap.prepared(((torch.ones(1, 3, 28, 28) - mean) / std))
+    white = hap.prepared((torch.ones(1, 3, 28, 28) - mean) / std)
     own = open_clip.model.get_model_preprocess_cfg(hap.model)
     assert torch.allclose(white[0, :, 5, 5], (1 - torch.tensor(own["mean"])) / torch.tensor(own["std"]), atol=1e-5)
 

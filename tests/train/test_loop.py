@@ -63,7 +63,7 @@ def test_the_best_weights_on_source_validation_are_kept(base, problem, monkeypat
 
 
 def test_what_is_left_of_the_sense_of_context_is_recorded(base, problem):
-    """Against the definition, in float64: which domain's words fit an image, and how far that went from the original."""
+    """Against the definition, in float64: which domain's words fit an image, and how far that is from the original."""
     tokenizer, domains, classes = open_clip.get_tokenizer(MODEL), problem.folders.domains, problem.folders.class_names
 
     def probabilities(name):
@@ -303,3 +303,12 @@ def test_frozen_batch_norms_keep_their_statistics(base, problem):
     base.visual.conv1 = torch.nn.Sequential(base.visual.conv1, norm)
     fit(base, METHODS["ha-lora"], problem, ONE_STEP)
     assert norm.num_batches_tracked == 0
+
+
+def test_answers_are_among_the_classes_that_a_domain_has(base, problem):
+    folders = problem.folders
+    light = tuple(file for file in folders.files[folders.index("red")] if file[1] == 1)
+    fewer = dataclasses.replace(folders, files=(*folders.files[:2], light))
+    found = score(base, dataclasses.replace(problem, folders=fewer, loaders={}), "red", "all", RECIPE)
+    assert (found.accuracy, found.loss, found.images) == (1.0, 0.0, 10)
+    assert score(base, problem, "red", "all", RECIPE).loss > 0.1

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastheads.train.data.presets import preset_of, presets
 from fastheads.train.data.lists import SUFFIXES, read_class_names, read_list
+from fastheads.train.data.presets import preset_of, presets
 from fastheads.train.data.shards import is_shards, read_shards
 
 # torchvision's ImageFolder reads these, but for .gif.

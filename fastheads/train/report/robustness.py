@@ -21,7 +21,7 @@ LEAST = 1e-3  # accuracies are taken as no less than this and no more than 1 les
 
 @dataclass(frozen=True)
 class Point:
-    """Accuracies, 0 to 1, of a run as it is kept (`over` ""), at a "step" of training or with "alpha" of its weights."""
+    """Accuracies, 0 to 1, of a run as it is kept (`over` ""), at a "step" or with "alpha" of the tuned weights."""
 
     over: str
     at: float
