@@ -55,6 +55,14 @@ class DomainFolders:
         labels = [[label for _, label in files] for files in self.files]
         return [np.bincount(row, minlength=len(self.classes)).tolist() for row in labels]
 
+    def departures(self, *, whole: bool = True) -> str:
+        """What the folder of a known data set lacks or has too much, in a line; empty where it is as it was published,
+        or called after none. whole: whether all domains were to be read."""
+        known = preset_of(self.root.absolute().name)
+        images = {domain: len(files) for domain, files in zip(self.domains, self.files, strict=True)}
+        found = presets()[known].departures(images, self.classes, whole=whole) if known else []
+        return f"{self.root} is not all of {known}: {'; '.join(found)}" if found else ""
+
     def lacking(self, domain: str) -> list[bool] | None:
         """Of each class whether the domain has no image of it; None where it has images of all."""
         there = {label for _, label in self.files[self.index(domain)]}

@@ -13,10 +13,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fastheads.train.data.domains import DomainFolders
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,27 @@ class Preset:
         numbered = folder.isdecimal() and folder not in self.classes and int(folder) < len(self.classes)
         return self.classes[int(folder)] if numbered else folder
 
+    def departures(self, images: Mapping[str, int], classes: Sequence[str], *, whole: bool) -> list[str]:
+        """What is missing and surplus in a folder of these numbers of images by domain, and of these classes.
+
+        whole: whether all domains were to be read.
+        """
+        found = _names("no domain", self.domains, images) if whole else []
+        found += _names("surplus domain", images, self.domains)
+        found += _names("no class", self.classes, classes)
+        found += _names("surplus class", classes, self.classes)
+        counts, total = {_plain(domain): count for domain, count in images.items()}, sum(images.values())
+        if total in self.images or not (whole or len(self.images) < 2):
+            return found
+        wrong = [
+            f"{counts[_plain(domain)]:,} images of {domain} for {count:,}"
+            for domain, count in self.domains.items()
+            if count is not None and counts.get(_plain(domain), count) != count
+        ]
+        if self.images and whole and not (wrong or found):
+            wrong = [f"{total:,} images for {' or '.join(f'{n:,}' for n in self.images)}"]
+        return found + wrong
+
 
 @functools.cache
 def presets() -> dict[str, Preset]:
@@ -64,30 +81,6 @@ def _plain(name: str) -> str:
 def preset_of(name: str) -> str | None:
     """The data set that a folder is called after ("office_home": OfficeHome); None for another name."""
     return next((known for known in presets() if _plain(known) == _plain(name)), None)
-
-
-def departures(name: str, folders: DomainFolders, read: Sequence[str] | None = None) -> str:
-    """What a data set's folder lacks or has too much, in a line; empty where it is as it was published.
-
-    read: the domains that were read; None: all.
-    """
-    preset = presets()[name]
-    found = [] if read else _names("no domain", preset.domains, folders.domains)
-    found += _names("surplus domain", folders.domains, preset.domains)
-    found += _names("no class", preset.classes, folders.classes)
-    found += _names("surplus class", folders.classes, preset.classes)
-    counts = {_plain(d): len(files) for d, files in zip(folders.domains, folders.files, strict=True)}
-    total = sum(counts.values())
-    if not (preset.images and total in preset.images) and not (read and len(preset.images) > 1):
-        wrong = [
-            f"{counts[_plain(domain)]:,} images of {domain} for {count:,}"
-            for domain, count in preset.domains.items()
-            if count is not None and counts.get(_plain(domain), count) != count
-        ]
-        if preset.images and not (wrong or found or read):
-            wrong = [f"{total:,} images for {' or '.join(f'{n:,}' for n in preset.images)}"]
-        found += wrong
-    return f"{folders.root} is not all of {name}: {'; '.join(found)}" if found else ""
 
 
 def _names(what: str, names: Iterable[str], known: Iterable[str]) -> list[str]:

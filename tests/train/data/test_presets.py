@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastheads.train.data.domains import DomainFolders, read_domains
-from fastheads.train.data.presets import departures, preset_of, presets
+from fastheads.train.data.presets import preset_of, presets
 
 
 def folders(name, counts, classes):
@@ -29,26 +29,26 @@ CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
     ],
 )
 def test_what_is_missing_and_surplus_is_named(counts, classes, told):
-    found = departures("PACS", folders("data/PACS", counts, classes))
+    found = folders("data/PACS", counts, classes).departures()
     assert told in found and bool(found) == bool(told)
     assert len(found.splitlines()) <= 1
 
 
 def test_domains_that_were_not_asked_for_are_not_missing():
-    assert not departures("PACS", folders("PACS", {"photo": 1670, "sketch": 3929}, CLASSES), ["photo", "sketch"])
+    assert not folders("PACS", {"photo": 1670, "sketch": 3929}, CLASSES).departures(whole=False)
     domain_net = presets()["DomainNet"]
     counts = dict.fromkeys(domain_net.domains, 10)
-    assert departures("DomainNet", folders("d", counts, domain_net.classes)).endswith("60 images for 586,575")
-    assert not departures("DomainNet", folders("d", counts, domain_net.classes), list(counts))
+    assert folders("domain_net", counts, domain_net.classes).departures().endswith("60 images for 586,575")
+    assert not folders("domain_net", counts, domain_net.classes).departures(whole=False)
 
 
 def test_both_numbers_of_terra_incognitas_images_are_right():
     domains, classes = presets()["TerraIncognita"].domains, presets()["TerraIncognita"].classes
     fewer = {**domains, "location_100": domains["location_100"] - 458}
     for counts in (domains, fewer):
-        assert not departures("TerraIncognita", folders("t", counts, classes))
+        assert not folders("terra_incognita", counts, classes).departures()
     other = {**domains, "location_100": 1}
-    assert "1 images of location_100 for 4,879" in departures("TerraIncognita", folders("t", other, classes))
+    assert "1 images of location_100 for 4,879" in folders("terra_incognita", other, classes).departures()
 
 
 def test_domainbeds_own_folders_are_known_by_name():
@@ -81,7 +81,7 @@ def test_imagenets_domains_may_have_fewer_classes_and_answers_are_among_those(tm
     found = read_domains(tmp_path / "ImageNet")
     assert found.classes == (tench, goldfish) and found.class_names == ("tench", "goldfish")
     assert found.lacking("imagenet-r") == [True, False] and found.lacking("imagenet-v2") is None
-    assert "no domain 'imagenet-a', 'imagenet-sketch'; no class 'n01484850', " in departures("ImageNet", found)
+    assert "no domain 'imagenet-a', 'imagenet-sketch'; no class 'n01484850', " in found.departures()
     for domain in ("imagenet", "imagenet-v2"):
         (tmp_path / "ImageNet" / domain / shark).mkdir()
         (tmp_path / "ImageNet" / domain / shark / "0.png").write_bytes(b"")
