@@ -396,7 +396,18 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         help="one after the other: deltas in the first half of the steps, then gates",
     )
     group.add_argument(
-        "--wise-ft", action="store_true", help="score adapters averaged with the original too, as fine-tuning always is"
+        "--wise-ft",
+        nargs="*",
+        type=_number,
+        default=False,
+        metavar="ALPHA",
+        help="score adapters averaged with the original too, half and half, as fine-tuning always is; numbers from 0 "
+        "(the original) to 1: and with that part of the tuned weights, for a curve",
+    )
+    group.add_argument(
+        "--target-curve",
+        action="store_true",
+        help="score the domain held out at every evaluation too, for a curve: nothing is chosen by it",
     )
     group.add_argument(
         "--context-weight",

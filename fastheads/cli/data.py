@@ -63,7 +63,6 @@ def images_of(
     """
     from fastheads.train.data.domains import read_domains
     from fastheads.train.data.images import decode, look, unreadable_message
-    from fastheads.train.data.presets import departures, preset_of
     from fastheads.train.progress import phase
 
     try:
@@ -75,8 +74,7 @@ def images_of(
             raise as_options(e, "^class_names") from e
         raise InputError(f"--data: {e}") from e
     _note(folders.skipped)
-    if known := preset_of(args.data.absolute().name):
-        _note(departures(known, folders, domains))
+    _note(folders.departures(whole=domains is None))
     paths = folders.paths(used)
     if args.on_bad_image == "stop":
         bad = _unreadable(paths, look, "looking at the images")
@@ -171,16 +169,13 @@ def check(args: argparse.Namespace) -> int:
     """Prints how many images there are and which can't be read; 1 where there are such."""
     from fastheads.train.data.domains import read_domains
     from fastheads.train.data.images import decode
-    from fastheads.train.data.presets import departures, preset_of
     from fastheads.train.progress import Bars, phase
 
     with Bars() as bars:
         with phase("listing the images"):
             folders = read_domains(args.data, least=1)
         paths = folders.paths()
-        known = preset_of(args.data.absolute().name)
-        told = departures(known, folders) if known else ""
-        bars.say("\n".join(filter(None, [table(folders), folders.skipped, told])))
+        bars.say("\n".join(filter(None, [table(folders), folders.skipped, folders.departures()])))
         bad = _unreadable(paths, decode, "decoding every image")
         if not bad:
             bars.say(f"all {len(paths)} images can be read")

@@ -150,7 +150,7 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
     same = (
         *("steps", "accumulate", "gate_lr", "weight_decay", "mmd_weight", "mmd_kernel", "mmd_features", "mmd_to"),
         *("mmd_layers", "targets", "rank", "gate", "shared", "sequential", "evaluate_every", "save_every"),
-        *("batch_size", "workers", "checkpointing", "compile", "tf32", "ema", "fixed_head", "wise_ft"),
+        *("batch_size", "workers", "checkpointing", "compile", "tf32", "ema", "fixed_head", "target_curve"),
     )
     auto = args.per_domain == "auto"
     try:
@@ -160,11 +160,12 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
             context_weight=context,
             cache=bool(args.cache_images),
             recompute=args.recompute if method.trains == "adapter" else 0,
+            wise_ft=args.wise_ft is not False and (tuple(args.wise_ft) or True),
             **{name: getattr(args, name) for name in same},
         )
         check_run(method, recipe, args.precision, 1 if auto else int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as e:
-        raise data.as_options(e, *same, "per_domain", "precision") from e
+        raise data.as_options(e, *same, "per_domain", "precision", "wise_ft") from e
     return recipe
 
 

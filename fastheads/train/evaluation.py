@@ -31,7 +31,10 @@ from fastheads.train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy (0 … 1) and mean cross-entropy over a set of images; of each its class, the answer, its probability."""
+    """Accuracy (0 … 1) and mean cross-entropy over a set of images; of each its class, the answer, its probability.
+
+    context: `[N, D]` logits of which domain's prompt each image fits, None where there is no text.
+    """
 
     accuracy: float
     loss: float
@@ -39,14 +42,16 @@ class Score:
     labels: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     answers: tuple[int, ...] = dataclasses.field(default=(), repr=False)
     confidence: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    context: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Problem:
     """One leave-one-domain-out problem: sources to learn from, a target to be tested on, text to classify by.
 
-    training, validation: file indices per source, an 80/20 split. classifier `[C, E]` and contexts `[T, E]` come from
-    the frozen text tower, None where a linear head classifies; logit_scale is the factor itself; prompts are the
+    training, validation: file indices per source, an 80/20 split. classifier `[C, E]`, contexts `[T, E]` and
+    domain_contexts `[D, E]` (a context for each domain: the mean over classes of "a DOMAIN of a CLASS.") come from the
+    frozen text tower, None where a linear head classifies; logit_scale is the factor itself; prompts are the
     classifier's templates, written out; device, where batches are wanted; loaders keeps the evaluation loaders; head,
     what a linear head starts from, once it is fitted.
     """
@@ -62,14 +67,16 @@ class Problem:
     logit_scale: float
     prompts: tuple[str, ...] = ()
     split_by: str = "image"
+    domain_contexts: Tensor | None = None
     device: torch.device = CPU
     loaders: dict[Any, Loader] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     head: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Problem:
         """The same with its tensors and its training batches on `device`."""
-        classifier, contexts = (None if t is None else t.to(device) for t in (self.classifier, self.contexts))
-        return dataclasses.replace(self, classifier=classifier, contexts=contexts, device=device)
+        texts = {name: getattr(self, name) for name in ("classifier", "contexts", "domain_contexts")}
+        moved: Any = {name: None if text is None else text.to(device) for name, text in texts.items()}
+        return dataclasses.replace(self, **moved, device=device)
 
     def training_loader(self, recipe: Recipe, *, start: int = 0, process: int = 0, processes: int = 1) -> Loader:
         """Balanced batches from step `start` on: of `processes` this one's share."""
@@ -146,7 +153,7 @@ def make_problem(
     None: all but the target.
     """
     parts = source_splits(folders, target, sources, seed, split_by)
-    names, classifier, context_weights, logit_scale = folders.class_names, None, None, 1.0
+    names, logit_scale, classifier, context_weights, looks = folders.class_names, 1.0, None, None, None
     if tokenizer is None:
         head, prompts = head_of(model), ()
         if head is None or head.out_features != len(names):
@@ -157,6 +164,7 @@ def make_problem(
         with phase("encoding prompts"):
             classifier = class_text_weights(model, tokenizer, names, prompts)
             context_weights = context_text_weights(model, tokenizer, names, contexts) if with_contexts else None
+            looks = context_text_weights(model, tokenizer, names, list(map(_context, folders.domains)))
     return Problem(
         folders,
         target,
@@ -169,7 +177,12 @@ def make_problem(
         logit_scale,
         tuple(fill(template, "{}") for template in prompts),
         split_by,
+        looks,
     )
+
+
+def _context(domain: str) -> Callable[[str], str]:
+    return lambda name: f"a {domain.replace('_', ' ')} of a {name}."
 
 
 def image_features(model: nn.Module, loader: DataLoader[Any], doing: str = "images") -> tuple[Tensor, Tensor]:
@@ -192,25 +205,45 @@ def image_features(model: nn.Module, loader: DataLoader[Any], doing: str = "imag
 def score(
     model: nn.Module, problem: Problem, domain: str, part: str, recipe: Recipe, head: nn.Linear | None = None
 ) -> Score:
-    """How a head (None: the model's own, or the text classifier) does on a domain's images.
+    """How a head (None: the model's own, or the text classifier) does on a domain's images, among the classes it has.
 
     part: "training", "validation" or "all".
     """
     features, labels = image_features(model, problem.evaluation_loader(domain, part, recipe), f"evaluating {domain}")
     head = head or head_of(model)
+    context = context_logits(features, problem)
     if head is None:
         assert problem.classifier is not None
-        return score_logits(class_logits(features, problem.classifier.to(features.device), problem.logit_scale), labels)
-    with torch.no_grad():
-        return score_logits(head(features), labels)
+        logits = class_logits(features, problem.classifier.to(features.device), problem.logit_scale)
+    else:
+        with torch.no_grad():
+            logits = head(features)
+    if lacking := problem.folders.lacking(domain):
+        logits = logits.masked_fill(torch.tensor(lacking, device=logits.device), -torch.inf)
+    return dataclasses.replace(score_logits(logits, labels), context=context)
+
+
+def context_logits(features: Tensor, problem: Problem) -> Tensor | None:
+    """`[N, D]`: how well features `[N, E]` fit each domain's prompt, as logits; None where there is no text."""
+    if problem.domain_contexts is None:
+        return None
+    return class_logits(features, problem.domain_contexts.to(features.device), problem.logit_scale)
+
+
+def context_kept(found: Tensor, original: Tensor, domain: int) -> tuple[float, float]:
+    """What is left of the original model's sense of context, from both models' `context_logits` of a domain's images:
+    the share of them whose context is told right, and `KL( original ‖ found )`, their mean."""
+    kl = F.kl_div(found.log_softmax(-1), original.log_softmax(-1), reduction="batchmean", log_target=True)
+    return (found.argmax(-1) == domain).float().mean().item(), kl.item()
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> Score:
     """Accuracy and cross-entropy of logits `[N, C]`."""
     confidence, answers = logits.softmax(-1).max(-1)
     accuracy = (answers == labels).float().mean().item()
-    each = (tuple(values.tolist()) for values in (labels, answers, confidence))
-    return Score(accuracy, F.cross_entropy(logits, labels).item(), len(labels), *each)
+    each: Any = {"labels": labels, "answers": answers, "confidence": confidence}
+    each = {name: tuple(values.tolist()) for name, values in each.items()}
+    return Score(accuracy, F.cross_entropy(logits, labels).item(), len(labels), **each)
 
 
 def check_probe(folders: DomainFolders, training: Mapping[str, Sequence[int]]) -> None:

@@ -38,7 +38,7 @@ from fastheads.train.ranks import agree
 from fastheads.train.recipe import Recipe
 from fastheads.train.state import trainable
 
-WISE_FT_ALPHA = 0.5  # fully fine-tuned encoders are scored averaged with the original too
+WISE_FT_ALPHA = 0.5  # of which `wise_ft_accuracy` is, and what fully fine-tuned encoders are always scored at too
 
 
 def device() -> torch.device:
@@ -104,9 +104,13 @@ def run_method(
     run |= details(scores[problem.target], len(problem.folders.classes))
     if method.trains == "encoder" or (method.trains == "adapter" and recipe.wise_ft):
         original = base.state_dict() | dict(zip(head_names(base), problem.head.values(), strict=True))
-        tuned = merge(copy.deepcopy(model)) if is_patched(model) else copy.deepcopy(model)
-        averaged = wise_ft(tuned, original, WISE_FT_ALPHA)
-        run["wise_ft_accuracy"] = {name: score(averaged, problem, name, part, recipe).accuracy for name, part in parts}
+        tuned = merge(copy.deepcopy(model)) if is_patched(model) else model
+        found: dict[float, dict[str, float]] = {}
+        for alpha in sorted({WISE_FT_ALPHA, *(() if isinstance(recipe.wise_ft, bool) else recipe.wise_ft)}):
+            averaged = wise_ft(copy.deepcopy(tuned), original, alpha)
+            found[alpha] = {name: score(averaged, problem, name, part, recipe).accuracy for name, part in parts}
+        run["wise_ft_accuracy"] = found[WISE_FT_ALPHA]
+        run["wise_ft"] = [{"alpha": alpha, "accuracy": accuracy} for alpha, accuracy in found.items()]
     run["peak_memory_mb"] = peak_memory_mb()
     if is_main_process():
         run |= _save(model, method, problem, recipe, out, base_name)

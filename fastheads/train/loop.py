@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastheads.losses import mmd
 from fastheads.model import gate_parameters, gates, is_patched, lora_parameters
 from fastheads.patching import patch
 from fastheads.train.earlier import hashes, run_key
-from fastheads.train.evaluation import Problem, fit_head, score
+from fastheads.train.evaluation import Problem, context_kept, context_logits, fit_head, image_features, score
 from fastheads.train.logs import Log, peak_memory_mb
 from fastheads.train.methods import ImageEncoder, Method, Objective, check_text
 from fastheads.train.optimization import cosine_schedule, parameter_groups
@@ -97,7 +97,10 @@ def fit(
             rate, images per second, seconds waited for data and memory; where the run is evaluated also accuracies,
             gates and the MMD of each layer and pair of sources.
 
-    Returns history, gates over time, selected step and its validation loss, seconds, images per second.
+    Returns history, gates over time, selected step and its validation loss, seconds, images per second. The history has
+    at up to 200 steps the loss and its parts, and `[step, value]` at each evaluation: the accuracies validation and,
+    with `recipe.target_curve`, target; of a model with text context_accuracy and context_change (`context_kept` of the
+    sources' held-out images), from the original model at step 0 on.
     """
     processes = join().num_processes
     check_run(method, recipe, precision, processes)
@@ -114,6 +117,7 @@ def fit(
     key = run_key(hashes(model, problem), method, problem, recipe, precision)
     inner = model.to(accelerator.device)
     fit_head(inner, problem, recipe)
+    contexts = _contexts(inner, problem, recipe)
     options: Any = {"recompute": recipe.recompute, "fixed_head": recipe.fixed_head, **recipe.adapter}
     teacher = prepare(inner, method, teacher=recipe.context_weight > 0, **options)
     if recipe.checkpointing:
@@ -147,6 +151,7 @@ def fit(
 
     if progress.step == 0:
         _record_gates(progress, inner)
+        _record_contexts(progress, contexts, contexts, problem)
     _train_mode(inner)
     rank = accelerator.process_index
     loader = problem.training_loader(recipe, start=progress.step, process=rank, processes=processes)
@@ -201,7 +206,10 @@ def fit(
             found: dict[str, Any] = {}
             if evaluates:
                 with _averaged(inner, progress.average):
-                    found["accuracy"] = _select(progress, inner, problem, recipe)
+                    found["accuracy"] = _select(progress, inner, problem, recipe, contexts)
+                    if recipe.target_curve:  # after the choice, which it has no part in
+                        target = score(inner, problem, problem.target, "all", recipe).accuracy
+                        progress.history.setdefault("target", []).append([step, target])
                 if heads is not None:
                     domains = torch.cat([batch[2] for batch in batches])
                     found["mmd_of_pairs"] = _pairs(heads, domains, problem, recipe)
@@ -312,8 +320,32 @@ def _record_gates(progress: Progress, model: nn.Module) -> None:
         progress.gates["values"].append(_gates_now(model))
 
 
-def _select(progress: Progress, model: nn.Module, problem: Problem, recipe: Recipe) -> dict[str, float]:
-    """Scores the sources' held-out images and keeps the weights if they are the best so far; returns the accuracies."""
+def _contexts(model: nn.Module, problem: Problem, recipe: Recipe) -> dict[str, Tensor]:
+    """How the sources' held-out images fit each domain's prompt, by source; nothing where there is no text."""
+    if problem.domain_contexts is None:
+        return {}
+    loaders = {name: problem.evaluation_loader(name, "validation", recipe) for name in problem.sources}
+    features = {name: image_features(model, loader, f"contexts of {name}")[0] for name, loader in loaders.items()}
+    found = {name: context_logits(each, problem) for name, each in features.items()}
+    return {name: logits for name, logits in found.items() if logits is not None}
+
+
+def _record_contexts(
+    progress: Progress, found: Mapping[str, Tensor], original: Mapping[str, Tensor], problem: Problem
+) -> None:
+    """`context_kept`, the mean of the sources'."""
+    kept = [context_kept(found[name], original[name], problem.folders.index(name)) for name in found]
+    for name, values in zip(("context_accuracy", "context_change"), zip(*kept, strict=True), strict=False):
+        progress.history.setdefault(name, []).append([progress.step, sum(values) / len(values)])
+
+
+def _select(
+    progress: Progress, model: nn.Module, problem: Problem, recipe: Recipe, contexts: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Scores the sources' held-out images and keeps the weights if they are the best so far; returns the accuracies.
+
+    contexts: the original model's, to record what is left of its sense of them.
+    """
     scores = {name: score(model, problem, name, "validation", recipe) for name in problem.sources}
     accuracy = round(sum(s.accuracy for s in scores.values()) / len(scores), 6)  # equals stay equal
     loss = sum(s.loss for s in scores.values()) / len(scores)
@@ -321,4 +353,6 @@ def _select(progress: Progress, model: nn.Module, problem: Problem, recipe: Reci
     if (accuracy, -loss) > (progress.best["accuracy"], -progress.best["loss"]):
         weights = {name: tensor.detach().clone() for name, tensor in learned(model).items()}
         progress.best = {"step": progress.step, "accuracy": accuracy, "loss": loss, "weights": weights}
+    known = {name: found.context for name, found in scores.items() if found.context is not None}
+    _record_contexts(progress, known, contexts, problem)
     return {name: found.accuracy for name, found in scores.items()}

@@ -19,7 +19,8 @@ class Recipe:
     gate_lr: of the gates, which have no weight decay. targets, rank, gate, shared: of `Method.config`.
     mmd_to: what the MMD's gradient reaches: "gates", "lora" or "both"; mmd_layers: how much each layer's MMD counts.
     sequential: deltas alone in the first half of the steps, then gates alone. wise_ft: adapters are scored averaged
-    with the original too, as full fine-tuning always is.
+    with the original too, half and half, as full fine-tuning always is; numbers: and at these parts of the tuned
+    weights. target_curve: the target is scored at every evaluation too, for a curve; it enters no choice.
     per_domain: images of each source domain in a step, over all processes; on each they come in `accumulate` parts, one
     after the other, which changes no gradient.
     recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass. compile: by
@@ -55,7 +56,8 @@ class Recipe:
     tf32: bool = False
     ema: float = 0.0
     fixed_head: bool = False
-    wise_ft: bool = False
+    wise_ft: bool | tuple[float, ...] = False
+    target_curve: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +80,10 @@ class Recipe:
         for name in ("weight_decay", "mmd_weight", "context_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; takes a finite number ≥ 0")
+        if not isinstance(self.wise_ft, bool):
+            object.__setattr__(self, "wise_ft", tuple(self.wise_ft))
+            if not self.wise_ft or not all(0 <= alpha <= 1 for alpha in self.wise_ft):
+                raise ValueError(f"wise_ft: got {self.wise_ft!r}; takes numbers from 0 to 1, True or False")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: got {self.ema!r}; takes a number from 0 on and below 1")
 

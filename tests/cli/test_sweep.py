@@ -40,7 +40,8 @@ mmd-weight = 0
 [methods.lora-dig]
 method = "hap"
 shared = true
-wise-ft = true
+wise-ft = [0.25]
+target-curve = true
 
 [submit]
 cluster = "debug"
@@ -93,7 +94,8 @@ def test_every_row_is_run_with_every_seed_and_reported(whole):
     assert "lora-dig" in printed and f"report: {out / 'report.html'}" in printed
     of_seed = {r["method"]: r for r in found["runs"] if r["seed"] == 1}
     assert "mmd" in of_seed["hap"]["history"] and "mmd" not in of_seed["gates"]["history"]
-    assert "wise_ft_accuracy" in of_seed["lora-dig"] and "wise_ft_accuracy" not in of_seed["hap"]
+    assert [each["alpha"] for each in of_seed["lora-dig"]["wise_ft"]] == [0.25, 0.5] and "wise_ft" not in of_seed["hap"]
+    assert [step for step, _ in of_seed["lora-dig"]["history"]["target"]] == [1]
     assert of_seed["lora-dig"]["trainable_parameters"] == of_seed["hap"]["trainable_parameters"]
 
 
@@ -163,6 +165,7 @@ WRONG = {
     "a key of a row": (HEAD, "[methods.hap]\nmmd-wieght = 1", "methods.hap: there is no key 'mmd-wieght'"),
     "the data in a row": (HEAD, '[methods.hap]\ndata = "x"', "methods.hap: there is no key 'data'"),
     "a value": (HEAD, '[methods.hap]\nlr = "fast"', "methods.hap: lr: got 'fast'; takes a finite number > 0"),
+    "a mixture": (HEAD, "[methods.hap]\nwise-ft = [0.5, 2]", "methods.hap: wise-ft: got (0.5, 2.0); takes numbers"),
     "a method": (HEAD, "[methods.hpa]", "methods.hpa: got the method 'hpa'; takes zero-shot"),
     "settings that don't go together": (HEAD, '[methods.hap]\nmmd-to = "lora"', "methods.hap: mmd-to: got 'lora'"),
     "no rows": (HEAD, "", "methods: got none"),

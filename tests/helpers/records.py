@@ -61,7 +61,14 @@ def fake_run(method: str, target: str, seed: int, steps: int = 300) -> dict[str,
                 [int(s), float(0.4 + (0.3 + 0.02 * at) * (1 - np.exp(-s / 60)))]
                 for s in range(25, steps + 1, 25)
             ],
+            "target": [[s, accuracy[target] * (1 - np.exp(-s / 60))] for s in range(25, steps + 1, 25)],
+            "context_accuracy": [[s, 0.9 - 1e-4 * at * s] for s in range(0, steps + 1, 25)],
+            "context_change": [[s, 1e-4 * at * s] for s in range(0, steps + 1, 25)],
         },
+        "wise_ft": [
+            {"alpha": alpha, "accuracy": {d: (0.6 + alpha * a) / (1 + alpha) for d, a in accuracy.items()}}
+            for alpha in (0.0, 0.5, 1.0)
+        ],
     }  # fmt: skip
     if method in GATED:
         theta = rng.normal(0, 0.8, (4, 4))
@@ -124,7 +131,7 @@ def fake_samples(root: Path, size: int = 8) -> dict[str, list[tuple[Path, str]]]
 
 def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has reports written without painting."""
-    for name in ("bars", "curves", "over", "gate_map", "gate_history", "source_and_target"):
+    for name in ("bars", "curves", "over", "gate_map", "gate_history", "source_and_target", "in_and_out"):
         monkeypatch.setattr(figures, name, lambda *args, **kwargs: b"png")
     for name in ("classes", "reliability"):
         monkeypatch.setattr(answer_figures, name, lambda *args, **kwargs: b"png")

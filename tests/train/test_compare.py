@@ -114,7 +114,7 @@ def test_page_csv_and_latex_say_the_same(folders, tmp_path, monkeypatch):
             assert f"${tex}$" in shown.latex()
         elif row["target"] == "average":
             assert f"{abs(float(row['mean'])):.1f} ± {float(row['error']):.1f}" in page.text
-    assert r"hap, mmd\_weight 10.0" in shown.latex()
+    assert r"hap, mmd\_weight 10.0" in shown.latex() and "published" not in shown.latex()
 
 
 def test_accuracy_over_a_setting_is_painted(folders):
@@ -132,6 +132,8 @@ def test_published_numbers_stand_apart(folders, tmp_path, monkeypatch):
     found["dataset"] = {"name": "PACS"}
     text = Page(write_report(found, tmp_path / "pacs")).text
     assert "Published for PACS with CLIP's ViT-B/16" in text and "Not run here" in text
+    *_, row = sections.Page(found).latex().split("CLIPood")
+    assert row.splitlines()[0] == r" (published: CAR-FT, arXiv 2211.16175, ViT-B/16) & -- & -- & $97.3$ \\"
     assert ("CLIPood", 97.3, "CAR-FT, arXiv 2211.16175") in published("PACS")
     assert ("HA-LoRA + DIG", 61.1, "HAP, arXiv 2412.07226") in published("DomainNet")
     assert {method for method, *_ in published("TerraIncognita")} == {

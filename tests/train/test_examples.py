@@ -2,7 +2,10 @@
 
 import csv
 import logging
+import sys
+import types
 
+import open_clip
 import pytest
 import torch
 from pictures import write_set
@@ -44,6 +47,38 @@ def test_plain_ddp_gives_the_same_adapter_on_one_process_and_on_two(root, tmp_pa
     assert any(name.endswith("theta") and tensor.any() for name, tensor in found[0].items())
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=0)
+
+
+def test_hap_is_an_algorithm_of_domainbeds(monkeypatch):
+    """In a stand-in of that harness: what it calls, on images in its normalisation and of another size."""
+    register()
+
+    class Algorithm(torch.nn.Module):
+        def __init__(self, input_shape, num_classes, num_domains, hparams):
+            super().__init__()
+            self.hparams = hparams
+
+    algorithms = types.SimpleNamespace(Algorithm=Algorithm, ALGORITHMS=[])
+    monkeypatch.setitem(sys.modules, "domainbed", types.SimpleNamespace(algorithms=algorithms))
+    example("domainbed_algorithm")
+    hparams = {"model": MODEL, "class_names": ["dog", "house"], "lr": 1e-2, "weight_decay": 0.0, "mmd_weight": 1.0}
+    assert algorithms.ALGORITHMS == ["HAP"]
+    with pytest.raises(ValueError, match="takes 3, as the data set has"):
+        algorithms.HAP((3, 28, 28), 3, 3, hparams)
+    torch.manual_seed(0)
+    hap = algorithms.HAP((3, 28, 28), 2, 3, hparams)
+    frozen = {name: p.clone() for name, p in hap.named_parameters() if not p.requires_grad}
+    minibatches = [(torch.randn(n, 3, 28, 28), torch.arange(n) % 2) for n in (4, 2, 4)]
+    seen = [hap.update(minibatches) for _ in range(8)]
+    assert seen[0].keys() == {"loss", "cross_entropy", "mmd"} and seen[-1]["cross_entropy"] < seen[0]["cross_entropy"]
+    assert all(p.equal(frozen[name]) for name, p in hap.named_parameters() if name in frozen)
+    assert all(p.grad.any() for p in hap.parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert hap.predict(minibatches[0][0]).shape == (4, 2)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    white = hap.prepared((torch.ones(1, 3, 28, 28) - mean) / std)
+    own = open_clip.model.get_model_preprocess_cfg(hap.model)
+    assert torch.allclose(white[0, :, 5, 5], (1 - torch.tensor(own["mean"])) / torch.tensor(own["std"]), atol=1e-5)
 
 
 def test_open_clips_training_script_trains_adapters(root, tmp_path):

@@ -286,7 +286,8 @@ def test_zero_shot_and_probe_save_nothing_and_train_no_tensor(base, problem, tmp
 
 
 def test_fine_tuning_saves_a_checkpoint_that_open_clip_loads(base, problem, tmp_path):
-    result = run_all(base, problem, tmp_path, methods=["fine-tune"], seeds=[0])
+    recipe = dataclasses.replace(RECIPE, wise_ft=(0, 1))
+    result = run_all(base, problem, tmp_path, methods=["fine-tune"], seeds=[0], recipes=lambda _: recipe)
     path = tmp_path / "red/seed0/fine-tune/model.safetensors"
     assert result["runs"][0]["saved_bytes"] == path.stat().st_size
     assert sorted(p.name for p in path.parent.iterdir()) == ["answers.json", "model.safetensors", "result.json"]
@@ -298,6 +299,9 @@ def test_fine_tuning_saves_a_checkpoint_that_open_clip_loads(base, problem, tmp_
     assert again == result["runs"][0]["accuracy"]["red"]
     assert len(experiment.table(result).splitlines()) == 3  # with the average of both encoders
     assert "WiSE-FT" in experiment.table(result)
+    original, half, whole = (each["accuracy"] for each in result["runs"][0]["wise_ft"])
+    assert original["red"] == experiment.score(base, problem, "red", "all", RECIPE).accuracy
+    assert whole == result["runs"][0]["accuracy"] and half == result["runs"][0]["wise_ft_accuracy"]
 
 
 def test_a_kill_while_results_are_replaced_leaves_the_old_ones(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import open_clip
 import pytest
 import standins
 import timm
@@ -11,6 +12,7 @@ from standins import same
 from training import ONE_STEP, RECIPE, weights
 
 import fastheads
+from fastheads.demo.base import MODEL
 from fastheads.train.evaluation import Score, fit_head, fit_probe, image_features, make_problem, score, source_splits
 from fastheads.train.loop import fit, prepare
 from fastheads.train.methods import METHODS
@@ -37,21 +39,52 @@ def test_histories_hold_losses_and_gates_over_time(base, problem):
     assert not torch.tensor(run["gates"]["values"][-1]).eq(1).any()
 
 
-def test_the_best_weights_on_source_validation_are_kept(base, problem, monkeypatch):
+@pytest.mark.parametrize("curve", [False, True])
+def test_the_best_weights_on_source_validation_are_kept(base, problem, monkeypatch, curve):
+    """And the target's accuracy, recorded on the way where its curve is asked for, has no part in it."""
     from fastheads.train import loop
 
     accuracies = iter([0.5, 0.5, 0.9, 0.9, 0.9, 0.9, 0.4, 0.4])  # two sources, four evaluations; ties: lower loss
     losses = iter([1.0, 1.0, 0.5, 0.5, 0.6, 0.6, 0.1, 0.1])
+    targets = iter([1.0, 0.1, 0.2, 0.3])
     seen = []
 
-    def pretend(model, *_):
+    def pretend(model, _, name, *__):
+        if name == problem.target:
+            return Score(next(targets), 0.0, 4)
         seen.append(weights(model))
         return Score(next(accuracies), next(losses), 4)
 
     monkeypatch.setattr(loop, "score", pretend)
-    run = fit(base, METHODS["hap"], problem, dataclasses.replace(RECIPE, evaluate_every=2))
+    run = fit(base, METHODS["hap"], problem, dataclasses.replace(RECIPE, evaluate_every=2, target_curve=curve))
     assert run["selected_step"] == 4
+    assert run["history"].get("target") == ([[2, 1.0], [4, 0.1], [6, 0.2], [8, 0.3]] if curve else None)
     assert same(weights(base), seen[2])
+
+
+def test_what_is_left_of_the_sense_of_context_is_recorded(base, problem):
+    """Against the definition, in float64: which domain's words fit an image, and how far that is from the original."""
+    tokenizer, domains, classes = open_clip.get_tokenizer(MODEL), problem.folders.domains, problem.folders.class_names
+
+    def probabilities(name):
+        loader = problem.evaluation_loader(name, "validation", RECIPE)
+        unit = torch.nn.functional.normalize
+        with torch.no_grad():
+            images = unit(base.encode_image(torch.cat([batch[0] for batch in loader])).double(), dim=-1)
+            texts = [base.encode_text(tokenizer([f"a {d} of a {c}." for c in classes])).double() for d in domains]
+        weights = unit(torch.stack([unit(text, dim=-1).mean(0) for text in texts]), dim=-1)
+        return (base.logit_scale.double().exp() * images @ weights.T).softmax(-1)
+
+    before = {name: probabilities(name) for name in problem.sources}
+    recipe = dataclasses.replace(RECIPE, evaluate_every=8)
+    history = fit(base, METHODS["fine-tune"], problem, recipe)["history"]
+    base.eval()
+    for step, kept in ((0, before), (8, {name: probabilities(name) for name in problem.sources})):
+        right = [(kept[name].argmax(-1) == domains.index(name)).double().mean().item() for name in kept]
+        moved = [(p * (p / kept[name]).log()).sum(-1).mean().item() for name, p in before.items()]
+        assert dict(history["context_accuracy"])[step] == pytest.approx(sum(right) / 2)
+        assert dict(history["context_change"])[step] == pytest.approx(sum(moved) / 2, rel=1e-3, abs=1e-6)
+    assert dict(history["context_change"])[8] > 1e-3
 
 
 def test_the_target_is_never_loaded_in_training(base, problem, monkeypatch):
@@ -270,3 +303,12 @@ def test_frozen_batch_norms_keep_their_statistics(base, problem):
     base.visual.conv1 = torch.nn.Sequential(base.visual.conv1, norm)
     fit(base, METHODS["ha-lora"], problem, ONE_STEP)
     assert norm.num_batches_tracked == 0
+
+
+def test_answers_are_among_the_classes_that_a_domain_has(base, problem):
+    folders = problem.folders
+    light = tuple(file for file in folders.files[folders.index("red")] if file[1] == 1)
+    fewer = dataclasses.replace(folders, files=(*folders.files[:2], light))
+    found = score(base, dataclasses.replace(problem, folders=fewer, loaders={}), "red", "all", RECIPE)
+    assert (found.accuracy, found.loss, found.images) == (1.0, 0.0, 10)
+    assert score(base, problem, "red", "all", RECIPE).loss > 0.1

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastheads.train.data.lists import SUFFIXES, read_class_names, read_list
+from fastheads.train.data.presets import preset_of, presets
 from fastheads.train.data.shards import is_shards, read_shards
 
 # torchvision's ImageFolder reads these, but for .gif.
@@ -53,6 +54,19 @@ class DomainFolders:
         """Number of images, `[domain][class]`."""
         labels = [[label for _, label in files] for files in self.files]
         return [np.bincount(row, minlength=len(self.classes)).tolist() for row in labels]
+
+    def departures(self, *, whole: bool = True) -> str:
+        """What the folder of a known data set lacks or has too much, in a line; empty where it is as it was published,
+        or called after none. whole: whether all domains were to be read."""
+        known = preset_of(self.root.absolute().name)
+        images = {domain: len(files) for domain, files in zip(self.domains, self.files, strict=True)}
+        found = presets()[known].departures(images, self.classes, whole=whole) if known else []
+        return f"{self.root} is not all of {known}: {'; '.join(found)}" if found else ""
+
+    def lacking(self, domain: str) -> list[bool] | None:
+        """Of each class whether the domain has no image of it; None where it has images of all."""
+        there = {label for _, label in self.files[self.index(domain)]}
+        return [label not in there for label in range(len(self.classes))] if len(there) < len(self.classes) else None
 
     def index(self, domain: str) -> int:
         if domain not in self.domains:
@@ -122,17 +136,18 @@ def read_domains(
             domain and class, or a `.json` with a list of such objects.
             Paths are relative to the list's folder; whatever is listed is an image.
         class_names: a file that says what prompts call the classes (see `read_class_names`); None: the classes' own
-            names, "_" as space.
+            names, "_" as space, and OpenCLIP's of ImageNet's.
         least: how many domains there must be: two to leave one out, one to be tested on.
 
     Raises:
         FileNotFoundError, NotADirectoryError: for `root`; FileNotFoundError for listed files that aren't there.
-        ValueError: for fewer than `least` domains, an unknown name, a class that some domain has no image of, a bad
-            list.
+        ValueError: for fewer than `least` domains, an unknown name, a class that some domain has no image of (but for
+            those that ImageNet-R and -A don't have), a bad list.
     """
     root = _existing(root)
     skipped = _Skipped(root)
     found: dict[str, Mapping[str, Sequence[Path | str]]] = {}
+    known = presets().get(preset_of(root.absolute().name) or "")
     listed = _listed(root)
     names = sorted(listed or _folders(root, skipped))
     unknown = [name for name in domains or () if name not in names]
@@ -144,6 +159,8 @@ def read_domains(
         raise ValueError(f"{root}: {got}, expected {('one', 'two')[least - 1]} or more, laid out as {LAYOUT}")
     for name in names:
         found[name] = listed[name] if listed else _classes(root / name, skipped)
+        if known:
+            found[name] = {known.called(label): paths for label, paths in found[name].items()}
         if not found[name]:
             raise ValueError(f"{root / name}: no class folder in it, expected {LAYOUT}")
     classes = sorted({label for by_class in found.values() for label in by_class})
@@ -159,6 +176,10 @@ def read_domains(
         for name in names
     )
     called = tuple(label.replace("_", " ") for label in classes)
+    if known and known.subsets and set(classes) <= set(known.classes):
+        from open_clip import IMAGENET_CLASSNAMES
+
+        called = tuple(IMAGENET_CLASSNAMES[known.classes.index(label)] for label in classes)
     if class_names is not None:
         called = read_class_names(class_names, classes)
     folders = DomainFolders(root, tuple(names), tuple(classes), files, called, str(skipped))
@@ -184,13 +205,13 @@ def _existing(root: str | Path) -> Path:
 
 
 def _check_complete(folders: DomainFolders, kind: str = "") -> None:
-    """That every domain has images of every class."""
-    counts = folders.counts()
+    """That every domain has images of every class, or of those that it is known to have."""
+    counts, known = folders.counts(), presets().get(preset_of(folders.root.absolute().name) or "")
     gaps = [
         f"of class {label!r} in domain {domain!r}"
         for domain, row in zip(folders.domains, counts, strict=True)
         for label, count in zip(folders.classes, row, strict=True)
-        if not count
+        if not count and (known is None or label in known.classes_of(domain) or label not in known.classes)
     ]
     if gaps:
         shown = ", ".join(gaps[:3]) + (f" and {len(gaps) - 3} more" if len(gaps) > 3 else "")

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from fastheads.train.data.presets import preset_of
 from fastheads.train.report import figures, markup
 from fastheads.train.report.markup import NONE
 from fastheads.train.report.record import Score
-from fastheads.train.report.shown import Shown
+from fastheads.train.report.robustness import Line, Point, Robustness, effective
 
 # ViT-B/16, in per cent: HAP (arXiv 2412.07226) for OfficeHome, DomainNet and PACS, and CAR-FT (arXiv 2211.16175).
 _HAP, _CAR_FT = "HAP, arXiv 2412.07226", "CAR-FT, arXiv 2211.16175"
@@ -44,7 +45,7 @@ def published(dataset: str) -> list[tuple[str, float, str]]:
     return found
 
 
-class Comparison(Shown):
+class Comparison(Robustness):
     """Rows against each other."""
 
     def differences(self) -> str:
@@ -113,22 +114,36 @@ class Comparison(Shown):
         return found
 
     def csv(self) -> str:
-        """A line for each row on each target, and for each paired difference (`than` names the other row)."""
+        """A line for each row on each target, and for each paired difference (`than` names the other row).
+
+        And one for each point of a row's curves on a target, over the "step" of training or the "alpha" of WiSE-FT's
+        mixture (`over`, `at`). source: accuracy on the sources' held-out images; effective: effective robustness, where
+        there is a baseline.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("method", "than", "target", "mean", "error", "seeds_error", "seeds", "images"))
+        head = ("method", "than", "target", "mean", "error", "seeds_error", "seeds", "images")
+        writer.writerow((*head, "over", "at", "source", "effective"))
+        lines = self.lines()
         for method, target, score, seeds in self._cells():
             images = self.images.get(target, "")
             error = "" if score.error is None else f"{score.error:.4f}"
-            writer.writerow((method, "", target, f"{score.mean:.4f}", "", error, seeds, images))
+            row = (method, "", target, f"{score.mean:.4f}", "", error, seeds, images)
+            every = self.means(method, target) if target in lines else []
+            kept = [_placed(point, lines[target]) for point in every if not point.over]
+            writer.writerow((*row, *(kept or [("",) * 4])[0]))
+            for point in every:
+                if point.over:
+                    mean = f"{100 * point.target:.4f}"
+                    writer.writerow((method, "", target, mean, "", "", seeds, images, *_placed(point, lines[target])))
         for each in self.experiment.get("differences") or ():
             spread = "" if each["seeds_error"] is None else f"{each['seeds_error']:.4f}"
             numbers = (f"{each['mean']:.4f}", f"{each['error']:.4f}", spread, len(each["by_seed"]), each["images"])
-            writer.writerow((each["method"], each["than"], each["target"], *numbers))
+            writer.writerow((each["method"], each["than"], each["target"], *numbers, "", "", "", ""))
         return text.getvalue()
 
     def latex(self) -> str:
-        """The table of accuracies, for booktabs."""
+        """The table of accuracies, for booktabs; of a known data set with the published averages below, marked so."""
         cells = {(method, target): score for method, target, score, _ in self._cells()}
         columns = [*self.targets, *["average"] * (len(self.targets) > 1)]
         lines = [
@@ -145,7 +160,20 @@ class Comparison(Shown):
                 error = "" if score is None or score.error is None else rf" \pm {score.error:.1f}"
                 row.append("--" if score is None else f"${score.mean:.1f}{error}$")
             lines.append(" & ".join(row) + r" \\")
+        known = preset_of(str(self.dataset.get("name") or ""))
+        rows = published(known) if known and len(columns) > 1 else []
+        lines += [r"\midrule"] * bool(rows)
+        for method, value, source in rows:
+            name = _tex(f"{method} (published: {source}, ViT-B/16)")
+            lines.append(" & ".join([name, *["--"] * (len(columns) - 1), f"${value:.1f}$"]) + r" \\")
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _placed(point: Point, line: Line | None) -> tuple[str, str, str, str]:
+    """Of a point, the last four columns of the CSV."""
+    gained = effective(point, line)
+    at = f"{point.at:g}" if point.over else ""
+    return point.over, at, f"{100 * point.source:.4f}", "" if gained is None else f"{gained:.4f}"
 
 
 def _tex(text: str) -> str:

@@ -95,6 +95,7 @@ def write_report(
         gates=page.gates(),
         training=page.training(),
         selection=page.selection(),
+        robustness=page.robustness(),
         size=page.size(),
         merge=page.merge(),
         time=page.time(),

@@ -15,6 +15,7 @@ from fastheads.train.report.clusters import ByClass, by_class, clustered_error, 
 Run = Mapping[str, Any]
 Grid = NDArray[np.float64]
 BOTH = "A difference combines the errors of both methods as if they were independent."
+AT_EVALUATIONS = ("validation", "context_accuracy", "context_change", "target")  # histories of (step, value)
 FEW = 20  # classes, below which an error clustered by them is itself uncertain by a sixth or more
 ADAPTERS = ("hap", "ha-lora", "lora", "dig")  # the methods that train one, the first that ran stands for all
 
@@ -96,7 +97,7 @@ def curve(runs: Sequence[Run], key: str) -> tuple[Grid, Grid] | None:
     for run in runs:
         history = run.get("history") or {}
         pairs = history.get(key) or []
-        if key != "validation":
+        if key not in AT_EVALUATIONS:
             pairs = zip(history.get("step") or [], pairs, strict=False)
         known = [(float(x), float(y)) for x, y in pairs if number(y) is not None]
         lines += [np.array(known).T] if known else []
@@ -107,7 +108,7 @@ def curve(runs: Sequence[Run], key: str) -> tuple[Grid, Grid] | None:
     every = np.array([np.interp(x, line[0], line[1], left=np.nan, right=np.nan) for line in lines])
     seen = ~np.isnan(every)
     x, y = x[seen.any(0)], (np.nansum(every, 0)[seen.any(0)] / seen.sum(0)[seen.any(0)])
-    half = len(y) // 50 if key != "validation" else 0
+    half = len(y) // 50 if key not in AT_EVALUATIONS else 0
     smooth = [y[max(0, at - half) : at + half + 1].mean() for at in range(len(y))]
     return x, np.array(smooth)
 

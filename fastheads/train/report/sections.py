@@ -49,9 +49,13 @@ class Page(Opening, Answers, Comparison, Classes, Training, Cost):
 
     def evaluation(self) -> str:
         part = self.dataset.get("evaluation", "all")
-        if part == "all":
-            return "The accuracy reported is over all of the target's images."
-        return f"The accuracy reported is over this part of the target's images: {escape(str(part))}."
+        told = (
+            "The accuracy reported is over all of the target's images."
+            if part == "all"
+            else f"The accuracy reported is over this part of the target's images: {escape(str(part))}."
+        )
+        watched = any((run.get("history") or {}).get("target") for run in self.runs)
+        return told + " Its accuracy during training was recorded for the curves, and nothing follows it." * watched
 
     def limits(self) -> str:
         limits = [str(limit) for limit in self.experiment.get("limits") or []]

@@ -39,6 +39,9 @@ HISTORIES = {
     "mmd": ("Domain discrepancy (MMD)", "MMD between sources"),
     "context_kl": ("Context divergence", "KL from original CLIP, nats"),
     "validation": ("Source validation", "accuracy, %"),
+    "context_accuracy": ("Context told right", "accuracy, %"),
+    "context_change": ("Context forgotten", "KL from original CLIP, nats"),
+    "target": ("Target, not used", "accuracy, %"),
 }
 
 
@@ -109,8 +112,8 @@ class Training(Shown):
     def training(self) -> str:
         charts = ""
         several = f"Mean over {len(self.targets)} held-out domains × {len(self.seeds)} seeds. "
-        for key, (title, ylabel) in HISTORIES.items():
-            lines, percent = [], key == "validation"
+        for key, (title, unit) in HISTORIES.items():
+            lines, percent = [], unit == "accuracy, %"
             for method in self.ids:
                 runs = self.of(method)
                 if found := curve(runs, key):
@@ -120,7 +123,7 @@ class Training(Shown):
                     lines.append(Curve(self.brief(method), self.colour(method), x, y, method == "hap", kept))
             if lines:
                 names = ", ".join(f"{line.label} ends at {line.y[-1]:.3g}" for line in lines)
-                png = figures.curves(lines, title=title, ylabel=ylabel, percent=percent)
+                png = figures.curves(lines, title=title, ylabel=unit, percent=percent)
                 note = several if len(self.targets) * len(self.seeds) > 1 else ""
                 note += "The point marks the step that was kept." if any(c.mark for c in lines) else ""
                 charts += self.picture(f"training-{key}", png, f"Line chart, {title}: {names}.", note)
