@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from fastheads.hosts.vision import checkpoint_blocks, head_of, image_tower
 from fastheads.losses import mmd
 from fastheads.model import gate_parameters, gates, is_patched, lora_parameters
 from fastheads.patching import patch
-from fastheads.train.earlier import hashes, run_key
+from fastheads.train.earlier import agree, hashes, run_key
 from fastheads.train.evaluation import Problem, fit_head, score
 from fastheads.train.logs import Log, peak_memory_mb
 from fastheads.train.methods import ImageEncoder, Method, Objective, check_text
 from fastheads.train.optimization import cosine_schedule, parameter_groups
-from fastheads.train.ranks import Notice, Stopped, agree, everywhere, group, join
+from fastheads.train.ranks import Notice, Stopped, everywhere, group, join
 from fastheads.train.recipe import Recipe, check_run
 from fastheads.train.state import Progress, State, learned, trainable
 from fastheads.train.step import backward, micro_batches
@@ -77,6 +77,7 @@ def fit(
     precision: str = "no",
     report: Report | None = None,
     log: Sequence[str] = (),
+    hashed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in place on the problem's source domains and leaves the best weights in it.
 
@@ -96,6 +97,7 @@ def fit(
         log: "jsonl", "tensorboard" or both, written to `out` by the first process: of every step the losses, learning
             rate, images per second, seconds waited for data and memory; where the run is evaluated also accuracies,
             gates and the MMD of each layer and pair of sources.
+        hashed: `earlier.hashes(model, problem)`, where they are known already.
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second.
     """
@@ -111,7 +113,7 @@ def fit(
             f"accelerate's configuration: got {accelerator.distributed_type.value}, whose shards the MMD's gates, the "
             "saved state and the evaluation don't read; takes MULTI_GPU (DDP)"
         )
-    key = run_key(hashes(model, problem), method, problem, recipe, precision)
+    key = run_key(hashed or hashes(model, problem), method, problem, recipe, precision)
     inner = model.to(accelerator.device)
     fit_head(inner, problem, recipe)
     options: Any = {"recompute": recipe.recompute, "fixed_head": recipe.fixed_head, **recipe.adapter}
