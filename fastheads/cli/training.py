@@ -150,7 +150,7 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
     same = (
         *("steps", "accumulate", "gate_lr", "weight_decay", "mmd_weight", "mmd_kernel", "mmd_features", "mmd_to"),
         *("mmd_layers", "targets", "rank", "gate", "shared", "sequential", "evaluate_every", "save_every"),
-        *("batch_size", "workers", "checkpointing", "compile", "tf32", "ema", "fixed_head", "wise_ft"),
+        *("batch_size", "workers", "checkpointing", "compile", "fsdp", "tf32", "ema", "fixed_head", "wise_ft"),
     )
     auto = args.per_domain == "auto"
     try:

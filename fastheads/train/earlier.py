@@ -34,8 +34,11 @@ _NAMES = {
     "precision": "--precision",
     "split_by": "--split-by",
 }
-# Of a recipe: how images are loaded, and in which parts, and how often, the same is computed.
-_NO_MATTER = ("save_every", "workers", "batch_size", "cache", "accumulate", "recompute", "checkpointing", "compile")
+# Of a recipe: how images are loaded, and where, in which parts, and how often, the same is computed.
+_NO_MATTER = (
+    *("save_every", "workers", "batch_size", "cache"),
+    *("accumulate", "recompute", "checkpointing", "compile", "fsdp"),
+)
 _RESULT = ("method", "target", "seed", "accuracy", "peak_memory_mb")  # a few of what a result must have
 
 
