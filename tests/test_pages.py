@@ -21,7 +21,7 @@ PAGES = sorted(p for p in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
 # What has tests of its own: models and loaders there are the README's, or a graph is captured.
 ELSEWHERE = {"docs/memory.md": "tests/ops/test_models.py", "docs/cuda-graphs.md": "tests/test_cuda_graphs.py"}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-OWN_ARGUMENTS = {"ddp.py", "openclip_training.py"}  # started by their own tests, with options
+OWN_ARGUMENTS = {"accelerate_loop.py", "ddp.py", "openclip_training.py"}  # started by their own tests, with options
 
 # As many layers and heads as ViT-B/16, so that what pages say of layer 11 and head 3 is there.
 TINY = {

@@ -90,7 +90,7 @@ class Problem:
         )
 
     def evaluation_loader(self, domain: str, part: str, recipe: Recipe) -> Loader:
-        """The images of a domain in order, of several processes this one's; `part`: "training", "validation" or "all"."""
+        """A domain's images in order, of several processes this one's; `part`: "training", "validation" or "all"."""
         key = (domain, part, recipe.batch_size, recipe.workers, recipe.cache)
         if key not in self.loaders:
             indices = {"training": self.training, "validation": self.validation, "all": {}}[part].get(domain)

@@ -63,7 +63,8 @@ def run_method(
     """One run: trains a copy of `base` by `method`, scores it, saves what was learned under `out`.
 
     Returns the run's entry of the experiment (see `run_experiment`), read back from `out/result.json` where the same
-    run, on the same weights, images and prompts, was done before. hashed: of `fit`. Raises ValueError where `out` holds another run.
+    run, on the same weights, images and prompts, was done before. hashed: of `fit`. Raises ValueError where `out` holds
+    another run.
     """
     hashed = hashed or hashes(base, problem)
     key = run_key(hashed, method, problem, recipe, precision) | {"base": base_name}

@@ -1,8 +1,9 @@
-"""FSDP2: the image tower's weights lie cut over the processes, block by block, and come together where they are used."""
+"""FSDP2: the image tower's weights lie cut over the processes, and come together block by block where they are used."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from fastheads.hosts import find_tower
 from fastheads.hosts.vision import image_tower
 
 
-def shard(model: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
+def shard(model: nn.Module, whole: Iterable[Tensor] = ()) -> None:
     """Cuts a model's image tower over the processes, in place, but for the parameters in `whole`.
 
     Adapters and gates are such: they are small, torch would cut them along a first dimension of two, and the MMD reads
@@ -23,14 +24,14 @@ def shard(model: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
     Raises TypeError for a tower without blocks.
     """
     mesh = dist.init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    tower, kept = image_tower(model), set(whole)
+    tower, kept = image_tower(model), cast(set[nn.Parameter], set(whole))
     outer = tower.children() if hasattr(model, "get_image_features") else (tower,)  # where it is no module of the model
     for module in (*find_tower(model, "visual").blocks, *outer):
         if any(True for _ in module.parameters()):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[Tensor]) -> None:
     """The gradients of parameters that are whole on every process become their mean, in one message."""
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     if gradients:

@@ -65,6 +65,7 @@ def fail_on_rank(rank, world, port, base, problem, recipe, out):
     import copy
     import dataclasses
     import errno
+
     from fastheads.train import state
 
     be_rank(rank, world, port)

@@ -99,8 +99,8 @@ class Loader(DataLoader[Item]):
     """Batches on `device`: (images, class indices, domain indices).
 
     A transform that has a `finish` (see `Views`) finishes whole batches, there. `rates` says who waits for whom. With
-    `keep` the decoded images stay in memory. dealt: how many batches there are, where they are dealt out to processes in
-    turn; 0: this one has all.
+    `keep` the decoded images stay in memory. dealt: how many batches there are, where they are dealt out to processes
+    in turn; 0: this one has all.
     """
 
     def __init__(
