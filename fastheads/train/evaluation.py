@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastheads.hosts.vision import answer, head_of
 from fastheads.losses.context import class_text_weights, context_text_weights, evaluating, fill
+from fastheads.model.base import gathered
 from fastheads.train.data.batches import (
     CPU,
     Images,
@@ -208,7 +209,7 @@ def score(
         assert problem.classifier is not None
         return score_logits(class_logits(features, problem.classifier.to(features.device), problem.logit_scale), labels)
     with torch.no_grad():
-        return score_logits(head(features), labels)
+        return score_logits(F.linear(features, *map(gathered, head.parameters())), labels)
 
 
 def score_logits(logits: Tensor, labels: Tensor) -> Score:
