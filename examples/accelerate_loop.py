@@ -3,8 +3,7 @@
     accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py data/PACS ViT-B-16 \
         --pretrained openai --target sketch --out adapter
 
-The sampler deals a batch out by itself, so the loader is not prepared; a Lightning module's `training_step` is the
-body of the loop, with `self.trainer.strategy.root_device` for the device and its ranks for the sampler.
+The sampler deals a batch out by itself, so the loader is not prepared.
 """
 
 import argparse
