@@ -22,7 +22,7 @@ from fastheads.hosts.vision import head_names
 from fastheads.model import is_patched
 from fastheads.model.base import gathered
 from fastheads.train.earlier import CHECKSUMS, check_state, checksums, corrupt, intact_state
-from fastheads.train.ranks import everywhere, failures
+from fastheads.train.ranks import everywhere, failures, of_all
 from fastheads.train.recipe import Recipe
 from fastheads.train.sharding import like
 
@@ -149,7 +149,7 @@ class State:
         if told:
             if self.accelerator.is_main_process:
                 shutil.rmtree(fresh, ignore_errors=True)
-            free = shutil.disk_usage(self.folder.parent).free / 1e6
+            free = of_all([shutil.disk_usage(self.folder.parent).free / 1e6])[0]  # all say the same
             kept = ", the one before is kept" if self.folder.exists() else ""
             raise everywhere(
                 OSError(

@@ -75,7 +75,7 @@ def fail_on_rank(rank, world, port, base, problem, recipe, out):
         "settings": (problem, dataclasses.replace(recipe, lr=recipe.lr * (1 + last))),
         "images": (dataclasses.replace(problem, folders=dataclasses.replace(problem.folders, files=fewer)), recipe),
         "loss": (problem, recipe),
-        "disk": (problem, recipe),
+        "disk": (problem, dataclasses.replace(recipe, fsdp=True)),
     }
     write = state.save_file
 
@@ -93,7 +93,8 @@ def fail_on_rank(rank, world, port, base, problem, recipe, out):
 
         state.save_file = full if name == "disk" else write
         try:
-            fit(model, METHODS["hap"], its_problem, its_recipe, out=out / name, report=spoil)
+            method = METHODS["fine-tune" if its_recipe.fsdp else "hap"]
+            fit(model, method, its_problem, its_recipe, out=out / name, report=spoil)
         except (ValueError, FloatingPointError, OSError) as e:
             told[name] = str(e), e.everywhere
     (out / f"told{rank}.json").write_text(json.dumps(told))
