@@ -7,8 +7,8 @@ formulas below, held against counts of gloo runs with 2 and 4 processes (`tests/
 roofline's model at the rates that good kernels reach (`bench.roofline`), and these, which are assumptions:
 
 - a rank sends at LINKS: 70 % of NVLink's 300 GB/s inside a node of 8, 80 % of its share of the network between nodes;
-- a collective's ring takes n − 1 hops (all-reduce: twice) of HOP each; DDP sums in buckets of BUCKET, FSDP2 gathers and
-  scatters block by block;
+- a collective's ring takes n − 1 hops (all-reduce: twice) of HOP each; DDP sums in buckets of BUCKET, FSDP2 (as in
+  `fastheads.train.sharding`) gathers and scatters block by block, and sums what is whole at the end;
 - DDP's all-reduce hides behind the backward pass, FSDP2's gathers and scatters behind both passes, as far as they are
   long enough; the MMD's gather hides behind nothing, for the loss waits for it.
 """
@@ -16,7 +16,7 @@ roofline's model at the rates that good kernels reach (`bench.roofline`), and th
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ LINKS = {"200 Gb/s a GPU": 0.8 * 25e9, "50 Gb/s a GPU": 0.8 * 6.25e9}  # DGX A10
 WORLDS = (8, 16, 32, 64)
 BATCHES = {"L/14": 256, "H/14": 128}  # images of a rank
 METHODS, ENGINES = ("hap", "fine-tune"), ("DDP", "FSDP2")
-FLOAT, HALF, INT64 = 4, 2, 8
+FLOAT, INT64 = 4, 8
 DOMAINNET = 586_575  # images
 KEEPS = 0.8  # of the rate of so many single GPUs: below, it no longer scales
 
@@ -67,9 +67,9 @@ def ddp_volumes(model: nn.Module) -> Volumes:
     )
 
 
-def fsdp_volumes(blocks: Sequence[nn.Module], root: nn.Module, world: int, itemsize: int = FLOAT) -> Volumes:
-    """FSDP2, block by block and the rest of `root`: blocks are gathered for each pass, the rest once; gradients of what
-    is trained are summed in shares, in float32. itemsize: of parameters as they are gathered.
+def fsdp_volumes(tower: nn.Module, world: int, whole: Collection[nn.Parameter] = ()) -> Volumes:
+    """FSDP2: a tower is gathered for each pass, and gradients of what is trained are summed in shares; but of the
+    parameters `whole` on all ranks gradients are summed as they are.
 
     A parameter is cut along its first dimension, whose last shares are filled up.
     """
@@ -77,10 +77,13 @@ def fsdp_volumes(blocks: Sequence[nn.Module], root: nn.Module, world: int, items
     def padded(p: nn.Parameter) -> int:
         return math.ceil(len(p) / world) * world * (p.numel() // len(p)) if p.dim() and len(p) else 0
 
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    gathered = sum(padded(p) * (2 if id(p) in inside else 1) for p in root.parameters())
-    scattered = sum(padded(p) for p in root.parameters() if p.requires_grad)
-    return Volumes(all_gather=itemsize * gathered, reduce_scatter=FLOAT * scattered)
+    kept = set(map(id, whole))
+    cut = [p for p in tower.parameters() if id(p) not in kept]
+    return Volumes(
+        all_reduce=FLOAT * sum(p.numel() for p in whole),
+        all_gather=2 * FLOAT * sum(map(padded, cut)),
+        reduce_scatter=FLOAT * sum(padded(p) for p in cut if p.requires_grad),
+    )
 
 
 def mmd_volumes(layers: int, batch: int, width: int, world: int) -> Volumes:
@@ -115,7 +118,13 @@ def rows_of(key: str, method: str) -> list[dict[str, Any]]:
     step = Step(build(SETTINGS[key].config), method=method, checkpointing=method == "fine-tune", classes=345)
     visual = step.model.visual
     blocks = list(visual.transformer.resblocks)
-    held, sharded = step.total(setting.batch), sum(step.model_bytes.values()) + step.gradient_bytes
+    trained = [p for p in visual.parameters() if p.requires_grad]
+    whole = trained if method == "hap" else []
+    cut = sum(p.numel() for p in visual.parameters()) - sum(p.numel() for p in whole)
+    held, sharded = (
+        step.total(setting.batch),
+        FLOAT * cut * (1 if whole else 4),
+    )  # weights; gradients, AdamW's two states
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     once = compute(setting, method)
     again = 1 + (method == "fine-tune") / 3  # checkpointing: the forward pass again, a third of the step
@@ -128,9 +137,11 @@ def rows_of(key: str, method: str) -> list[dict[str, Any]]:
                     rings = 2 * math.ceil(volumes.all_reduce / BUCKET) + bool(volumes.broadcast)
                     hidden = 2 / 3 * once
                 else:
-                    volumes = fsdp_volumes(blocks, visual, world, HALF)
-                    bytes_held = held - sharded + sharded // world + 2 * HALF * largest
-                    rings = 3 * len(blocks) + 2  # blocks gathered for each pass and scattered, the rest once each
+                    volumes = fsdp_volumes(visual, world, whole)
+                    bytes_held = held - sharded + sharded // world + 2 * FLOAT * largest
+                    rings = (2 if whole else 3) * (len(blocks) + 1) + 2 * bool(
+                        whole
+                    )  # the rest of the tower is one more
                     hidden = once
                 mmd = mmd_volumes(setting.layers, setting.batch, setting.width, world)
                 beside = {"loss": 0.0, "gather": 0.0}

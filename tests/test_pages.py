@@ -21,7 +21,14 @@ PAGES = sorted(p for p in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
 # What has tests of its own: models and loaders there are the README's, or a graph is captured.
 ELSEWHERE = {"docs/memory.md": "tests/ops/test_models.py", "docs/cuda-graphs.md": "tests/test_cuda_graphs.py"}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-OWN_ARGUMENTS = {"ddp.py", "domainbed_algorithm.py", "openclip_training.py"}  # run by their own tests
+# Started by their own tests, with options.
+OWN_ARGUMENTS = {
+    "accelerate_loop.py",
+    "ddp.py",
+    "domainbed_algorithm.py",
+    "lightning_module.py",
+    "openclip_training.py",
+}
 
 # As many layers and heads as ViT-B/16, so that what pages say of layer 11 and head 3 is there.
 TINY = {
@@ -36,11 +43,11 @@ def blocks(page, language):
 
 
 def commands(page):
-    """What follows `fastheads` at the beginning of a line of a block, fenced or indented."""
+    """What follows `fastheads` at the beginning of a line of a block, fenced or indented, or a launcher there."""
     indented = re.findall(r"^ {4}(?:.*\n {4})*.*", page.read_text(encoding="utf-8"), re.MULTILINE)
     text = "\n".join([*blocks(page, "bash"), *indented])
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
-    found = [re.match(r" *(?:accelerate launch .* -m fastheads\.cli|fastheads) (.*)", line) for line in lines]
+    found = [re.match(r" *(?:(?:accelerate launch|torchrun) .* -m fastheads|fastheads) ([^…]*)$", ln) for ln in lines]
     return [line[1] for line in found if line]
 
 

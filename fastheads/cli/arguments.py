@@ -426,6 +426,9 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     group.add_argument("--tf32", action="store_true", help="a GPU's float32 products in TF32")
     group.add_argument("--compile", action="store_true", help="by torch.compile")
     group.add_argument(
+        "--fsdp", action="store_true", help="less memory: of several processes each holds a share of the image tower"
+    )
+    group.add_argument(
         "--ema",
         type=_decay,
         default=0.0,

@@ -25,6 +25,7 @@ from fastheads.cli.training import (
     set_up,
     transforms_of,
 )
+from fastheads.train import ranks
 
 if TYPE_CHECKING:
     from fastheads.train.progress import Bars
@@ -58,16 +59,15 @@ def _train(args: argparse.Namespace) -> None:
     from fastheads.train.progress import Bars, phase
 
     with Bars() as bars:  # before the imports, which can take half a minute
-        from fastheads.train.experiment import is_main_process, table
+        from fastheads.train.experiment import table
         from fastheads.train.methods import METHODS
-        from fastheads.train.ranks import ending_at_once
         from fastheads.train.report.page import write_report
 
         for name in args.method:
             if name not in METHODS:
                 raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
         recipes = {name: recipe_of(args, METHODS[name]) for name in args.method}  # bad numbers are told first
-        with ending_at_once("what was saved before"):
+        with ranks.ending_at_once("what was saved before"):
             setting = set_up(args, [(METHODS[name], recipe) for name, recipe in recipes.items()])
             found = experiment(
                 setting,
@@ -80,7 +80,7 @@ def _train(args: argparse.Namespace) -> None:
                 command=args.typed,
                 log=args.log,
             )
-        if not is_main_process():
+        if not ranks.is_main_process():
             return
         with phase("writing the report"):
             page = write_report(found, args.out, samples=setting.folders.samples())
@@ -262,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("target", "sources", "method", "seed", "domain"):
         if isinstance(getattr(args, name, None), list):
             setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # named twice, done once
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    who = f"fastheads {args.command}:" + f" process {rank}:" * (rank > 0)
+    main_process = ranks.is_main_process()
+    who = f"fastheads {args.command}:" + f" process {ranks.rank()}:" * (not main_process)
     goes_on = "the same command goes on from the last saved state, on any number of processes"
     try:
         with warnings.catch_warnings():
@@ -275,22 +275,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = ""
         if isinstance(e, ModuleNotFoundError) and (missing := (e.name or "").split(".")[0]) in EXTRA:
             hint = f"; it comes with: pip install 'fastheads[{EXTRA[missing]}]'"
-        if rank == 0 or not getattr(e, "everywhere", False):
+        if main_process or not getattr(e, "everywhere", False):
             print(f"{who} {' '.join(str(e).split())}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastheads: interrupted; the same command goes on from the last saved state", file=sys.stderr)
         return 130
     except SystemExit as e:
-        if rank == 0 and hasattr(e, "where"):
+        if main_process and hasattr(e, "where"):
             print(f"{who} asked to end, after {e.where}; {goes_on}: {args.typed}", file=sys.stderr)
         raise
     except Exception as e:
-        if processes == 1:
+        if ranks.processes() == 1:
             raise
-        from fastheads.train.ranks import lost
-
-        if lost(e):
+        if ranks.lost(e):
             print(f"{who} another process ended, or is silent ({str(e).splitlines()[0]})", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastheads.cli.arguments import InputError
+from fastheads.train.ranks import is_main_process, local_processes, of_all, processes, rank
 
 if TYPE_CHECKING:
     from fastheads.train.data.domains import DomainFolders, Unreadable
@@ -130,7 +131,7 @@ def kept_images(args: argparse.Namespace, folders: DomainFolders) -> str:
     if args.cache_images is False:
         return ""
     size, room = decoded_bytes(folders.paths()), logs.free_memory() // 2
-    own = size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = size * local_processes()
     if args.cache_images or own <= room:
         return f"decoded images are kept in memory, about {own / 1e6:,.1f} MB"
     _note(
@@ -141,27 +142,19 @@ def kept_images(args: argparse.Namespace, folders: DomainFolders) -> str:
 
 
 def _note(text: str) -> None:
-    if text and os.environ.get("RANK", "0") == "0":
+    if text and is_main_process():
         warnings.warn(text, stacklevel=3)
 
 
 def _unreadable(paths: Sequence[Path], test: Callable[[Path], object], doing: str) -> list[Unreadable]:
-    """The images that fail; where `accelerate launch` started several processes, each tests its share."""
+    """The images that fail; of several processes each tests its share."""
     from fastheads.train.data.images import unreadable
     from fastheads.train.progress import phase
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    mine = paths if processes == 1 else paths[int(os.environ["RANK"]) :: processes]
+    mine = paths[rank() :: processes()]
     with phase(doing, len(mine), "images") as advance:
         found = unreadable(mine, test, advance=advance)
-    if processes == 1:
-        return found
-    from accelerate.utils import gather_object
-
-    from fastheads.train.ranks import join
-
-    join()
-    reasons = dict(gather_object(found))
+    reasons = dict(of_all(found))
     return [(path, reasons[path]) for path in paths if path in reasons]
 
 

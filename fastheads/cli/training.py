@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastheads.cli import data
 from fastheads.cli.arguments import InputError
+from fastheads.train.ranks import is_main_process, of_all, processes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,7 +150,7 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
     same = (
         *("steps", "accumulate", "gate_lr", "weight_decay", "mmd_weight", "mmd_kernel", "mmd_features", "mmd_to"),
         *("mmd_layers", "targets", "rank", "gate", "shared", "sequential", "evaluate_every", "save_every"),
-        *("batch_size", "workers", "checkpointing", "compile", "tf32", "ema", "fixed_head", "target_curve"),
+        *("batch_size", "workers", "checkpointing", "compile", "fsdp", "tf32", "ema", "fixed_head", "target_curve"),
     )
     auto = args.per_domain == "auto"
     try:
@@ -163,7 +163,7 @@ def recipe_of(args: argparse.Namespace, method: Method) -> Recipe:
             wise_ft=args.wise_ft is not False and (tuple(args.wise_ft) or True),
             **{name: getattr(args, name) for name in same},
         )
-        check_run(method, recipe, args.precision, 1 if auto else int(os.environ.get("WORLD_SIZE", "1")))
+        check_run(method, recipe, args.precision, 1 if auto else processes())
     except ValueError as e:
         raise data.as_options(e, *same, "per_domain", "precision", "wise_ft") from e
     return recipe
@@ -237,15 +237,11 @@ def _as_many_as_fit(
 ) -> tuple[int, str]:
     """`--per-domain auto`: what every method's step has room for on every process, and what to say of it; kept in
     `--out`, so that the same command goes on."""
-    from accelerate.utils import gather_object
-
     from fastheads.files import write_json
-    from fastheads.train.experiment import is_main_process
     from fastheads.train.progress import phase
-    from fastheads.train.ranks import join
     from fastheads.train.sizing import largest_batch
 
-    kept, processes = args.out / "per-domain.json", join().num_processes
+    kept = args.out / "per-domain.json"
     if kept.is_file():
         found, why = int(json.loads(kept.read_text())), f"as {kept} says"
     else:
@@ -255,8 +251,8 @@ def _as_many_as_fit(
                 for method, recipe in rows
                 if method.trains in ("adapter", "encoder")
             ]
-        batch = min(gather_object([min(each)]) if each and processes > 1 else each, default=sources * 12)
-        found = batch * args.accumulate // sources * processes
+        batch = min(of_all([min(each)]) if each else each, default=sources * 12)
+        found = batch * args.accumulate // sources * processes()
         where = "tried on the GPU" if next(model.parameters()).is_cuda else "by the ledger"
         why = f"{batch:,} images fit on a process at once, {where}"
     if found < 1:
@@ -277,7 +273,7 @@ def experiment(
 ) -> dict[str, Any]:
     """`run_experiment` on a setting, of every method; `options`: the others of its arguments."""
     from fastheads.train.data.images import UnreadableImageError
-    from fastheads.train.experiment import is_main_process, run_experiment
+    from fastheads.train.experiment import run_experiment
 
     notes = list(setting.notes)
 

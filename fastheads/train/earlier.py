@@ -17,6 +17,7 @@ from torch import nn
 from fastheads.hosts.vision import head_names
 from fastheads.train.evaluation import Problem
 from fastheads.train.methods import Method
+from fastheads.train.ranks import everywhere, of_all
 from fastheads.train.recipe import Recipe
 
 CHECKSUMS = "checksums.json"
@@ -33,8 +34,11 @@ _NAMES = {
     "precision": "--precision",
     "split_by": "--split-by",
 }
-# Of a recipe: how images are loaded, and in which parts, and how often, the same is computed.
-_NO_MATTER = ("save_every", "workers", "batch_size", "cache", "accumulate", "recompute", "checkpointing", "compile")
+# Of a recipe: how images are loaded, and where, in which parts, and how often, the same is computed.
+_NO_MATTER = (
+    *("save_every", "workers", "batch_size", "cache"),
+    *("accumulate", "recompute", "checkpointing", "compile", "fsdp"),
+)
 _RESULT = ("method", "target", "seed", "accuracy", "peak_memory_mb")  # a few of what a result must have
 
 
@@ -112,6 +116,23 @@ def _recounted(then: Mapping[str, int], now: Mapping[str, int]) -> str:
     names = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)] if then else []
     counts = "; ".join(f"{name}: was {then.get(name, 0)}, now {now.get(name, 0)}" for name in names)
     return f" ({counts})" if counts else ""
+
+
+def agree(key: Mapping[str, Any], recipe: Recipe, **found: Any) -> None:
+    """That every process has the same images, weights and settings (`run_key`), and `found` the same in `out`.
+
+    Raises ValueError, on every process the same.
+    """
+    (first, what), *others = of_all([(dict(key), found)])
+    for rank, (other, its) in enumerate(others, 1):
+        told = [text.replace(": was ", ": process 0 has ").replace(", now ", f", process {rank} ")
+                for text in differences(first, other, recipe)]  # fmt: skip
+        told += [f"{name} in --out: process 0 has {what[name]}, process {rank} {its[name]}"
+                 for name in what if what[name] != its[name]]  # fmt: skip
+        if told:
+            raise everywhere(
+                ValueError(f"processes disagree: {'; '.join(told)}; start all with the same files and options")
+            )
 
 
 def earlier_run(folder: Path, key: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | None:

@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from fastheads.hosts.vision import answer, head_of
 from fastheads.losses.context import class_text_weights, context_text_weights, evaluating, fill
+from fastheads.model.base import gathered
 from fastheads.train.data.batches import (
     CPU,
     Images,
@@ -26,6 +26,7 @@ from fastheads.train.data.domains import DomainFolders
 from fastheads.train.data.sampling import Split, split
 from fastheads.train.methods import class_logits
 from fastheads.train.progress import phase
+from fastheads.train.ranks import in_turn, processes, rank
 from fastheads.train.recipe import Recipe
 
 
@@ -97,7 +98,7 @@ class Problem:
         )
 
     def evaluation_loader(self, domain: str, part: str, recipe: Recipe) -> Loader:
-        """The images of a domain in order; `part`: "training", "validation" or "all"."""
+        """A domain's images in order, of several processes this one's; `part`: "training", "validation" or "all"."""
         key = (domain, part, recipe.batch_size, recipe.workers, recipe.cache)
         if key not in self.loaders:
             indices = {"training": self.training, "validation": self.validation, "all": {}}[part].get(domain)
@@ -109,6 +110,8 @@ class Problem:
                 recipe.batch_size,
                 workers=recipe.workers,
                 keep=recipe.cache,
+                process=rank(),
+                processes=processes(),
             )
         return self.loaders[key]
 
@@ -185,21 +188,25 @@ def _context(domain: str) -> Callable[[str], str]:
     return lambda name: f"a {domain.replace('_', ' ')} of a {name}."
 
 
-def image_features(model: nn.Module, loader: DataLoader[Any], doing: str = "images") -> tuple[Tensor, Tensor]:
+def image_features(model: nn.Module, loader: Loader, doing: str = "images") -> tuple[Tensor, Tensor]:
     """Features `[N, E]`, float32, and labels `[N]`, in the loader's order, in evaluation mode.
 
+    Where the batches are dealt out every process must call it, and has all of them afterwards.
     L2-normalised, but as they are where the model has a linear head, which takes them so.
     doing: what the progress calls it.
     """
     device = next(model.parameters()).device
-    features, labels = [], []
+    found: list[tuple[Tensor, Tensor]] = []
     with evaluating(model), phase(doing, len(cast(Images, loader.dataset)), "images") as advance:
         for images, targets, _ in loader:
-            found, logits = answer(model, images.to(device))
-            features.append(F.normalize(found.float(), dim=-1) if logits is None else found.float())
-            labels.append(targets.to(device))
+            features, logits = answer(model, images.to(device))
+            features = features.float()
+            found.append((F.normalize(features, dim=-1) if logits is None else features, targets.to(device)))
             advance(len(targets))
-    return torch.cat(features), torch.cat(labels)
+    if loader.dealt:
+        found = in_turn([(features.cpu(), labels.cpu()) for features, labels in found], loader.dealt)
+    features, labels = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
+    return features, labels
 
 
 def score(
@@ -217,7 +224,7 @@ def score(
         logits = class_logits(features, problem.classifier.to(features.device), problem.logit_scale)
     else:
         with torch.no_grad():
-            logits = head(features)
+            logits = F.linear(features, *map(gathered, head.parameters()))
     if lacking := problem.folders.lacking(domain):
         logits = logits.masked_fill(torch.tensor(lacking, device=logits.device), -torch.inf)
     return dataclasses.replace(score_logits(logits, labels), context=context)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -28,13 +27,13 @@ from fastheads.hosts.vision import head_names, head_of
 from fastheads.model import is_patched
 from fastheads.train.answers import details, write_answers
 from fastheads.train.data.domains import DomainFolders
-from fastheads.train.earlier import earlier_run, hashes, run_key
+from fastheads.train.earlier import agree, earlier_run, hashes, run_key
 from fastheads.train.evaluation import Problem, fit_head, fit_probe, image_features, score
 from fastheads.train.logs import peak_memory_mb, reset_peak_memory
 from fastheads.train.loop import Report, fit
 from fastheads.train.methods import METHODS, Method, check_text
 from fastheads.train.models import save
-from fastheads.train.ranks import agree
+from fastheads.train.ranks import is_main_process, local_rank
 from fastheads.train.recipe import Recipe
 from fastheads.train.state import trainable
 
@@ -44,13 +43,8 @@ WISE_FT_ALPHA = 0.5  # of which `wise_ft_accuracy` is, and what fully fine-tuned
 def device() -> torch.device:
     """Where this process computes: its own GPU where there is one, as accelerate will choose it, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", local_rank())
     return torch.device("cpu")
-
-
-def is_main_process() -> bool:
-    """Whether this process writes: the only one, or the first that `accelerate launch` started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def run_method(
@@ -64,13 +58,16 @@ def run_method(
     precision: str = "no",
     report: Report | None = None,
     log: Sequence[str] = (),
+    hashed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One run: trains a copy of `base` by `method`, scores it, saves what was learned under `out`.
 
     Returns the run's entry of the experiment (see `run_experiment`), read back from `out/result.json` where the same
-    run, on the same weights, images and prompts, was done before. Raises ValueError where `out` holds another run.
+    run, on the same weights, images and prompts, was done before. hashed: of `fit`. Raises ValueError where `out` holds
+    another run.
     """
-    key = run_key(hashes(base, problem), method, problem, recipe, precision) | {"base": base_name}
+    hashed = hashed or hashes(base, problem)
+    key = run_key(hashed, method, problem, recipe, precision) | {"base": base_name}
     done = earlier_run(out, key, recipe)
     agree(key, recipe, results=int(done is not None))
     if done is not None:
@@ -96,7 +93,7 @@ def run_method(
         run["seconds"] = time.perf_counter() - began
         run["trainable_parameters"] = probe.weight.numel() + len(probe.bias)
     elif method.trains != "nothing":
-        run |= fit(model, method, problem, recipe, out=out, precision=precision, report=report, log=log)
+        run |= fit(model, method, problem, recipe, out=out, precision=precision, report=report, log=log, hashed=hashed)
         run["trainable_parameters"] = sum(p.numel() for p in trainable(model).values())
     parts = [(name, "validation") for name in problem.sources] + [(problem.target, "all")]
     scores = {name: score(model, problem, name, part, recipe, probe) for name, part in parts}
@@ -112,8 +109,10 @@ def run_method(
         run["wise_ft_accuracy"] = found[WISE_FT_ALPHA]
         run["wise_ft"] = [{"alpha": alpha, "accuracy": accuracy} for alpha, accuracy in found.items()]
     run["peak_memory_mb"] = peak_memory_mb()
+    if is_patched(model):
+        run["merge_max_difference"] = _merged_difference(model, problem, recipe)
     if is_main_process():
-        run |= _save(model, method, problem, recipe, out, base_name)
+        run |= _save(model, method, problem, out, base_name)
         write_answers(out, scores[problem.target])
         write_json(out / "result.json", {"key": key, "run": run})
         for name in ("state", "state.old"):
@@ -121,23 +120,21 @@ def run_method(
     return run
 
 
-def _save(
-    model: nn.Module, method: Method, problem: Problem, recipe: Recipe, out: Path, base_name: str
-) -> dict[str, Any]:
-    """Saves an adapter, with the linear head if there is one, or the model of a fine-tuned encoder or a fitted head;
-    checks that merging an adapter keeps the features."""
+def _merged_difference(model: nn.Module, problem: Problem, recipe: Recipe) -> float:
+    """How far merging an adapter moves the features of the first source's held-out images, beside the largest."""
+    loader = problem.evaluation_loader(problem.sources[0], "validation", recipe)
+    before, _ = image_features(model, loader)
+    after, _ = image_features(merge(copy.deepcopy(model)), loader)
+    return ((after - before).abs().max() / before.abs().max()).item()
+
+
+def _save(model: nn.Module, method: Method, problem: Problem, out: Path, base_name: str) -> dict[str, Any]:
+    """Saves an adapter, with the linear head if there is one, or the model of a fine-tuned encoder or a fitted head."""
     head = head_names(model)
     if is_patched(model):
         classes = problem.folders.classes if head else None
         folder = save_adapter(model, out / "adapter", base=base_name, modules_to_save=head, classes=classes)
-        loader = problem.evaluation_loader(problem.sources[0], "validation", recipe)
-        before, _ = image_features(model, loader)
-        after, _ = image_features(merge(copy.deepcopy(model)), loader)
-        difference = ((after - before).abs().max() / before.abs().max()).item()
-        return {
-            "saved_bytes": sum(f.stat().st_size for f in folder.iterdir()),
-            "merge_max_difference": difference,
-        }
+        return {"saved_bytes": sum(f.stat().st_size for f in folder.iterdir())}
     if method.trains == "encoder" or head:
         path = save(model, out / "model.safetensors")
         return {"saved_bytes": sum(f.stat().st_size for f in (path.iterdir() if path.is_dir() else [path]))}
@@ -155,10 +152,10 @@ class _Planned:
 
 
 def _refuse_others(
-    base: nn.Module, base_name: str, problem: Problem, precision: str, planned: Sequence[_Planned]
+    hashed: Mapping[str, Any], base_name: str, problem: Problem, precision: str, planned: Sequence[_Planned]
 ) -> None:
     """Raises ValueError where a planned run's folder holds another run. `problem` is that of any of them."""
-    hashed, domains = hashes(base, problem), problem.folders.domains
+    domains = problem.folders.domains
     for plan in planned:
         # Domains that are sources wherever they are not held out, or (`--sources`) the same for every target.
         sources = problem.sources
@@ -212,13 +209,16 @@ def run_experiment(
         if seed in seeds(name)
     ]
     earlier = [plan for plan in planned if plan.folder.exists()]
-    if earlier:
-        _refuse_others(base, base_name, problem_of(earlier[0].target, earlier[0].recipe.seed), precision, earlier)
+    first = (earlier or planned)[0]
+    problem = problem_of(first.target, first.recipe.seed)
+    hashed = hashes(base, problem)  # the same of all problems
+    _refuse_others(hashed, base_name, problem, precision, earlier)
     for plan in planned:
         method, target, seed = plan.method, plan.target, plan.recipe.seed
         report = watch(f"{method.label.split(' (')[0]} · {target} · {seed}") if watch else None
         problem = problem_of(target, seed)
         options: dict[str, Any] = {"base_name": base_name, "precision": precision, "report": report, "log": log}
+        options |= {"hashed": hashed}
         runs.append(run_method(base, method, problem, plan.recipe, plan.folder, **options))
     threads = torch.get_num_threads()
     cpu = "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"

@@ -23,14 +23,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from fastheads.hosts.vision import checkpoint_blocks, head_of, image_tower
 from fastheads.losses import mmd
 from fastheads.model import gate_parameters, gates, is_patched, lora_parameters
+from fastheads.model.base import gathered
 from fastheads.patching import patch
-from fastheads.train.earlier import hashes, run_key
+from fastheads.train.earlier import agree, hashes, run_key
 from fastheads.train.evaluation import Problem, context_kept, context_logits, fit_head, image_features, score
 from fastheads.train.logs import Log, peak_memory_mb
 from fastheads.train.methods import ImageEncoder, Method, Objective, check_text
 from fastheads.train.optimization import cosine_schedule, parameter_groups
-from fastheads.train.ranks import Notice, Stopped, agree, everywhere, group, join
+from fastheads.train.ranks import Notice, Stopped, everywhere, group, join
 from fastheads.train.recipe import Recipe, check_run
+from fastheads.train.sharding import average_gradients, shard
 from fastheads.train.state import Progress, State, learned, trainable
 from fastheads.train.step import backward, micro_batches
 
@@ -77,6 +79,7 @@ def fit(
     precision: str = "no",
     report: Report | None = None,
     log: Sequence[str] = (),
+    hashed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in place on the problem's source domains and leaves the best weights in it.
 
@@ -96,6 +99,7 @@ def fit(
         log: "jsonl", "tensorboard" or both, written to `out` by the first process: of every step the losses, learning
             rate, images per second, seconds waited for data and memory; where the run is evaluated also accuracies,
             gates and the MMD of each layer and pair of sources.
+        hashed: `earlier.hashes(model, problem)`, where they are known already.
 
     Returns history, gates over time, selected step and its validation loss, seconds, images per second. The history has
     at up to 200 steps the loss and its parts, and `[step, value]` at each evaluation: the accuracies validation and,
@@ -111,15 +115,19 @@ def fit(
     accelerator = Accelerator(mixed_precision=precision, cpu=join().device.type == "cpu")
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
-            f"accelerate's configuration: got {accelerator.distributed_type.value}, whose shards the MMD's gates, the "
-            "saved state and the evaluation don't read; takes MULTI_GPU (DDP)"
+            f"accelerate's configuration: got {accelerator.distributed_type.value}; takes MULTI_GPU, and --fsdp "
+            "(Recipe.fsdp) for shards"
         )
-    key = run_key(hashes(model, problem), method, problem, recipe, precision)
+    key = run_key(hashed or hashes(model, problem), method, problem, recipe, precision)
     inner = model.to(accelerator.device)
     fit_head(inner, problem, recipe)
     contexts = _contexts(inner, problem, recipe)
     options: Any = {"recompute": recipe.recompute, "fixed_head": recipe.fixed_head, **recipe.adapter}
     teacher = prepare(inner, method, teacher=recipe.context_weight > 0, **options)
+    sharded = recipe.fsdp and processes > 1
+    if sharded:
+        inner = copy.deepcopy(model.cpu()).to(accelerator.device)
+        shard(inner, whole=trainable(inner).values() if method.trains == "adapter" else ())
     if recipe.checkpointing:
         checkpoint_blocks(image_tower(inner))
     encoder = ImageEncoder(inner)
@@ -128,7 +136,8 @@ def fit(
     rates = {"lr": recipe.lr, "gate_lr": recipe.gate_lr, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.AdamW(parameter_groups(inner, **rates))
     schedule = cosine_schedule(optimizer, recipe.steps)
-    wrapped, optimizer = accelerator.prepare(encoder, optimizer)
+    wrapped = accelerator.prepare_model(encoder, evaluation_mode=sharded)  # no DDP around shards
+    optimizer = accelerator.prepare_optimizer(optimizer)
     problem = problem.to(accelerator.device)
     objective = Objective(
         classifier=problem.classifier,
@@ -146,7 +155,6 @@ def fit(
     progress = Progress()
     state = State(accelerator, inner, progress, schedule, out, key=key)
     state.resume(recipe)
-    progress.average = {name: t.to(accelerator.device) for name, t in progress.average.items()}
     agree(key, recipe, step=progress.step)
 
     if progress.step == 0:
@@ -179,6 +187,8 @@ def fit(
                 group=group(),
                 keep=bool(log) and evaluates,
             )
+            if sharded:
+                average_gradients(trainable(inner).values())
             if recipe.sequential:
                 _hold(inner, gates=progress.step < recipe.steps // 2)
             lr = schedule.get_last_lr()[0]
@@ -228,6 +238,9 @@ def fit(
     for name, tensor in learned(inner).items():
         tensor.data.copy_(progress.best["weights"][name])
     state.save()
+    if sharded:
+        for name, tensor in learned(model.to(accelerator.device)).items():
+            tensor.data.copy_(gathered(progress.best["weights"][name]))
     accelerator.free_memory()
     return {
         "selected_step": progress.best["step"],

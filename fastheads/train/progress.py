@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from fastheads.train.ranks import is_main_process
 
 SILENCE = 25.0  # seconds between two lines off a terminal: half a minute at most is promised
 
@@ -81,7 +82,7 @@ class Bars:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+        self.console = console or Console(stderr=True, quiet=not is_main_process())
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),  # what the rest of the line leaves: the rest fits 80 columns

@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import gather_object
 
-from fastheads.train.earlier import differences
-from fastheads.train.recipe import Recipe
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
+T = TypeVar("T")
 ErrorT = TypeVar("ErrorT", bound=Exception)
 
 PATIENCE = 600.0  # seconds that a process waits for the others; FASTHEADS_PATIENCE says otherwise
@@ -32,8 +31,40 @@ class Stopped(SystemExit):
         self.where = where
 
 
+def _told(name: str, otherwise: int) -> int:
+    """What the launcher says in the environment."""
+    return int(os.environ.get(name, otherwise))
+
+
+def rank() -> int:
+    """Which of the processes this is."""
+    return _told("RANK", 0)
+
+
+def local_rank() -> int:
+    """Which of this machine's processes this is."""
+    return _told("LOCAL_RANK", 0)
+
+
+def processes() -> int:
+    """How many there are."""
+    return _told("WORLD_SIZE", 1)
+
+
+def local_processes() -> int:
+    """How many there are on this machine."""
+    return _told("LOCAL_WORLD_SIZE", 1)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: the first, or the only one."""
+    return rank() == 0
+
+
 def join() -> PartialState:
     """This process among those that `torchrun` or `accelerate launch` started; alone where there are no others."""
+    from accelerate import PartialState
+
     patience = timedelta(seconds=float(os.environ.get("FASTHEADS_PATIENCE", PATIENCE)))
     return PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
 
@@ -43,23 +74,21 @@ def group() -> Any:
     return dist.group.WORLD if join().num_processes > 1 else None
 
 
-def agree(key: Mapping[str, Any], recipe: Recipe, **found: Any) -> None:
-    """That every process has the same images, weights and settings (`run_key`), and `found` the same in `out`.
+def of_all(own: list[T]) -> list[T]:
+    """The processes' lists, one after the other. Every process must call it."""
+    if processes() == 1:
+        return own
+    from accelerate.utils import gather_object
 
-    Raises ValueError, on every process the same.
-    """
-    if join().num_processes == 1:
-        return
-    (first, what), *others = gather_object([(dict(key), found)])
-    for rank, (other, its) in enumerate(others, 1):
-        told = [text.replace(": was ", ": process 0 has ").replace(", now ", f", process {rank} ")
-                for text in differences(first, other, recipe)]  # fmt: skip
-        told += [f"{name} in --out: process 0 has {what[name]}, process {rank} {its[name]}"
-                 for name in what if what[name] != its[name]]  # fmt: skip
-        if told:
-            raise everywhere(
-                ValueError(f"processes disagree: {'; '.join(told)}; start all with the same files and options")
-            )
+    join()
+    found: list[T] = gather_object(own)
+    return found
+
+
+def in_turn(own: Sequence[T], count: int) -> list[T]:
+    """What was dealt out to the processes in turn, as many to each, in order again: the first `count` of all."""
+    each = of_all([own])
+    return [one for turn in zip(*each, strict=True) for one in turn][:count]
 
 
 def everywhere(error: ErrorT) -> ErrorT:
@@ -71,8 +100,7 @@ def everywhere(error: ErrorT) -> ErrorT:
 def failures(error: Exception | None) -> str:
     """What went wrong on any process, in words; "" where nothing did. Every process must call it."""
     own = "" if error is None else " ".join(str(error).split()) or type(error).__name__
-    told = [own] if join().num_processes == 1 else gather_object([own])
-    return next(filter(None, told), "")
+    return next(filter(None, of_all([own])), "")
 
 
 def lost(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ class Recipe:
     with the original too, half and half, as full fine-tuning always is; numbers: and at these parts of the tuned
     weights. target_curve: the target is scored at every evaluation too, for a curve; it enters no choice.
     per_domain: images of each source domain in a step, over all processes; on each they come in `accumulate` parts, one
-    after the other, which changes no gradient.
+    after the other, which changes no gradient. fsdp: of several processes each holds a share of the image tower.
     recompute: of `patch`; 0: no layer. checkpointing: whole blocks are computed again in the backward pass. compile: by
     `torch.compile`. tf32: of a GPU's float32 products.
     ema: the decay of an exponential moving average of what is trained, which is evaluated and kept instead; 0: none.
@@ -53,6 +53,7 @@ class Recipe:
     recompute: int | str = 0
     checkpointing: bool = False
     compile: bool = False
+    fsdp: bool = False
     tf32: bool = False
     ema: float = 0.0
     fixed_head: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 
 import torch
@@ -15,6 +14,7 @@ from fastheads.train.logs import free_memory
 from fastheads.train.loop import prepare
 from fastheads.train.methods import ImageEncoder, Method
 from fastheads.train.planning import Step
+from fastheads.train.ranks import local_processes
 from fastheads.train.recipe import Recipe
 
 
@@ -22,7 +22,7 @@ def room() -> int:
     """Bytes that this process may take: of its GPU what is free, else its share of the memory the system has left."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info(device())[0]
-    return free_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory() // local_processes()
 
 
 def largest_batch(model: nn.Module, method: Method, recipe: Recipe, precision: str) -> int:

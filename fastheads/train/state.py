@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastheads.files import write_json
 from fastheads.hosts.vision import head_names
 from fastheads.model import is_patched
+from fastheads.model.base import gathered
 from fastheads.train.earlier import CHECKSUMS, check_state, checksums, corrupt, intact_state
-from fastheads.train.ranks import everywhere, failures
+from fastheads.train.ranks import everywhere, failures, of_all
 from fastheads.train.recipe import Recipe
+from fastheads.train.sharding import like
 
 
 class Progress:
-    """What a run has done so far, saved with accelerate's state: step, histories, best weights, the moving average."""
+    """What a run has done so far: step, histories, best weights, the moving average."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -33,12 +37,6 @@ class Progress:
         self.gates: dict[str, list[Any]] = {"step": [], "values": []}
         self.best: dict[str, Any] = {"step": 0, "accuracy": -1.0, "loss": math.inf, "weights": {}}
         self.average: dict[str, Tensor] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +52,10 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
 
 
 class State:
-    """accelerate's saved state of one run, trained weights only: `state`, and the one before it in `state.old`."""
+    """accelerate's saved state of one run, trained weights only: `state`, and the one before it in `state.old`.
+
+    Tensors that FSDP2 has cut are saved whole, so that any number of processes goes on, with it or without.
+    """
 
     def __init__(
         self,
@@ -67,14 +68,17 @@ class State:
     ) -> None:
         self.accelerator, self.model, self.progress, self.key = accelerator, model, progress, key
         self.folder = None if out is None else Path(out).expanduser() / "state"
-        accelerator.register_for_checkpointing(progress, schedule)
+        self.optimizer, self._whole = schedule.optimizer, dict[int, Tensor]()
+        self.optimizer.register_state_dict_post_hook(self._optimizer_whole)
+        self.optimizer.register_load_state_dict_pre_hook(self._optimizer_cut)
+        accelerator.register_for_checkpointing(self, schedule)
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
     def _save_weights(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         weights.clear()  # the frozen base is not saved again
         if self.accelerator.is_main_process:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in learned(self.model).items()}
+            tensors = {n: t.detach().cpu().contiguous() for n, t in self._of_whole(learned(self.model)).items()}
             save_file(tensors, Path(folder) / "trained.safetensors")
             (Path(folder) / "run.json").write_text(json.dumps(self.key))
 
@@ -82,7 +86,40 @@ class State:
         models.clear()
         saved = load_file(Path(folder) / "trained.safetensors")
         for name, tensor in learned(self.model).items():
-            tensor.data.copy_(saved[name])
+            tensor.data.copy_(like(saved[name], tensor))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the progress, for accelerate."""
+        best, average = self.progress.best, self._of_whole(self.progress.average)
+        best = {**best, "weights": self._of_whole(best["weights"])}
+        return {**self.progress.__dict__, "best": best, "average": average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Into the progress, from accelerate."""
+        self.progress.__dict__.update(state)
+        own = learned(self.model)
+        for tensors in (self.progress.best["weights"], self.progress.average):
+            tensors |= {name: like(tensor, own[name]) for name, tensor in tensors.items()}
+
+    def _gather(self) -> None:
+        """Makes whole what is cut; every process asks for all of it, before any of them can fail."""
+        kept = (learned(self.model), self.progress.best["weights"], self.progress.average)
+        cut = [t for own in (*kept, *self.optimizer.state.values()) for t in own.values() if isinstance(t, DTensor)]
+        self._whole = {id(t): gathered(t.detach()).cpu() for t in cut}
+
+    def _of_whole(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self._whole.get(id(t), t) for name, t in tensors.items()}
+
+    def _optimizer_whole(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "state": {i: self._of_whole(own) for i, own in state["state"].items()}}
+
+    def _optimizer_cut(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+        cut = {
+            i: {name: like(t, parameters[i]) if t.shape == parameters[i].shape else t for name, t in own.items()}
+            for i, own in state["state"].items()
+        }
+        return {**state, "state": cut}
 
     def save(self) -> None:
         """Writes beside the old states, then moves each one place on: a kill leaves one of them.
@@ -95,11 +132,13 @@ class State:
         if self.accelerator.is_main_process:
             shutil.rmtree(fresh, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        self._gather()
         error: Exception | None = None
         try:
             self.accelerator.save_state(str(fresh))
         except Exception as e:  # of torch, safetensors, the system: whatever a full disk makes them say
             error = e
+        self._whole = {}
         told = failures(error)
         if not told and self.accelerator.is_main_process:
             try:
@@ -110,7 +149,7 @@ class State:
         if told:
             if self.accelerator.is_main_process:
                 shutil.rmtree(fresh, ignore_errors=True)
-            free = shutil.disk_usage(self.folder.parent).free / 1e6
+            free = of_all([shutil.disk_usage(self.folder.parent).free / 1e6])[0]  # all say the same
             kept = ", the one before is kept" if self.folder.exists() else ""
             raise everywhere(
                 OSError(

@@ -25,12 +25,13 @@ def test_the_volumes_are_those_that_gloo_carries(tmp_path, world):
     counted = json.loads((tmp_path / "counted.json").read_text())
     model = patched("clip", fastheads.HeadConfig())
     visual = model.visual
-    resblocks = list(visual.transformer.resblocks)
-    width = resblocks[0].attn.embed_dim
+    layers, width = len(visual.transformer.resblocks), visual.transformer.width
+    trained = [p for p in visual.parameters() if p.requires_grad]
     expected = {
         "ddp": ddp_volumes(model),
-        "fsdp": fsdp_volumes(resblocks, visual, world),
-        "mmd": mmd_volumes(len(resblocks), BATCH, width, world),
+        "fsdp": fsdp_volumes(visual, world),
+        "fsdp adapters": fsdp_volumes(visual, world, trained),
+        "mmd": mmd_volumes(layers, BATCH, width, world),
     }
     assert {name: Volumes(**found) for name, found in counted.items()} == expected
     assert all(any(asdict(volumes).values()) for volumes in expected.values())

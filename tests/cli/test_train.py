@@ -85,12 +85,19 @@ def test_a_method_named_twice_runs_once(world):
     done(*world.train, "--out", world.root / "run")
 
 
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "--master-port"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"),
+}
+
+
 @pytest.mark.slow
-def test_torchrun_trains_prints_and_writes_as_one_process(world, tmp_path):
+@pytest.mark.parametrize(("launcher", "own"), [("torchrun", []), ("accelerate", ["--fsdp"])])
+def test_launchers_train_print_and_write_as_one_process(world, tmp_path, launcher, own):
     """Two processes: what a single one learned, printed once."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    launch = [sys.executable, "-m", *LAUNCHERS[launcher], free_port()]
     options = [*world.train[: world.train.index("zero-shot")], "hap", *SHORT, "--log-to", "jsonl", "--out", tmp_path]
-    command = [str(part) for part in (*torchrun, "-m", "fastheads", *options)]
+    command = [str(part) for part in (*launch, "-m", "fastheads", *options, *own)]
     ran = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

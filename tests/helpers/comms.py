@@ -30,25 +30,24 @@ class Carried(TorchDispatchMode):
 
 
 def communicate_on_rank(rank, world, folder, batch):
-    """A step in DDP, one in FSDP2, and an MMD over all ranks; rank 0 writes what each carried."""
+    """A step in DDP, in FSDP2 with all of the tower cut and with whole adapters, and an MMD over all ranks; rank 0
+    writes what each carried."""
     from standins import images, patched
-    from torch.distributed.fsdp import fully_shard
 
     import fastheads
+    from fastheads.train.sharding import average_gradients, shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     counted = {}
-    for kind in ("ddp", "fsdp", "mmd"):
+    for kind in ("ddp", "fsdp", "fsdp adapters", "mmd"):
         model = patched("clip", fastheads.HeadConfig())
         model.forward = run = model.encode_image
         if kind == "ddp":
             run = torch.nn.parallel.DistributedDataParallel(model)
-        elif kind == "fsdp":
-            mesh = dist.init_device_mesh("cpu", (world,))
-            for block in model.visual.transformer.resblocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model.visual, mesh=mesh)
+        trained = [p for p in model.parameters() if p.requires_grad] if kind == "fsdp adapters" else []
+        if kind.startswith("fsdp"):
+            shard(model, whole=trained)
         with fastheads.capture_heads(model) as heads, Carried() as carried:
             features = run(images(batch))
             if kind == "mmd":
@@ -56,6 +55,7 @@ def communicate_on_rank(rank, world, folder, batch):
                 fastheads.head_mmd(heads, domains, group=dist.group.WORLD, estimator="biased").backward()
             else:
                 features.square().mean().backward()
+                average_gradients(trained)
         counted[kind] = carried.bytes
     if rank == 0:
         (folder / "counted.json").write_text(json.dumps(counted))

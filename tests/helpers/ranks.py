@@ -1,19 +1,38 @@
 """What a process of a distributed test runs: importable by name, so that a spawned process finds it."""
 
+import contextlib
+import json
 import os
 
 import torch
+from training import stopped_at
 
+from fastheads.train.data.batches import evaluation_loader
+from fastheads.train.evaluation import image_features
 from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
 from fastheads.train.state import trainable
 
 
-def train_on_rank(rank, world, port, base, problem, recipe, out):
+def train_on_rank(rank, world, port, base, problem, recipe, out, method="hap", stop=None):
     be_rank(rank, world, port)
-    run = fit(base, METHODS["hap"], problem, recipe, out=out, log=["jsonl"])
+    with contextlib.suppress(InterruptedError):
+        run = fit(base, METHODS[method], problem, recipe, out=out, log=["jsonl"], report=stopped_at(stop))
+    if stop:
+        return
     found = {n: p.detach() for n, p in trainable(base).items()}
     torch.save({"history": run["history"], "weights": found}, out / f"rank{rank}.pt")
+
+
+def score_on_rank(rank, world, port, base, problem, recipe, out):
+    """This process's share of the target's images, and what it then knows of all of them."""
+    be_rank(rank, world, port)
+    share = problem.evaluation_loader("red", "all", recipe)
+    whole = evaluation_loader(problem.folders, "red", None, problem.transforms[1], recipe.batch_size)
+    features, labels = image_features(base, share)
+    alone = image_features(base, whole)
+    same = torch.equal(features, alone[0]) and torch.equal(labels, alone[1])
+    (out / f"rank{rank}.json").write_text(json.dumps({"images": len(share.dataset), "same": same}))
 
 
 def be_rank(rank, world, port):
@@ -46,7 +65,6 @@ def fail_on_rank(rank, world, port, base, problem, recipe, out):
     import copy
     import dataclasses
     import errno
-    import json
 
     from fastheads.train import state
 
@@ -57,7 +75,7 @@ def fail_on_rank(rank, world, port, base, problem, recipe, out):
         "settings": (problem, dataclasses.replace(recipe, lr=recipe.lr * (1 + last))),
         "images": (dataclasses.replace(problem, folders=dataclasses.replace(problem.folders, files=fewer)), recipe),
         "loss": (problem, recipe),
-        "disk": (problem, recipe),
+        "disk": (problem, dataclasses.replace(recipe, fsdp=True)),
     }
     write = state.save_file
 
@@ -75,7 +93,8 @@ def fail_on_rank(rank, world, port, base, problem, recipe, out):
 
         state.save_file = full if name == "disk" else write
         try:
-            fit(model, METHODS["hap"], its_problem, its_recipe, out=out / name, report=spoil)
+            method = METHODS["fine-tune" if its_recipe.fsdp else "hap"]
+            fit(model, method, its_problem, its_recipe, out=out / name, report=spoil)
         except (ValueError, FloatingPointError, OSError) as e:
             told[name] = str(e), e.everywhere
     (out / f"told{rank}.json").write_text(json.dumps(told))
@@ -83,8 +102,6 @@ def fail_on_rank(rank, world, port, base, problem, recipe, out):
 
 def train_until_killed(root, out, kill, number=9):
     """Trains on the folders under `root`; gets that signal at step `kill`, or else saves what it learned."""
-    import json
-
     import open_clip
 
     from fastheads.demo.base import CONFIG, MODEL, register
@@ -153,8 +170,6 @@ def step_on_rank(rank, world, folder, name, targets, wrap):
 
 def look_on_rank(rank, world, port, paths, out):
     """This process's share of a look at `paths`; what it then knows is written to `out`."""
-    import json
-
     from fastheads.cli import data
     from fastheads.train.data.images import look
 

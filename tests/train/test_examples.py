@@ -1,4 +1,5 @@
-"""The examples run: a loop of one's own in DDP, on any number of processes, and OpenCLIP's training script."""
+"""The examples run: loops of one's own, on any number of processes, Lightning's where it is installed, and OpenCLIP's
+training script."""
 
 import csv
 import logging
@@ -22,7 +23,11 @@ def root(tmp_path):
 
 
 @pytest.mark.slow
-def test_plain_ddp_gives_the_same_adapter_on_one_process_and_on_two(root, tmp_path):
+@pytest.mark.parametrize("name", ["ddp", "accelerate_loop", "lightning_module"])
+def test_a_loop_of_ones_own_gives_the_same_adapter_on_one_process_and_on_two(root, tmp_path, name):
+    own = ["--devices"] if name == "lightning_module" else []
+    if own:
+        pytest.importorskip("pytorch_lightning")
     found = []
     for world in (1, 2):
         out = tmp_path / f"on{world}"
@@ -42,7 +47,7 @@ def test_plain_ddp_gives_the_same_adapter_on_one_process_and_on_two(root, tmp_pa
             "--out",
             out,
         ]
-        on_ranks(example_on_rank, world, world, free_port(), "ddp", list(map(str, argv)))
+        on_ranks(example_on_rank, world, world, free_port(), name, list(map(str, argv + own + [world] * len(own))))
         found.append(load_file(out / "adapter_model.safetensors"))
     assert any(name.endswith("theta") and tensor.any() for name, tensor in found[0].items())
     for name, tensor in found[0].items():

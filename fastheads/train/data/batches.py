@@ -99,10 +99,13 @@ class Loader(DataLoader[Item]):
     """Batches on `device`: (images, class indices, domain indices).
 
     A transform that has a `finish` (see `Views`) finishes whole batches, there. `rates` says who waits for whom. With
-    `keep` the decoded images stay in memory.
+    `keep` the decoded images stay in memory. dealt: how many batches there are, where they are dealt out to processes
+    in turn; 0: this one has all.
     """
 
-    def __init__(self, images: Images, workers: int, device: torch.device, keep: bool, **options: Any) -> None:
+    def __init__(
+        self, images: Images, workers: int, device: torch.device, keep: bool, dealt: int = 0, **options: Any
+    ) -> None:
         if keep:
             images.keep_decoded()
         # A generator of its own: a loader otherwise draws from the global one at each iteration.
@@ -111,7 +114,7 @@ class Loader(DataLoader[Item]):
         if workers and images.folders.decoded and "fork" in multiprocessing.get_all_start_methods():
             options["multiprocessing_context"] = "fork"  # which shares the decoded images, where others would copy them
         super().__init__(images, num_workers=at_least("workers", workers, 0), **options)
-        self.device = device
+        self.device, self.dealt = device, dealt
         self.finish: Callable[[Tensor], Tensor] = getattr(images.transform, "finish", _as_it_is)
         self._loading, self._using = (deque[float](maxlen=RECENT) for _ in range(2))  # seconds per image
 
@@ -172,14 +175,22 @@ def evaluation_loader(
     workers: int = 0,
     device: torch.device = CPU,
     keep: bool = False,
+    process: int = 0,
+    processes: int = 1,
 ) -> Loader:
-    """The images of one domain in order, those at `indices` or (None) all; no batch dropped."""
+    """The images of one domain in order, those at `indices` or (None) all; no batch dropped.
+
+    Of `processes`, this one gets every so-manieth batch, and as many as each of the others: where they don't come out
+    even, the last one again.
+    """
     index = folders.index(domain)
     files = range(len(folders.files[index])) if indices is None else indices
     if not len(files):
         raise ValueError(f"indices: got no image of {domain!r}, expected at least one, or None")
-    images = Images(folders, [(index, file) for file in files], transform)
-    return Loader(images, workers, device, keep, batch_size=batch_size)
+    starts = range(0, len(files), at_least("batch_size", batch_size, 1))
+    own = [starts[min(at, len(starts) - 1)] for at in range(process, len(starts) + process, processes)]
+    images = Images(folders, [(index, file) for start in own for file in files[start : start + batch_size]], transform)
+    return Loader(images, workers, device, keep, batch_size=batch_size, dealt=len(starts) * (processes > 1))
 
 
 class Views:
