@@ -24,7 +24,14 @@ LOG = logging.getLogger("mkdocs.hooks.fastheads")
 
 PAGES = {name: f"repository/{name.lower()}" for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
 # What pages link to that is no page: copied as it is.
-COPIED = ("bench/results/*.json", "examples/*.py", "LICENSE", "CITATION.cff", "fastheads/demo/NOTICE")
+COPIED = (
+    "bench/results/*.json",
+    "examples/*.py",
+    "examples/*.ipynb",
+    "LICENSE",
+    "CITATION.cff",
+    "fastheads/demo/NOTICE",
+)
 PUBLIC = ("fastheads", "fastheads.losses")  # packages all of whose `__all__` is public
 
 COMMANDS = """# Command line

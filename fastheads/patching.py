@@ -384,7 +384,7 @@ def masked(model: nn.Module, heads: Iterable[tuple[int, int]], tower: str | None
         if not 0 <= head < num_heads:
             raise ValueError(f"heads: got head {head}; layer {layer} has heads 0 … {num_heads - 1}")
         closed.setdefault(layer, []).append(head)
-    before = {layer: of_layer[layer].heads.closed for layer in closed}
+    before = [(of_layer[layer].heads, of_layer[layer].heads.closed) for layer in closed]
     for layer, own_heads in closed.items():
         own, (weight, *_) = of_layer[layer].heads, of_layer[layer].weights(of_layer[layer])
         mask = widened(weight.new_ones(own.num_heads)) if own.closed is None else own.closed.clone()
@@ -393,5 +393,5 @@ def masked(model: nn.Module, heads: Iterable[tuple[int, int]], tower: str | None
     try:
         yield model
     finally:
-        for layer, earlier in before.items():
-            of_layer[layer].heads.close(earlier)
+        for own, earlier in before:  # the modules themselves may be stock again
+            own.close(earlier)

@@ -11,15 +11,18 @@ import open_clip
 import pytest
 import timm
 import torch
+from pictures import few_icons
 from standins import seeded
 from timm.models.vision_transformer import VisionTransformer
 
+import fastheads
 from fastheads.cli import arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p for p in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
 # What has tests of its own: models and loaders there are the README's, or a graph is captured.
 ELSEWHERE = {"docs/memory.md": "tests/ops/test_models.py", "docs/cuda-graphs.md": "tests/test_cuda_graphs.py"}
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # Started by their own tests, with options.
 OWN_ARGUMENTS = {
@@ -106,3 +109,20 @@ def test_the_command_line_takes_a_pages_commands(page):
 def test_an_example_runs(example, tiny, capsys):
     runpy.run_path(str(example), run_name="__main__")
     assert re.search(r"\d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=named)
+def test_a_notebook_runs_from_top_to_bottom_and_is_kept_without_outputs(notebook, monkeypatch, tmp_path, capsys):
+    """On few of the demo's icons, by the model that comes with the package."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.chdir(tmp_path)
+    few_icons(monkeypatch)
+    text = notebook.read_text(encoding="utf-8")
+    tiny = text.replace("most=3, images=100", "most=1, images=4")
+    assert tiny != text
+    cells = [c for c in json.loads(tiny)["cells"] if c["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    names = {}
+    for cell in cells:
+        exec(compile("".join(cell["source"]), named(notebook), "exec"), names)
+    assert "closed (layer, head)" in capsys.readouterr().out and not fastheads.is_patched(names["stock"])

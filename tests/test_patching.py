@@ -309,6 +309,15 @@ def test_masked_takes_layers_without_parameters_of_their_own():
         assert relative(features(model), on) > 1e-3
 
 
+def test_a_model_merged_while_heads_are_masked_is_a_stock_one_without_them():
+    model = patched(config=HeadConfig())
+    with fastheads.masked(model, [(1, 2)]):
+        without = features(model)
+        fastheads.merge(model)
+    assert not fastheads.is_patched(model)
+    assert relative(features(model), without) < 1e-5
+
+
 def test_masked_ends_with_an_exception():
     model = patched(config=HeadConfig())
     on = features(model)

@@ -11,15 +11,15 @@ from pathlib import Path
 from bench.base.checkout import ROOT
 from bench.base.tables import read_block, write_block
 from bench.report.figures import all_figures, digest_of, draw
-from bench.report.performance_page import answer, measured, readme
+from bench.report.performance_page import answer, cases_table, measured, readme
 from bench.report.sources import Source, sources
 
 
 def blocks(found: Sequence[Source]) -> dict[tuple[str, str], str]:
     """What stands where: (file, block)."""
     page = "docs/performance.md"
-    texts = {(page, "report answer"): answer(found), (page, "report measured"): measured(found)}
-    return texts | {("README.md", "report"): readme(found)}
+    texts = {"report answer": answer(found), "report cases": cases_table(found), "report measured": measured(found)}
+    return {(page, name): text for name, text in texts.items()} | {("README.md", "report"): readme(found)}
 
 
 def stale(found: Sequence[Source], root: Path = ROOT) -> list[str]:

@@ -1,4 +1,4 @@
-"""What was measured, as text: wins and losses, a section per machine, README's figures.
+"""What was measured, as text: wins and losses, a line per case, a section per machine, README's lines.
 
 A table is of one machine: rows of several are refused. Each names chip, commit and date. Wins stand beside losses, and
 what is wrong or did not run stands there with its reason.
@@ -131,9 +131,9 @@ def measured(found: Sequence[Source], folder: str = "results") -> str:
     return "\n\n".join(machine_section(own, folder) for own in by_machine(found).values()) or NOTHING
 
 
-def readme(found: Sequence[Source]) -> str:
-    """README's figures: ours beside stock and the peers, a line per case; how often a peer is faster."""
-    lines = [] if any(s.gpu for s in found) else ["No GPU's speed was measured yet.", ""]
+def cases_table(found: Sequence[Source]) -> str:
+    """Ours beside stock and the nearest peer, a line per case."""
+    lines = []
     for machine, own in by_machine(found).items():
         cells, pairs = [], comparisons(own)
         for source, rows in cases(own):
@@ -144,11 +144,16 @@ def readme(found: Sequence[Source]) -> str:
                 base = f"{ours.ratio:.2f}" if ours.contender != ours.baseline else "–"
                 nearest = f"{words(best.peer)}: {best.factor:.2f} ×" if best else "–"
                 cells.append([f"{ours.group}: {ours.case}", words(ours), base, nearest])
-        lost = f"In {sum(c.factor < 1 for c in pairs)} of {len(pairs)} comparisons the other is faster"
         header = ["case", "ours", "time / stock's or SDPA's", "fastest other that is right: its time / ours"]
         lines += [f"On {machine}:", "", table(header, cells), ""]
-        lines += [f"{lost}: [docs/performance.md](docs/performance.md) lists each.", ""]
-        lines += [*(f"({s.caption()})  " for s in own), ""]
-    if not found:
-        lines.append("[docs/performance.md](docs/performance.md) has what compiler and roofline say.")
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines).rstrip() or NOTHING
+
+
+def readme(found: Sequence[Source]) -> str:
+    """README's lines on speed: on each machine, how often a peer is faster."""
+    lines = [] if any(s.gpu for s in found) else ["No GPU's speed was measured yet."]
+    for machine, own in by_machine(found).items():
+        pairs = comparisons(own)
+        lost = f"in {sum(c.factor < 1 for c in pairs)} of {len(pairs)} comparisons the other is faster"
+        lines.append(f"On {machine}: {lost}.")
+    return "\n".join([*lines, "[Performance](docs/performance.md) lists each, with its file."])

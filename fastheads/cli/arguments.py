@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 DATA = (
     "images as DIR/<domain>/<class>/<image> (PACS, VLCS …), a .csv or .json list of path, domain, class, or a DIR that "
@@ -20,6 +20,9 @@ ADAPTER = "runs/train/sketch/seed0/hap/adapter"  # where train writes one, in ex
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
 OWN = "openai, or timm's own"  # the weights of a model for which none are named
+
+
+Outcome = tuple[Mapping[str, Any], int]  # what a command found, as `--json` prints it, and its exit code
 
 
 class InputError(ValueError):
@@ -227,7 +230,6 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--captions", action="store_true", help="a caption for each image instead, encoded in the step: CLIP's loss"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
 
 
 def _cache_option(group: argparse._ArgumentGroup) -> None:
@@ -301,7 +303,6 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     bench.add_argument(
         "--batches", type=_whole(1), default=20, metavar="N", help="of each in a round, of which there are 5 (20)"
     )
-    bench.add_argument("--json", type=_path, default=None, metavar="FILE", help="write the numbers there too")
 
     _plan_options(
         commands.add_parser(
@@ -537,6 +538,9 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     examples = [command.epilog.removeprefix("example: ") for command in commands.choices.values() if command.epilog]
     main.epilog = "\n  ".join(["examples, in the order of a day:", *examples])
     for command in commands.choices.values():
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object in place of text: numbers, or where they are"
+        )
         for action in command._actions:
             if action.type is _path:
                 action.complete = FILES  # type: ignore[attr-defined]

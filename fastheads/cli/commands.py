@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import io
 import json
 import os
 import shlex
@@ -10,11 +13,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastheads.cli import data, sweep
-from fastheads.cli.arguments import InputError, parser
+from fastheads.cli.arguments import InputError, Outcome, parser
 from fastheads.cli.training import (
     classes_of,
     experiment,
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from fastheads.train.progress import Bars
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo(args: argparse.Namespace) -> Outcome:
     from fastheads.train.progress import Bars
 
     with Bars():  # before the imports, which can take half a minute
@@ -48,14 +50,15 @@ def _demo(args: argparse.Namespace) -> None:
     if args.tune:
         result = tune_demo(args.out, targets=[args.target] if args.target else DOMAINS, steps=args.steps)
         print(f"chosen on sources held out in turn: {result['chosen']}\n{args.out / 'tuning.json'}")
-        return
+        return {"results": args.out / "tuning.json"}, 0
     targets = DOMAINS if args.full else (args.target or TARGET,)
     experiment, page = run_demo(args.out, targets=targets, full=args.full, steps=args.steps, command=args.typed)
     print("accuracy on the domain held out, %\n" + table(experiment))
     print(f"\nreport: {page}")
+    return {"results": args.out / "results.json", "report": page}, 0
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> Outcome:
     from fastheads.train.progress import Bars, phase
 
     with Bars() as bars:  # before the imports, which can take half a minute
@@ -81,14 +84,15 @@ def _train(args: argparse.Namespace) -> None:
                 log=args.log,
             )
         if not ranks.is_main_process():
-            return
+            return {}, 0
         with phase("writing the report"):
             page = write_report(found, args.out, samples=setting.folders.samples())
     print("accuracy on the domain held out, %\n" + table(found))
     print(f"\nreport: {page}")
+    return {"results": args.out / "results.json", "report": page}, 0
 
 
-def _report(args: argparse.Namespace) -> None:
+def _report(args: argparse.Namespace) -> Outcome:
     from fastheads.train.progress import Bars, phase
 
     with Bars():
@@ -101,14 +105,19 @@ def _report(args: argparse.Namespace) -> None:
         found = compare(args.runs, args.typed)
         page = Page(found)
         with phase("writing the report"):
-            paths = [write_report(found, args.out)]
-        for wanted, name, text in ((args.csv, "report.csv", page.csv), (args.latex, "report.tex", page.latex)):
-            paths += [write_whole(args.out / name, text().encode())] if wanted else []
+            paths = {"report": write_report(found, args.out)}
+        for kind, wanted, name, text in (
+            ("csv", args.csv, "report.csv", page.csv),
+            ("latex", args.latex, "report.tex", page.latex),
+        ):
+            if wanted:
+                paths[kind] = write_whole(args.out / name, text().encode())
     print("accuracy on the domain held out, %\n" + table(found))
-    print("\n" + "\n".join(map(str, paths)))
+    print("\n" + "\n".join(map(str, paths.values())))
+    return paths, 0
 
 
-def _heads(args: argparse.Namespace) -> None:
+def _heads(args: argparse.Namespace) -> Outcome:
     from fastheads.train.progress import Bars, phase
 
     with Bars() as bars:
@@ -133,23 +142,27 @@ def _heads(args: argparse.Namespace) -> None:
         for target in setting.targets:
             for seed in args.seed:
                 problem = setting.problem_of(target, seed)
-                own = replace(recipe, seed=seed, **setting.found)
+                own = dataclasses.replace(recipe, seed=seed, **setting.found)
                 records.append(select_heads(setting.model, problem, own, most=args.most, images=args.images))
                 write_json(args.out / "heads.json", {**about, "runs": records})
                 bars.say(table(records[-1]))
         with phase("writing the page"):
             page = write_heads({**about, "runs": records}, args.out)
     print(f"\n{args.out / 'heads.json'}\n{page}")
+    return {"results": args.out / "heads.json", "report": page}, 0
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace) -> Outcome:
     from fastheads.train.progress import Bars
 
     with Bars() as bars:
-        _scores(args, bars)
+        scores = _scores(args, bars)
+    about = {"model": args.model, "pretrained": args.pretrained, "adapter": args.adapter, "data": args.data}
+    return {**about, "domains": scores}, 0
 
 
-def _scores(args: argparse.Namespace, bars: Bars) -> None:
+def _scores(args: argparse.Namespace, bars: Bars) -> dict[str, dict[str, float]]:
+    """Of each domain; each is said as it comes."""
     from fastheads.hosts.vision import head_of
     from fastheads.losses.context import class_text_weights
     from fastheads.train.data.batches import evaluation_loader
@@ -173,15 +186,17 @@ def _scores(args: argparse.Namespace, bars: Bars) -> None:
             f"--adapter, --pretrained: {args.model} has no head for the {len(folders.classes)} classes of {args.data}; "
             "takes an adapter that train wrote for them, or a checkpoint of train or merge"
         )
-    transform = transforms_of(model)[1]
+    transform, found = transforms_of(model)[1], {}
     for name in args.domain or folders.domains:
         loader = evaluation_loader(folders, name, None, transform, args.batch_size, workers=args.workers)
         features, labels = image_features(model, loader, f"evaluating {name}")
         result = score_logits(features @ weights.T if head is None else head(features), labels)
         bars.say(f"{name:<16} {100 * result.accuracy:5.1f} %  of {result.images} images")
+        found[name] = {"accuracy": result.accuracy, "loss": result.loss, "images": result.images}
+    return found
 
 
-def _merge(args: argparse.Namespace) -> None:
+def _merge(args: argparse.Namespace) -> Outcome:
     import fastheads
     from fastheads.train import models
 
@@ -190,10 +205,12 @@ def _merge(args: argparse.Namespace) -> None:
     model, _ = load_model(args, classes_of(args, 1000))
     load_adapter_of(model, args)
     path = models.save(fastheads.merge(model), args.out)
-    print(f"{path}: {models.how_to_load(args.model, model, path, args.image_size)}")
+    load = models.how_to_load(args.model, model, path, args.image_size)
+    print(f"{path}: {load}")
+    return {"merged": path, "load": load}, 0
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def _inspect(args: argparse.Namespace) -> Outcome:
     import fastheads
     from fastheads.adapters import read_adapter
     from fastheads.model import first_few
@@ -201,8 +218,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
     if args.adapter is None:
         model, _ = load_model(args)
-        print(fastheads.explain(model))
-        return
+        found = fastheads.explain(model)
+        print(found)
+        return {"model": args.model, **dataclasses.asdict(found)}, 0
     about, tensors = read_adapter(args.adapter)
     size = sum(f.stat().st_size for f in args.adapter.iterdir() if f.is_file())
     print(f"base     {about['base_model']} (sha256 {about['base_sha256'][:12]}…), {about['host']}")
@@ -215,14 +233,14 @@ def _inspect(args: argparse.Namespace) -> None:
             print(f"{word:<8} {first_few(names)}, trained beside the adapter")
     if about.get("classes"):
         print(f"classes  {first_few(about['classes'], 10, 'classes')}")
-    gate = about["config"]["gate"]
-    for name, theta in tensors.items():
-        if name.endswith(".theta"):
-            values = " ".join(f"{g:5.2f}" for g in GATES[gate](theta).tolist())
-            print(f"gates    {name.removesuffix('.attn.heads.theta'):<36} {values}")
+    gate, end = about["config"]["gate"], ".attn.heads.theta"
+    gates = {n.removesuffix(end): GATES[gate](theta).tolist() for n, theta in tensors.items() if n.endswith(".theta")}
+    for name, values in gates.items():
+        print(f"gates    {name:<36} {' '.join(f'{g:5.2f}' for g in values)}")
+    return {"adapter": args.adapter, **about, "bytes": size, "gates": gates}, 0
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _plan(args: argparse.Namespace) -> Outcome:
     import fastheads
 
     if args.model == "fastheads-demo":
@@ -233,12 +251,13 @@ def _plan(args: argparse.Namespace) -> None:
     rank = args.rank[0] if args.rank and len(args.rank) == 1 else args.rank
     options = {name: getattr(args, name) for name in (*names, "captions")}
     found = fastheads.plan(args.model, rank=rank, **options)
-    print(json.dumps(found.as_dict(), indent=1) if args.json else found)
+    print(found)
+    return found.as_dict(), 0
 
 
 EXTRA = dict.fromkeys(("accelerate", "matplotlib", "PIL", "rich", "sklearn", "torchvision"), "train")
 EXTRA |= dict.fromkeys(("submitit", "tomli"), "train,sweep")
-COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
     "demo": _demo,
     "check": data.check,
     "shards": data.shards,
@@ -266,9 +285,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     who = f"fastheads {args.command}:" + f" process {ranks.rank()}:" * (not main_process)
     goes_on = "the same command goes on from the last saved state, on any number of processes"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO() if args.json else sys.stdout):
             warnings.showwarning = lambda message, *rest: print(f"fastheads: note: {message}", file=sys.stderr)
-            return COMMANDS[args.command](args) or 0
+            found, code = COMMANDS[args.command](args)
+        if args.json and found:
+            print(json.dumps(found, indent=1, default=str))
+        return code
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get("FASTHEADS_TRACEBACK"):
             raise

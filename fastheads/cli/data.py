@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import warnings
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastheads.cli.arguments import InputError
+from fastheads.cli.arguments import InputError, Outcome
 from fastheads.train.ranks import is_main_process, local_processes, of_all, processes, rank
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _unreadable(paths: Sequence[Path], test: Callable[[Path], object], doing: st
     return [(path, reasons[path]) for path in paths if path in reasons]
 
 
-def check(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> Outcome:
     """Prints how many images there are and which can't be read; 1 where there are such."""
     from fastheads.train.data.domains import read_domains
     from fastheads.train.data.images import decode
@@ -170,15 +171,20 @@ def check(args: argparse.Namespace) -> int:
         paths = folders.paths()
         bars.say("\n".join(filter(None, [table(folders), folders.skipped, folders.departures()])))
         bad = _unreadable(paths, decode, "decoding every image")
-        if not bad:
+        if bad:
+            bars.say(f"{len(bad)} of {len(paths)} images can't be read:")
+            bars.say("\n".join(f"  {path}: {reason}" for path, reason in bad))
+        else:
             bars.say(f"all {len(paths)} images can be read")
-            return 0
-        bars.say(f"{len(bad)} of {len(paths)} images can't be read:")
-        bars.say("\n".join(f"  {path}: {reason}" for path, reason in bad))
-        return 1
+    counts = zip(folders.domains, folders.counts(), strict=True)
+    return {
+        "domains": {name: dict(zip(folders.classes, row, strict=True)) for name, row in counts},
+        "skipped": folders.skipped,
+        "unreadable": dataclasses.replace(folders, unreadable=tuple(bad)).left_out(),
+    }, int(bool(bad))
 
 
-def shards(args: argparse.Namespace) -> None:
+def shards(args: argparse.Namespace) -> Outcome:
     """Packs images into shards."""
     from fastheads.train.data.domains import read_domains
     from fastheads.train.data.packing import write_shards
@@ -191,13 +197,13 @@ def shards(args: argparse.Namespace) -> None:
         with phase("packing", count, "images") as advance:
             written = write_shards(folders, args.out, advance=advance)
         bars.say("\n".join(filter(None, [folders.skipped, f"{args.out}: {count} images in {written} shards"])))
+    return {"out": args.out, "images": count, "shards": written}, 0
 
 
-def bench(args: argparse.Namespace) -> None:
+def bench(args: argparse.Namespace) -> Outcome:
     """Prints how many images a second the loaders bring."""
     import torch
 
-    from fastheads.files import write_json
     from fastheads.train.data import measure
     from fastheads.train.experiment import versions
     from fastheads.train.progress import Bars
@@ -207,9 +213,8 @@ def bench(args: argparse.Namespace) -> None:
         options = {"size": args.image_size, "batch": args.batch, "workers": args.workers, "batches": args.batches}
         rows = measure.measure(args.data, **options)
         bars.say(measure.table(rows))
-    if args.json:
-        about = {"command": args.typed, "cores": os.cpu_count(), "load": os.getloadavg(), "versions": versions()}
-        write_json(args.json, {**about, "rows": rows})
+    about = {"command": args.typed, "cores": os.cpu_count(), "load": os.getloadavg(), "versions": versions()}
+    return {**about, "rows": rows}, 0
 
 
 def table(folders: DomainFolders) -> str:

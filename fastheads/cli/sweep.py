@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastheads.cli.arguments import InputError, Parser, parser
+from fastheads.cli.arguments import InputError, Outcome, Parser, parser
 from fastheads.cli.training import Setting, experiment, recipe_of, set_up
 from fastheads.files import write_json
 
@@ -91,7 +91,7 @@ def read(text: str) -> Sweep:
     rows_may = {o.dest for o in next(g for g in train._action_groups if g.title == TRAINING)._group_actions}
     rows_may -= {"precision", "log", "cache_images"}
     options = _options()
-    of_file = {key: o for key, o in options.items() if o.dest not in ("help", "out", "method")}
+    of_file = {key: o for key, o in options.items() if o.dest not in ("help", "json", "out", "method")}
     if not isinstance(tables["submit"], dict):
         raise InputError(f"submit: got {tables['submit']!r}; takes a table")
     demo = bool(tables["demo"])
@@ -317,7 +317,7 @@ def _jobs(sweep: Sweep, text: str, out: Path, targets: Sequence[str]) -> Iterato
         yield calls
 
 
-def sweep(args: argparse.Namespace) -> int:
+def sweep(args: argparse.Namespace) -> Outcome:
     """The command: 0 where every job was done, 1 where one was not."""
     from fastheads.train.progress import Bars, phase
 
@@ -356,10 +356,10 @@ def sweep(args: argparse.Namespace) -> int:
                 "the same command does what is left",
                 file=sys.stderr,
             )
-            return 1
+            return {"failed": failed}, 1
         record = _run(found, setting, bars, out, setting.targets, found.args.seed, command=args.typed)
         with phase("writing the report"):
             page = write_report(record, out, samples=setting.folders.samples())
     print("accuracy on the domain held out, %\n" + table(record))
     print(f"\nreport: {page}")
-    return 0
+    return {"results": out / "results.json", "report": page}, 0

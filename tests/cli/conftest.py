@@ -7,13 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from commands import DOMAINS, SHORT, base, checkpoint, data, done
+from commands import CLASSES, DOMAINS, SHORT, base, checkpoint, data, done
 from PIL import Image
 from safetensors.torch import save_file
 
 from fastheads.demo.base import register
-
-CLASSES = ("black_square", "white_square")
 
 
 def paint(root, domains=DOMAINS, classes=CLASSES, count=6):

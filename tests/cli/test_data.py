@@ -405,9 +405,8 @@ def test_images_are_packed_trained_from_and_measured(root, base, tmp_path):
         assert ("decoded images are kept in memory, about 0.0 MB" in told) == (not how)
         found[source.name] = json.loads((out / "results.json").read_text())["runs"][0]["history"]
     assert found["set"] == found["packed"]
-    small = ("--image-size", 16, "--batch", 6, "--batches", 1, "--workers", 0, "--json", tmp_path / "rates.json")
-    done("bench-data", root, tmp_path / "packed", *small)
-    rows = json.loads((tmp_path / "rates.json").read_text())["rows"]
+    small = ("--image-size", 16, "--batch", 6, "--batches", 1, "--workers", 0, "--json")
+    rows = json.loads(done("bench-data", root, tmp_path / "packed", *small))["rows"]
     assert [row["what"] for row in rows] == ["ImageFolder + DataLoader", "folder", "shards", "memory"]
     assert all(0 < row["low"] <= row["images_per_second"] <= row["high"] for row in rows)
 

@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from commands import listing
+from pictures import few_icons
 
 from fastheads.cli import commands as cli
 from fastheads.demo import base as demo_base
@@ -19,9 +20,7 @@ from fastheads.train.methods import METHODS
 @pytest.fixture
 def small_demo(monkeypatch):
     """A random model instead of the pretrained one, three classes of two drawings."""
-    found = icons.drawings()
-    few = {domain: {name: by_class[name][:2] for name in list(by_class)[:3]} for domain, by_class in found.items()}
-    monkeypatch.setattr(icons, "drawings", lambda: few)
+    few_icons(monkeypatch)
     demo_base.register()
     torch.manual_seed(0)
     base = open_clip.create_model(demo_base.MODEL).eval()

@@ -12,6 +12,7 @@ from fastheads.cli import commands as cli
 from fastheads.demo.base import CONFIG, MODEL
 
 DOMAINS = ("day", "night", "sepia")  # of the images below `world.root / "shapes"`
+CLASSES = ("black_square", "white_square")
 SHORT = ("--steps", "3", "--per-domain", "3", "--lr", "0.01", "--gate-lr", "0.3", "--workers", "0")
 
 

@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from fastheads.demo import icons
+
 DOMAINS, CLASSES = ("art", "photo", "sketch"), ("cat", "dog")
 PER_CLASS = {"art": 3, "photo": 5, "sketch": 2}  # images per class
 
@@ -35,3 +37,10 @@ BROKEN = {
     "gone": lambda path: path.unlink(),
     "float": lambda path: Image.fromarray(np.ones((4, 4), np.float32)).save(path, "TIFF"),
 }
+
+
+def few_icons(monkeypatch):
+    """The demo draws three classes of two drawings."""
+    found = icons.drawings()
+    few = {domain: {name: by_class[name][:2] for name in list(by_class)[:3]} for domain, by_class in found.items()}
+    monkeypatch.setattr(icons, "drawings", lambda: few)

@@ -11,7 +11,7 @@ from bench.base.results import Row
 from bench.base.towers import SETTINGS
 from bench.report.__main__ import stale, write
 from bench.report.figures import all_figures, figure_of
-from bench.report.performance_page import NO_GPU, answer, measured, readme, wins_and_losses
+from bench.report.performance_page import NO_GPU, answer, cases_table, measured, readme, wins_and_losses
 from bench.report.sources import Source, one_machine, roofline_shares, sources
 from bench.roofline.chips import CHIPS
 from bench.roofline.costs import cost
@@ -131,15 +131,14 @@ def test_the_fraction_of_the_roofline_is_that_of_the_model():
 
 
 def test_the_readme_counts_the_cases_where_another_is_faster():
-    text = readme([source()])
-    assert "In 1 of 4 comparisons the other is faster" in text
-    assert "factored through cuBLAS, unsloth's way: 0.75 ×" in text
+    assert "in 1 of 4 comparisons the other is faster" in readme([source()])
+    assert "factored through cuBLAS, unsloth's way: 0.75 ×" in cases_table([source()])
 
 
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "docs").mkdir()
-    page = "<!-- report answer -->\n<!-- end -->\n<!-- report measured -->\n<!-- end -->\n"
+    page = "".join(f"<!-- report {name} -->\n<!-- end -->\n" for name in ("answer", "cases", "measured"))
     (tmp_path / "docs" / "performance.md").write_text(page)
     (tmp_path / "README.md").write_text("<!-- report -->\n<!-- end -->\n")
     return tmp_path
@@ -147,7 +146,7 @@ def root(tmp_path):
 
 def test_what_was_changed_by_hand_or_is_of_older_rows_is_named(root):
     found = [source()]
-    assert len(stale(found, root)) == 3 + len(all_figures(found))
+    assert len(stale(found, root)) == 4 + len(all_figures(found))
     write(found, root)
     assert stale(found, root) == []
     page = root / "docs" / "performance.md"
