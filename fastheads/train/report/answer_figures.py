@@ -83,6 +83,7 @@ def in_and_out(rows: Sequence[tuple[str, str, Sequence[Any]]], title: str, line:
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for label, colour, points in rows:
+            axes.plot([], [], "o", color=colour, markersize=5.5, label=label)
             for over, style in (("step", "-"), ("alpha", "--")):
                 path = sorted((p for p in points if p.over == over), key=lambda p: p.at)
                 marker = "." if over == "alpha" or len(path) == 1 else None
@@ -90,7 +91,7 @@ def in_and_out(rows: Sequence[tuple[str, str, Sequence[Any]]], title: str, line:
                 axes.plot(x, y, style, color=colour, linewidth=1.2, marker=marker, alpha=0.7)
             for point in points:
                 if not point.over:
-                    axes.plot(point.source, point.target, "o", color=colour, markersize=5.5, mec="white", label=label)
+                    axes.plot(point.source, point.target, "o", color=colour, markersize=5.5, mec="white")
         every = np.array([(p.source, p.target) for _, _, points in rows for p in points]).clip(0.001, 0.999)
         axes.set_xscale("logit", nonpositive="clip")
         axes.set_yscale("logit", nonpositive="clip")
