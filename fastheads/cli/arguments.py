@@ -402,8 +402,8 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         type=_number,
         default=False,
         metavar="ALPHA",
-        help="score adapters averaged with the original too, half and half, as fine-tuning always is; numbers from 0 "
-        "(the original) to 1: and with that part of the tuned weights, for a curve",
+        help="score adapters half original, half tuned too, as encoders trained whole always are; numbers from 0 (the "
+        "original) to 1: with that part of the tuned weights too, for a curve",
     )
     group.add_argument(
         "--target-curve",

@@ -131,9 +131,9 @@ def fake_samples(root: Path, size: int = 8) -> dict[str, list[tuple[Path, str]]]
 
 def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has reports written without painting."""
-    for name in ("bars", "curves", "over", "gate_map", "gate_history", "source_and_target", "in_and_out"):
+    for name in ("bars", "curves", "over", "gate_map", "gate_history", "source_and_target"):
         monkeypatch.setattr(figures, name, lambda *args, **kwargs: b"png")
-    for name in ("classes", "reliability"):
+    for name in ("classes", "reliability", "in_and_out"):
         monkeypatch.setattr(answer_figures, name, lambda *args, **kwargs: b"png")
 
 

@@ -278,42 +278,6 @@ def over(lines: Sequence[tuple[str, str, Sequence[tuple[float, Any]]]], setting:
     return render(2.9, paint)
 
 
-def in_and_out(rows: Sequence[tuple[str, str, Sequence[Any]]], title: str, line: Any) -> bytes:
-    """Accuracy on the target over that on the sources, both scaled by logits: rows of (label, colour, points), and the
-    baselines' line, if there is one (`robustness.Point` and `Line`)."""
-
-    def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for label, colour, points in rows:
-            for over, style in (("step", "-"), ("alpha", "--")):
-                path = sorted((p for p in points if p.over == over), key=lambda p: p.at)
-                marker = "." if over == "alpha" or len(path) == 1 else None
-                x, y = [p.source for p in path], [p.target for p in path]
-                axes.plot(x, y, style, color=colour, linewidth=1.2, marker=marker, alpha=0.7)
-            for point in points:
-                if not point.over:
-                    axes.plot(point.source, point.target, "o", color=colour, markersize=5.5, mec="white", label=label)
-        every = np.array([(p.source, p.target) for _, _, points in rows for p in points]).clip(0.001, 0.999)
-        axes.set_xscale("logit", nonpositive="clip")
-        axes.set_yscale("logit", nonpositive="clip")
-        ends = np.log(every / (1 - every))
-        for axis, low, high in zip((axes.xaxis, axes.yaxis), ends.min(0) - 0.15, ends.max(0) + 0.15, strict=True):
-            marks = 1 / (1 + np.exp(-np.linspace(low, high, 5)))
-            axis.set_ticks(marks[1:-1], [f"{100 * mark:.1f}" for mark in marks[1:-1]])
-            (axes.set_xlim if axis is axes.xaxis else axes.set_ylim)(marks[0], marks[-1])
-        axes.minorticks_off()
-        if line is not None:
-            across = np.linspace(*axes.get_xlim(), 50)
-            axes.plot(
-                across, [line.expected(source) for source in across], color=MUTED, linewidth=1, linestyle=(0, (1, 2))
-            )
-        axes.set(xlabel="sources, held-out images, %", ylabel="target, %", title=short(title, 32))
-        axes.grid()
-        figure.legend(loc="outside lower center", ncols=2)
-
-    return render(2.9 + 0.12 * len(rows), paint)
-
-
 def _name_ends(axes: Axes, lines: Sequence[Curve]) -> None:
     bottom, top = axes.get_ylim()
     start = min(float(line.x[0]) for line in lines)

@@ -3,7 +3,8 @@
 `write_report` turns the experiment's record (plain JSON values) into `report.html`, with its style and pictures inside,
 and `figures/*.png`. `record.py` and `clusters.py` work out the numbers, `figures.py` and `answer_figures.py` paint the
 pictures. The page's sections stand by their thought in `opening.py`, `answers.py`, `classes.py`, `training.py`,
-`cost.py` and `sections.py`, which joins them. `report.html` has the fixed words, `style.css` the style.
+`robustness.py`, `cost.py` and `sections.py`, which joins them. `report.html` has the fixed words, `style.css` the
+style.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastheads.train.methods import METHODS
-from fastheads.train.report import figures, markup
+from fastheads.train.report import answer_figures, markup
 from fastheads.train.report.markup import NONE
 from fastheads.train.report.record import Run, number, present, validation_and_target
 from fastheads.train.report.shown import Shown
@@ -121,7 +121,7 @@ class Robustness(Shown):
             )
             charts += self.picture(
                 f"in-and-out-{at}",
-                figures.in_and_out(shown, f"Held out: {target}", lines[target]),
+                answer_figures.in_and_out(shown, f"Held out: {target}", lines[target]),
                 f"Scatter chart. Accuracy on the sources and on {target}: {alt}.",
                 "",
             )
