@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import fastheads
 from fastheads.demo.base import MODEL
-from fastheads.train import experiment
+from fastheads.train import experiment, loop
+from fastheads.train.earlier import hashes
 from fastheads.train.methods import METHODS
 from fastheads.train.models import save
 from fastheads.train.recipe import Recipe
@@ -62,9 +63,11 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture
-def whole(once, base, problem):
+def whole(once, base, problem, monkeypatch):
     if "result" not in once:
-        once["watched"] = []
+        once["watched"], once["hashed"] = [], []
+        for module in (experiment, loop):
+            monkeypatch.setattr(module, "hashes", lambda *of: once["hashed"].append(of) or hashes(*of))
         watch = lambda name: once["watched"].append(name)  # noqa: E731
         once["result"] = run_all(base, problem, once["out"], watch=watch)
     return once
@@ -107,6 +110,10 @@ def test_the_record_on_disk_is_the_one_returned_and_makes_a_report(whole, tmp_pa
     assert json.loads((whole["out"] / "results.json").read_text()) == whole["result"]
     page = write_report(whole["result"], tmp_path).read_text()
     assert "Squares" in page and METHODS["dig"].label in page and METHODS["hap"].label in page
+
+
+def test_images_and_weights_are_hashed_once(whole):
+    assert len(whole["hashed"]) == 1
 
 
 def test_merging_keeps_the_features_and_memory_is_measured(whole):

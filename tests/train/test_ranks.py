@@ -30,7 +30,6 @@ RECIPE = Recipe(
 SPLITS = {"2 processes, 2 parts": (2, 2, False), "2 processes, sharded": (2, 1, True)}
 if "FASTHEADS_RANKS" in os.environ:
     SPLITS |= {"2 processes": (2, 1, False), "4 processes": (4, 1, False), "3 parts": (1, 3, False)}
-    SPLITS |= {"4 processes, sharded": (4, 1, True)}
 
 
 @pytest.fixture(scope="module")
