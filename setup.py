@@ -97,7 +97,7 @@ setup(
         "numpy>=1.26",
     ],
     extras_require={
-        "hf": ["transformers>=5"],
+        "hf": ["transformers>=5.16"],
         "tensorboard": ["tensorboard"],
         "train": TRAIN,
         "sweep": SWEEP,
