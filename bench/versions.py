@@ -22,7 +22,7 @@ PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "transformers", "numpy
 
 
 def run_of(name: str, report: Path) -> dict[str, Any]:
-    """What pytest's `--junitxml` says, and where this is. Expected failures are among the skipped, as they are there."""
+    """What pytest's `--junitxml` says, and where this is. Expected failures count as skipped, as they do there."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]
