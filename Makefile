@@ -11,6 +11,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
 VENV_LATEST ?= .venv-latest
 JOBS ?= 2
 ARGS ?=
@@ -24,13 +25,14 @@ TESTS_HF := $(addprefix tests/,$(addsuffix .py,hosts/test_huggingface hosts/test
 BIN := $(VENV)/bin
 PINNED := -c constraints.txt
 FOR_TEST := -e '.[demo,test]'
+FOR_USE := -e '.[demo,hf,sweep]'
 FOR_DEV := -e '.[demo,dev]'
 FOR_BENCH := -e '.[demo,bench,test]'
 FOR_DOCS := -e '.[docs]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid ranks kills compile-check compile-report docs dist install-dev clean
+.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-oldest test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid ranks kills compile-check compile-report docs dist install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -57,10 +59,17 @@ test-hf: $(VENV)/.for-test ## the tests of Hugging Face's models, with transform
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/transformers $(PINNED) transformers tokenizers
 	PYTHONPATH=build/transformers OMP_NUM_THREADS=1 $(BIN)/pytest $(TESTS_HF) $(ARGS)
 
-test-latest: ## the tests, on the newest torch, torchvision and open_clip
+test-oldest: ## the tests, on the oldest versions that setup.py allows (PYTHON=python3.10: the oldest of that too)
+	$(call make_venv,$(VENV_OLDEST))
+	$(VENV_OLDEST)/bin/uv pip install --compile-bytecode --python $(VENV_OLDEST)/bin/python --upgrade \
+	    --resolution lowest-direct $(FOR_USE)
+	$(call install,$(VENV_OLDEST),-e '.[test]')
+	$(call pytest_whole,$(VENV_OLDEST),oldest)
+
+test-latest: ## the tests, on the newest versions there are
 	$(call make_venv,$(VENV_LATEST))
-	$(call install,$(VENV_LATEST),--upgrade torch torchvision open_clip_torch $(FOR_TEST))
-	$(call pytest,$(VENV_LATEST))
+	$(call install,$(VENV_LATEST),--upgrade $(FOR_USE) $(FOR_TEST))
+	$(call pytest_whole,$(VENV_LATEST),latest)
 
 lint: lint-format lint-rules lint-types lint-layers ## formatting, ruff's rules, types, who may import whom
 
@@ -148,6 +157,13 @@ endef
 # tests stay in one process, where they share fixtures.
 define pytest
 	OMP_NUM_THREADS=1 $(1)/bin/pytest -n $(JOBS) --dist worksteal --benchmark-disable $(ARGS)
+endef
+
+# $(call pytest_whole,folder,name): and how it ended goes into the table of versions, where ARGS chose no part.
+define pytest_whole
+	$(call pytest,$(1)) $(if $(ARGS),,--junitxml=build/tests-$(2).xml; status=$$?; \
+	    $(1)/bin/python -m bench.versions $(2) build/tests-$(2).xml --json bench/results/versions.json \
+	    --doc docs/questions.md; exit $$status)
 endef
 
 # The stamps: made once, and again where what is installed changed.

@@ -22,12 +22,19 @@ def read_readme() -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-TRAIN = ["accelerate", "torchvision", "scikit-learn", "matplotlib", "rich", "pillow"]
-SWEEP = ["submitit", 'tomli; python_version < "3.11"']
+# A lower bound is what `make test-oldest` installs.
+TRAIN = [
+    "accelerate>=1.0",
+    "torchvision>=0.26",
+    "scikit-learn>=1.5",
+    "matplotlib>=3.9",
+    "rich>=14.2",
+    "pillow>=10.3",
+]
+SWEEP = ["submitit>=1.5", 'tomli>=2; python_version < "3.11"']
 # The fonts of the demo's icons, as files; and what reads outlines from them.
-DEMO = [*TRAIN, "qtawesome==1.4.2", "fonttools"]
+DEMO = [*TRAIN, "qtawesome==1.4.2", "fonttools>=4.50"]
 BENCH = ["pytest-benchmark", "peft", 'xformers; platform_system == "Linux"', "pykeops"]
-# numpy<2.4: with a newer one, the interpreter of Triton 3.6 fails on every kernel.
 # setuptools: a test builds the package. pandas, webdataset: of OpenCLIP's training script.
 TEST = [
     *SWEEP,
@@ -38,7 +45,6 @@ TEST = [
     "pytest-xdist",
     "pytest-timeout",
     "pytest-benchmark",
-    "numpy<2.4",
     "setuptools>=64",
     "webdataset",
 ]
@@ -84,13 +90,14 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=[
         "torch>=2.11",
-        'triton; platform_system == "Linux"',
+        'triton>=3.6; platform_system == "Linux"',
         "open_clip_torch>=3.3",
-        "safetensors",
-        "numpy",
+        "timm>=1.0.28",
+        "safetensors>=0.4.3",
+        "numpy>=1.26",
     ],
     extras_require={
-        "hf": ["transformers>=5"],
+        "hf": ["transformers>=5.16"],
         "tensorboard": ["tensorboard"],
         "train": TRAIN,
         "sweep": SWEEP,
@@ -103,8 +110,11 @@ setup(
     entry_points={"console_scripts": ["fastheads = fastheads.cli:main"]},
     zip_safe=False,
     classifiers=[
-        "Operating System :: OS Independent",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

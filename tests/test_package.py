@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Five processes forked from one that has imported torch: in each, the processor time (user + system
@@ -93,6 +95,13 @@ def test_a_plain_install_holds_kernels_and_package_data(tmp_path):
             target = tmp_path / "lib" / installed / path.relative_to(ROOT / source)
             if path.is_file() and "__pycache__" not in path.parts:
                 assert target.is_file(), f"{path.relative_to(ROOT)} is not installed"
+
+
+def test_what_is_imported_has_a_lower_bound():
+    """Else `make test-oldest` takes the first version ever released, or whichever another package asks for."""
+    for asked in map(Requirement, importlib.metadata.requires("fastheads")):
+        used = asked.marker is None or any(asked.marker.evaluate({"extra": e}) for e in ("", "demo", "hf", "sweep"))
+        assert not used or {bound.operator for bound in asked.specifier} & {">=", "=="}, str(asked)
 
 
 def test_one_version():

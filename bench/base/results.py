@@ -20,7 +20,18 @@ import torch
 from bench.base.checkout import ROOT
 from fastheads.files import write_whole
 
-PACKAGES = ("torch", "triton", "numpy", "open_clip_torch", "peft", "xformers", "pykeops", "pytest")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "open_clip_torch",
+    "timm",
+    "transformers",
+    "peft",
+    "xformers",
+    "pykeops",
+    "pytest",
+)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class TimmAttentionHost(HeadAttention):
         reasons, D = [], module.proj.weight.shape[0]
         if getattr(module, "num_kv_groups", 1) != 1:
             reasons.append("has fewer heads of keys than of queries")
-        elif module.num_heads * module.head_dim != D or module.proj.weight.shape[1] != D:
+        elif module.proj.weight.shape[1] != D:
             reasons.append("has heads that together are wider or narrower than the model")
         if gated and present(module, "norm"):
             reasons.append("has a norm between the heads and proj, so gates would not fold; use gate=None")
