@@ -1,5 +1,6 @@
 """Every host attention answers each call of its own, masks and layouts included, as the original does."""
 
+import inspect
 import copy
 
 import open_clip
@@ -207,7 +208,10 @@ def test_timms_attention_refuses_what_does_not_fit():
             twin(attention_inputs(), wrong)
     for make, why in (
         (lambda: timm.layers.Attention(D, H, attn_head_dim=8), "wider or narrower"),
-        (lambda: timm.layers.AttentionRope(D, H, num_kv_heads=2, qkv_fused=False), "fewer heads of keys"),
+        *(
+            [(lambda: timm.layers.AttentionRope(D, H, num_kv_heads=2, qkv_fused=False), "fewer heads of keys")]
+            * ("num_kv_heads" in inspect.signature(timm.layers.AttentionRope).parameters)  # since timm 1.0.30
+        ),
         (lambda: timm.layers.Attention(D, H, scale_norm=True, norm_layer=nn.LayerNorm), "gate=None"),
     ):
         with pytest.raises(TypeError, match=why):
