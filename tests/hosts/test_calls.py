@@ -1,7 +1,7 @@
 """Every host attention answers each call of its own, masks and layouts included, as the original does."""
 
-import inspect
 import copy
+import inspect
 
 import open_clip
 import pytest
