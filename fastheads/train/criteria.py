@@ -42,7 +42,7 @@ class Seen(NamedTuple):
     def gradients(self) -> Tensor:
         """`[S, L · H]`: of each source's risk in each gate, where all are 1."""
         gates = torch.ones(len(self.sources[0].tokens), device=self.sources[0].labels.device)
-        return torch.autograd.functional.jacobian(self.risks, gates)  # type: ignore[no-any-return,no-untyped-call]
+        return torch.autograd.functional.jacobian(self.risks, gates)
 
 
 def between(tokens: Sequence[Tensor]) -> Tensor:
@@ -91,7 +91,7 @@ def learned(objective: Callable[[Tensor], Tensor], start: Tensor, pull: float = 
     adam = torch.optim.Adam([gates], lr=0.02)
     for _ in range(steps):
         adam.zero_grad()
-        (objective(gates) + pull * (1 - gates).square().mean()).backward()  # type: ignore[no-untyped-call]
+        (objective(gates) + pull * (1 - gates).square().mean()).backward()
         adam.step()
         with torch.no_grad():
             gates.clamp_(0.01, 1.99)

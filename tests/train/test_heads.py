@@ -173,13 +173,13 @@ def test_what_is_chosen_is_tested_on_images_that_nobody_chose_by(vit, vit_proble
         everything, own = seen[name]  # of the head that is fitted; of criteria
         assert not everything and own <= set(vit_problem.validation[name]) and record["images"][name] == len(own) == 3
     rows = {row["name"]: row for row in record["selections"]}
-    assert list(rows) == ["none", *CRITERIA, *GATES, "random", "greedy", "greedy-left-out", "oracle"]
+    assert list(rows) == ["none", *CRITERIA, *GATES, "random", "greedy", "greedy-left-out", "oracle", "oracle-gates"]
     for name, row in rows.items():
         for part in ("", "refit_"):
             gain = row[f"{part}target"] - rows["none"][f"{part}target"]
             assert row[f"{part}gain"] == pytest.approx(gain, abs=1e-6)
         if row["heads"] is None:
-            assert name in GATES and len(row["gates"]) == len(record["heads"])
+            assert (name in GATES or name == "oracle-gates") and len(row["gates"]) == len(record["heads"])
             continue
         assert len(row["heads"]) <= 2
         order = [(h["layer"], h["head"]) for h in sorted(record["heads"], key=lambda h: -h["scores"].get(name, 0))][:2]
