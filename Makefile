@@ -32,7 +32,7 @@ FOR_DOCS := -e '.[docs]'
 SOURCES := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-oldest test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report sanitize grid ranks kills compile-check compile-report docs dist install-dev clean
+.PHONY: help demo demo-full demo-tune demo-pretrain demo-repeat test test-hf test-oldest test-latest lint lint-format lint-rules lint-types lint-layers format bench bench-check report study sanitize grid ranks kills compile-check compile-report docs dist install-dev clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +99,9 @@ bench-check: $(VENV)/.for-test ## has the CPU path become slower than the base c
 
 report: $(VENV)/.for-test ## docs/performance.md, its figures and README's numbers, from bench/results/
 	$(BIN)/python -m bench.report $(ARGS)
+
+study: $(VENV)/.for-test ## docs/study.md and its figures, from docs/results/study-*.json
+	$(BIN)/python -m bench.study $(ARGS)
 
 # -O1 keeps the lines of a report; OpenMP stays on, so that what threads share is seen as well.
 sanitize: ## csrc/ under the address and undefined-behaviour sanitizers

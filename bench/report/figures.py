@@ -20,9 +20,10 @@ LINES = (OURS, "#d55e00", "#646a73", "#009e73", "#cc79a7")
 
 
 class Panel(NamedTuple):
-    """One pair of axes. kind: "bars" or "lines".
+    """One pair of axes. kind: "bars", "lines" or "points".
 
-    bars: (label, value, colour), from the top. lines: (label, xs, ys). log: of which axes, "", "x", "xy".
+    bars: (label, value, colour), from the top. lines: (label, xs, ys); of points (label, values, standard errors),
+    which stand at the bars' labels. log: of which axes, "", "x", "xy".
     """
 
     kind: str
@@ -120,7 +121,7 @@ def draw(panels: Sequence[Panel], caption: str, digest: str, file: Path) -> None
     FigureCanvasAgg(figure)
     for at, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, min(2, len(panels)), at)
-        (_draw_bars if panel.kind == "bars" else _draw_lines)(axes, panel)
+        {"bars": _draw_bars, "lines": _draw_lines, "points": _draw_points}[panel.kind](axes, panel)
         axes.set_title(panel.title, fontsize=8)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
@@ -155,6 +156,20 @@ def _draw_lines(axes: Any, panel: Panel) -> None:
     axes.legend(frameon=False, fontsize=7)
     if not panel.log:
         axes.set_ylim(bottom=0)
+
+
+def _draw_points(axes: Any, panel: Panel) -> None:
+    labels = [label for label, _, _ in panel.bars]
+    for at, ((label, values, errors), colour) in enumerate(zip(panel.lines, LINES, strict=False)):
+        places = [place + 0.25 * at for place in range(len(labels))]
+        axes.errorbar(values, places, xerr=errors, fmt="o", label=label, color=colour, markersize=3.5, linewidth=1.2)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.axvline(0, color=INK, linewidth=0.7)
+    axes.set_xlabel(panel.label, fontsize=8)
+    axes.grid(True, axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=7)
 
 
 def digest_of(file: Path) -> str:

@@ -478,8 +478,8 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         "heads",
         help="which heads of the frozen model to close for a domain it has not seen, by several criteria",
         description="Closes each head of the frozen model by itself: accuracy on every domain, beside the MMD between "
-        "the sources. Then criteria that see the sources alone choose heads to close, and an oracle by one half of the "
-        "target; all are tested on its other half.",
+        "the sources. Then criteria that see the sources alone choose heads to close, or gates, and an oracle by the "
+        "target's held-out images; all are tested on its others. The same command goes on where it was killed.",
         epilog="example: fastheads heads --model ViT-B-16 --pretrained openai --data data/PACS --target sketch",
     )
     _model_options(heads, pretrained=OWN)
@@ -496,7 +496,14 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         type=_whole(2),
         default=None,
         metavar="N",
-        help="of each domain, to measure and choose by (default: all)",
+        help="of each domain's held-out ones, to measure and choose by (default: all)",
+    )
+    group.add_argument(
+        "--test-images",
+        type=_whole(2),
+        default=None,
+        metavar="N",
+        help="of the target, to test on (default: all that the oracle doesn't see)",
     )
     _cache_option(group)
     group.add_argument("--out", type=_path, default=Path("runs/heads"), metavar="DIR", help="default: runs/heads")

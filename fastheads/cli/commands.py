@@ -123,31 +123,46 @@ def _heads(args: argparse.Namespace) -> Outcome:
     with Bars() as bars:
         from fastheads.files import write_json
         from fastheads.patching import patch
+        from fastheads.train.criteria import CRITERIA, GATES
+        from fastheads.train.earlier import hashes
         from fastheads.train.experiment import versions
-        from fastheads.train.heads import CONFIG, CRITERIA, select_heads
+        from fastheads.train.frozen import CONFIG
+        from fastheads.train.heads import select_heads
         from fastheads.train.methods import METHODS
         from fastheads.train.recipe import Recipe
         from fastheads.train.report.closed import table, write_heads
 
         recipe = Recipe(batch_size=args.batch_size, workers=args.workers)
         setting = set_up(args, [(METHODS["dig"], recipe)])
+        hashed = hashes(setting.model, setting.problem_of(setting.targets[0], args.seed[0]))
         patch(setting.model, CONFIG)
         about = {
             **setting.about,
             "command": args.typed,
+            "key": hashed
+            | {name: getattr(args, name) for name in ("most", "images", "test_images", "prompt", "sources")},
             "versions": versions(),
-            "criteria": {name: told for name, (told, _) in CRITERIA.items()},
+            "criteria": {name: told for name, (told, _) in (CRITERIA | GATES).items()},
         }
-        records: list[dict[str, Any]] = []
-        for target in setting.targets:
-            for seed in args.seed:
+        path, done = args.out / "heads.json", list[dict[str, Any]]()
+        if path.is_file():
+            earlier = json.loads(path.read_text())
+            if earlier["key"] != about["key"]:
+                raise InputError(f"--out: {args.out} holds what other options found; takes another folder")
+            done = earlier["runs"]
+        kept = args.out / "features"
+        for seed in args.seed:
+            for target in setting.targets:
+                if any((run["target"], run["seed"]) == (target, seed) for run in done):
+                    continue
                 problem = setting.problem_of(target, seed)
                 own = dataclasses.replace(recipe, seed=seed, **setting.found)
-                records.append(select_heads(setting.model, problem, own, most=args.most, images=args.images))
-                write_json(args.out / "heads.json", {**about, "runs": records})
-                bars.say(table(records[-1]))
+                options = {"most": args.most, "images": args.images, "tested": args.test_images, "kept": kept}
+                done.append(select_heads(setting.model, problem, own, **options))
+                write_json(path, {**about, "runs": done})
+                bars.say(table(done[-1]))
         with phase("writing the page"):
-            page = write_heads({**about, "runs": records}, args.out)
+            page = write_heads({**about, "runs": done}, args.out)
     print(f"\n{args.out / 'heads.json'}\n{page}")
     return {"results": args.out / "heads.json", "report": page}, 0
 

@@ -269,16 +269,28 @@ def check_probe(folders: DomainFolders, training: Mapping[str, Sequence[int]]) -
         )
 
 
-def fit_probe(model: nn.Module, problem: Problem, recipe: Recipe) -> nn.Linear:
+def fit_probe(
+    model: nn.Module,
+    problem: Problem,
+    recipe: Recipe,
+    features: Callable[[str, str], tuple[Tensor, Tensor]] | None = None,
+) -> nn.Linear:
     """A linear probe: a logistic regression on the frozen features of the sources' training images, its strength of
-    regularisation chosen on their held-out ones. As a head `[C, E]` with bias for such features (`image_features`)."""
+    regularisation chosen on their held-out ones. As a head `[C, E]` with bias for such features (`image_features`).
+
+    features: of a domain and a part, where they are known.
+    """
     from sklearn.linear_model import LogisticRegression
 
     check_probe(problem.folders, problem.training)
     parts = {}
     for part in ("training", "validation"):
-        loaders = {name: problem.evaluation_loader(name, part, recipe) for name in problem.sources}
-        each = [image_features(model, loader, f"features of {name}") for name, loader in loaders.items()]
+        each = [
+            features(name, part)
+            if features
+            else image_features(model, problem.evaluation_loader(name, part, recipe), f"features of {name}")
+            for name in problem.sources
+        ]
         parts[part] = (torch.cat([f for f, _ in each]), torch.cat([y for _, y in each]))
     size = parts["training"][0].norm(dim=-1).mean()  # 1 where features are normalised: the strengths mean the same
     (x, y), (x_held, y_held) = [(f.div(size).cpu().numpy(), y.cpu().numpy()) for f, y in parts.values()]

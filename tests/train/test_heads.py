@@ -8,8 +8,11 @@ import torch.nn.functional as F
 
 import fastheads
 from fastheads.hosts import find_tower
-from fastheads.train.evaluation import fit_head
-from fastheads.train.heads import CONFIG, CRITERIA, Frozen, Said, Seen, between, greedy, select_heads
+from fastheads.hosts.vision import answer
+from fastheads.model import gate_parameters
+from fastheads.train.criteria import CRITERIA, GATES, PULL, Seen, between, learned
+from fastheads.train.frozen import CONFIG, RIDGE, Frozen, Measured, Said, ridge
+from fastheads.train.heads import greedy, select_heads
 from fastheads.train.recipe import Recipe
 
 RECIPE = Recipe(batch_size=8)
@@ -20,7 +23,6 @@ def frozen(request):
     """A patched model on its problem, with text and with a linear head; and the stock one."""
     model = request.getfixturevalue(request.param)
     problem = request.getfixturevalue({"base": "problem", "vit": "vit_problem"}[request.param])
-    fit_head(model, problem, RECIPE)
     stock = copy.deepcopy(model).double()
     fastheads.patch(model, CONFIG)
     return Frozen(model, problem, RECIPE), stock
@@ -36,121 +38,150 @@ def scaled(stock, layer, head, factor, count):
     return stock
 
 
-def losses(stock, frozen, loader):
+def features(stock, loader):
     """Of a stock model in float64."""
-    other = Frozen.__new__(Frozen)
-    other.model, other.problem = stock, frozen.problem
-    images, labels = zip(*((images.double(), labels) for images, labels, _ in loader), strict=True)
     with torch.no_grad():
-        logits = other.logits(torch.cat(images))
-    return F.cross_entropy(logits.double(), torch.cat(labels), reduction="none")
+        return torch.cat([answer(stock, images.double())[0] for images, _, _ in loader])
 
 
 def test_a_closed_head_is_exact_though_the_blocks_below_it_are_not_computed_again(frozen):
     found, stock = frozen
     loader, count = found.loader("blue", range(12)), found.heads[-1][1] + 1
-    first, last, middle = found.heads[0], found.heads[-1], found.heads[len(found.heads) // 2]
-    more = [first, middle, last]
-    said = found.closing(loader, [first], [[head] for head in more[1:]], "")
-    alone = found.closing(loader, [], [[head] for head in more], "")
-    assert said.right.shape == (3, 12) and torch.equal(said.loss[0], alone.loss[1])
-    for row, head in enumerate(more[1:], 1):  # the bits of the whole model with both closed
-        assert torch.equal(said.loss[row], found.closing(loader, [first, head], [], "").loss[0])
-    both = found.closing(loader, [], [[last, first]], "")
-    assert torch.equal(both.loss[1], said.loss[2])
+    more = [found.heads[0], found.heads[len(found.heads) // 2], found.heads[-1]]
+    got, _ = found.features(loader, [*([head] for head in more), more[::-2]], "")
+    assert got.shape[:2] == (5, 12)
+    for row, closed in enumerate(([], *([head] for head in more), more[::-2])):  # the bits of the whole model
+        with fastheads.masked(found.model, closed), torch.no_grad():
+            whole = torch.cat([answer(found.model, images)[0] for images, _, _ in loader])
+        assert torch.equal(got[row], whole)
     for row, (layer, head) in enumerate(more, 1):
-        expected = losses(scaled(copy.deepcopy(stock), layer, head, 0, count), found, loader)
-        torch.testing.assert_close(alone.loss[row].double(), expected, rtol=1e-4, atol=1e-4)
+        expected = features(scaled(copy.deepcopy(stock), layer, head, 0, count), loader)
+        torch.testing.assert_close(got[row].double(), expected, rtol=1e-4, atol=1e-4)
     assert not any("forward" in vars(block) for block in found.tower.blocks)
 
 
-def test_gradients_are_those_in_the_gates(frozen):
+def test_gates_scale_what_heads_add_and_are_as_before_afterwards(frozen):
     found, stock = frozen
-    loader, count, step = found.loader("blue", range(6)), found.heads[-1][1] + 1, 1e-2
-    gradients = found.gate_gradients(loader)
-    for at in (0, len(found.heads) - 1):
-        layer, head = found.heads[at]
-        up, down = (
-            losses(scaled(copy.deepcopy(stock), layer, head, 1 + s, count), found, loader).mean() for s in (step, -step)
-        )
-        torch.testing.assert_close(gradients[at].double(), (up - down) / (2 * step), rtol=2e-3, atol=1e-4)
+    loader, count, at = found.loader("blue", range(6)), found.heads[-1][1] + 1, len(found.heads) // 2
+    gates, before = found.gates([]), [theta.clone() for theta in gate_parameters(found.model)]
+    gates[at] = 1.3
+    got, _ = found.features(loader, [gates], "")
+    expected = features(scaled(copy.deepcopy(stock), *found.heads[at], 1.3, count), loader)
+    torch.testing.assert_close(got[1].double(), expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(*pair) for pair in zip(before, gate_parameters(found.model), strict=True))
+
+
+def test_what_is_measured_is_kept_and_heads_add_up(frozen, tmp_path):
+    found, _ = frozen
+    found.kept = tmp_path
+    first = found.measured("red", None)  # the target's held-out images, as a source's
+    found.model = None  # computed again it would fail
+    again = found.measured("red", None)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True)) and len(first.labels) == 4
+    closed = found.gates([found.heads[1]])
+    torch.testing.assert_close(first.gated(closed), first.features[2])
+    both = found.gates([found.heads[1], found.heads[2]])
+    expected = first.features[2] + first.features[3] - first.features[0]
+    torch.testing.assert_close(first.gated(torch.stack([closed, both]))[1], expected)
+
+
+def test_ridge_is_the_least_squares_it_is_said_to_be():
+    noise = torch.Generator().manual_seed(0)
+    x, labels = 3 * torch.randn(12, 4, generator=noise), torch.arange(12) % 3
+    weight, bias = ridge(x, labels, 3)
+    size = x.double().norm(dim=1).mean()
+    each = torch.cat([weight.double() * size, bias.double()[:, None]], 1).requires_grad_()
+    logits = x.double() / size @ each[:, :-1].T + each[:, -1]
+    loss = (logits - F.one_hot(labels, 3)).square().sum() + RIDGE * each.square().sum()
+    (gradient,) = torch.autograd.grad(loss, each)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-5, rtol=0)
 
 
 def test_the_mmd_of_a_head_is_that_of_its_tokens(frozen):
     found, _ = frozen
-    parts = [found.tokens(found.loader(name, range(6)))[0] for name in ("blue", "green")]
-    ids = torch.tensor([0] * 6 + [1] * 6)
+    parts = [found.measured(name, 4).tokens for name in ("blue", "green")]
+    ids = torch.tensor([0] * 4 + [1] * 4)
     for at in (0, len(found.heads) - 1):
         expected = fastheads.mmd(torch.cat([part[at] for part in parts]).double(), ids, impl="reference")
         torch.testing.assert_close(between(parts)[at].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_criteria_close_the_head_that_they_are_said_to():
-    effects = torch.tensor([[-0.3, -0.1, 0.2], [0.3, -0.1, 0.1]])  # [source, head]: on the loss, when it is closed
-    gradients, losses = torch.tensor([[0.9, 0.2, -0.1], [-0.1, 0.2, -0.1]]), torch.tensor([1.0, 2.0])
-    said = [Said(torch.ones(4, 5), (o + torch.cat((torch.zeros(1), e)))[:, None].expand(4, 5))
-            for o, e in zip(losses, effects, strict=True)]  # fmt: skip
-    # Head 0 tells classes apart, of which the sources have other shares; head 1 tells sources apart; head 2 nothing.
-    labels, noise = [torch.arange(20) % 5 > 0, torch.arange(20) % 5 == 0], torch.Generator().manual_seed(0)
-    tokens = [torch.randn(3, 20, 4, generator=noise) for _ in labels]
-    for source, (part, classes) in enumerate(zip(tokens, labels, strict=True)):
-        part[0] += 6 * classes[:, None]
-        part[1] += 3 * source
-    seen = Seen(said, gradients, tokens, [classes.long() for classes in labels])
+    """A classifier that takes features for logits; what heads add to them is given, of two sources."""
+    noise = torch.Generator().manual_seed(0)
+    # Head 0 helps one source and hurts the other, head 1 hurts both, head 2 helps both.
+    adds = torch.tensor([[2.0, -1.0, 0.6], [-2.2, -1.0, 0.6]])
+    sources = []
+    for source in range(2):
+        labels = torch.arange(20) % 5 > 0 if source == 0 else torch.arange(20) % 5 == 0
+        right = F.one_hot(labels.long(), 2).float()
+        plain = right + 0.3 * torch.randn(20, 2, generator=noise)
+        tokens = torch.randn(3, 20, 4, generator=noise)
+        # Head 0's token tells classes apart, of which the sources have other shares; head 1's tells sources apart.
+        tokens[0] += 6 * labels[:, None]
+        tokens[1] += 3 * source
+        closed = plain - adds[source][:, None, None] * right
+        sources.append(Measured(torch.cat([plain[None], closed]), labels.long(), tokens))
+    seen = Seen(sources, lambda features: features, [lambda features: -features] * 2)
     scores = {name: score(seen) for name, (_, score) in CRITERIA.items()}
-    first = {"loss": 1, "worst-source": 1, "spread": 0, "gradient": 0, "agreement": 1, "class-mmd": 1}
+    first = {"loss": 1, "worst-source": 1, "spread": 0, "gradient": 1, "agreement": 1, "class-mmd": 1, "left-out": 2}
     assert {name: int(scores[name].argmax()) for name in first} == first
     assert min(scores["mmd"][:2]) > 10 * abs(scores["mmd"][2]) and scores["class-mmd"][0] < 0.1 * scores["class-mmd"][1]
-    gates = torch.ones(3, requires_grad=True)
-    risks = losses + gradients @ (gates - 1)
-    (expected,) = torch.autograd.grad(risks.mean() + 10 * risks.var(unbiased=False), gates)
-    torch.testing.assert_close(scores["v-rex"], expected)
+    expected = torch.stack([adds[0] / 2, adds[1] / 2]).double().std(0)  # over the mean of two logits: half is left
+    torch.testing.assert_close(scores["spread"].double(), expected, rtol=1e-5, atol=1e-6)
+    gates = torch.ones(3, dtype=torch.double, requires_grad=True)
+    risks = []
+    for own, added in zip(sources, adds.double(), strict=True):
+        right = F.one_hot(own.labels, 2).double()
+        logits = own.features[0].double() - ((1 - gates) * added).sum() * right
+        risks.append((logits.logsumexp(1) - (logits * right).sum(1)).mean())
+    mean = (risks[0] + risks[1]) / 2
+    (expected,) = torch.autograd.grad(mean + 10 * ((risks[0] - mean) ** 2 + (risks[1] - mean) ** 2) / 2, gates)
+    torch.testing.assert_close(scores["v-rex"].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-class Table:
-    """A model whose right answers are a sum over its closed heads; of ten images."""
-
-    heads = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    gains = {(0, 0): -1, (0, 1): 2, (1, 0): 1, (1, 1): 0}
-
-    def closing(self, loader, closed, sets, doing):
-        right = [5 + sum(self.gains[h] for h in (*closed, *own)) for own in ((), *sets)]
-        return Said(torch.tensor([[i < n for i in range(10)] for n in right]), torch.zeros(len(right), 10))
+def test_learned_gates_are_where_objective_and_pull_meet():
+    slope = torch.tensor([2.0, -1.0, 0.0])
+    found = learned(lambda gates: (slope * gates).sum(), torch.ones(3), steps=500)
+    torch.testing.assert_close(found, 1 - slope * 3 / (2 * PULL), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("most", "closed"), [(4, [(0, 1), (1, 0)]), (1, [(0, 1)])])
 def test_greedy_closes_what_helps_most_and_stops(most, closed):
-    table = Table()
-    heads, reached = greedy(table, ["images"], [table.closing(None, (), [[h] for h in table.heads], "")], most, "")
-    assert heads == closed and reached == pytest.approx((5 + sum(map(table.gains.get, closed))) / 10)
+    gains = {(0, 0): -1, (0, 1): 2, (1, 0): 1, (1, 1): 0}  # right answers of ten, which add up
+
+    def tell(sets):
+        right = [5 + sum(gains[head] for head in closed) for closed in sets]
+        return Said(torch.tensor([[i < n for i in range(10)] for n in right]), torch.zeros(len(right), 10))
+
+    assert greedy(list(gains), tell, most) == closed
 
 
 def test_what_is_chosen_is_tested_on_images_that_nobody_chose_by(vit, vit_problem, monkeypatch):
-    fit_head(vit, vit_problem, RECIPE)
     fastheads.patch(vit, CONFIG)
-    seen, tried, loader, closing = {}, [], Frozen.loader, Frozen.closing
+    seen, loader = {}, Frozen.loader
 
     def watched(self, domain, indices):
-        seen.setdefault(domain, []).append(set(indices))
+        seen.setdefault(domain, []).append(set(indices or ()))
         return loader(self, domain, indices)
 
-    def heard(self, loader, closed, sets, doing):
-        tried.extend(sets if doing.startswith("sets of heads") else ())
-        return closing(self, loader, closed, sets, doing)
-
     monkeypatch.setattr(Frozen, "loader", watched)
-    monkeypatch.setattr(Frozen, "closing", heard)
-    record = select_heads(vit, vit_problem, RECIPE, most=2, images=3)
+    record = select_heads(vit, vit_problem, RECIPE, most=2, images=3, tested=9)
     oracle, test = seen["red"]
-    assert not oracle & test and len(oracle) == 3 and record["test_images"] == len(test) == 10
+    assert not oracle & test and len(oracle) == 3 and record["test_images"] == len(test) == 9
     for name in ("blue", "green"):
-        (own,) = seen[name]
-        assert own <= set(vit_problem.validation[name]) and record["images"][name] == len(own) == 3
+        everything, own = seen[name]  # of the head that is fitted; of criteria
+        assert not everything and own <= set(vit_problem.validation[name]) and record["images"][name] == len(own) == 3
     rows = {row["name"]: row for row in record["selections"]}
-    assert list(rows) == ["none", *CRITERIA, "random", "oracle", "greedy"]
+    assert list(rows) == ["none", *CRITERIA, *GATES, "random", "greedy", "greedy-left-out", "oracle", "oracle-gates"]
     for name, row in rows.items():
-        assert len(row["heads"]) <= 2 and row["gain"] == pytest.approx(row["target"] - rows["none"]["target"], abs=1e-6)
-        assert name == "oracle" or row["sources"] >= rows["none"]["sources"]
-    for name in CRITERIA:  # the worst heads first, by the score
-        order = [(h["layer"], h["head"]) for h in sorted(record["heads"], key=lambda h: -h["scores"][name])][:2]
-        assert tuple(order) in tried and rows[name]["heads"] == list(map(list, order[: len(rows[name]["heads"])]))
+        for part in ("", "refit_"):
+            gain = row[f"{part}target"] - rows["none"][f"{part}target"]
+            assert row[f"{part}gain"] == pytest.approx(gain, abs=1e-6)
+        if row["heads"] is None:
+            assert (name in GATES or name == "oracle-gates") and len(row["gates"]) == len(record["heads"])
+            continue
+        assert len(row["heads"]) <= 2
+        order = [(h["layer"], h["head"]) for h in sorted(record["heads"], key=lambda h: -h["scores"].get(name, 0))][:2]
+        assert name not in CRITERIA or row["heads"] == list(map(list, order[: len(row["heads"])]))
+        assert name in ("oracle", "greedy-left-out") or row["sources"] >= rows["none"]["sources"]
