@@ -49,4 +49,10 @@ def test_the_result_file_is_that_of_the_code():
     made = rows_of("L/14", "hap")
     of = {(row["model"], row["method"]) for row in made}
     kept = read_json(ROOT / "bench" / "results" / "scale.json")["rows"]
-    assert made == [row for row in kept if (row["model"], row["method"]) in of]
+    told = [row for row in kept if (row["model"], row["method"]) in of]
+    assert rounded(made) == rounded(told)
+
+
+def rounded(rows):
+    """Python 3.12 adds up floats more exactly than 3.11."""
+    return json.loads(json.dumps(rows), parse_float=lambda text: f"{float(text):.12g}")
