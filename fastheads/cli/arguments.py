@@ -361,7 +361,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     group.add_argument("--weight-decay", type=_number, default=0.1, metavar="X", help="of all but gates (default: 0.1)")
     group.add_argument("--mmd-weight", type=_number, default=0.1, metavar="X", help="lambda of the MMD (default: 0.1)")
     kernels, features = ("adaptive", "domainbed", "dan"), ("heads", "embedding")
-    group.add_argument("--mmd-kernel", choices=kernels, default="adaptive", help="of the MMD (default: adaptive)")
+    group.add_argument("--mmd-kernel", choices=kernels, default="adaptive", help="its bandwidths (default: adaptive)")
     group.add_argument("--mmd-features", choices=features, default="heads", help="of the MMD (default: heads)")
     group.add_argument(
         "--mmd-to",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,19 +12,37 @@ from torch import Tensor
 from fastheads.reference.precision import autocast_off, centre, less
 
 
-class Preset(NamedTuple):
+_OF = ("nothing", "mean square", "mean square of pairs")
+
+
+@dataclass(frozen=True)
+class Preset:
     """A convention of the MMD under a name.
 
     of: what the bandwidths are of: "nothing" (numbers are the gammas), "mean square" (gamma = 1 / (2 number σ²)), or
     "mean square of pairs" (gamma = 1 / (number bw)); see `kernel_gammas`. numbers: in order of growing gamma.
     estimator: its own. powers: how each kernel follows from the one before: 0 is an exponential of its own, 2 or 10
-    that power of the one before. Powers multiply the relative error of an exponential: no chain is longer than 10.
+    that power of the one before, whose gamma is exactly that many times larger. Powers multiply the relative error of
+    an exponential: no chain is longer than 10. Raises ValueError where these don't fit together.
     """
 
     of: str
     numbers: tuple[float, ...]
     estimator: str
     powers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name, takes in (("of", _OF), ("estimator", ("biased", "unbiased"))):
+            if getattr(self, name) not in takes:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; takes {', '.join(map(repr, takes))}")
+        if len(self.powers) != len(self.numbers) or any(power not in (0, 2, 10) for power in self.powers):
+            raise ValueError(f"powers: got {self.powers}; takes 0, 2 or 10 for each of {len(self.numbers)} numbers")
+        gammas = self.numbers if self.of == "nothing" else [1 / number for number in self.numbers]
+        for u, power in enumerate(self.powers):
+            if power and (u == 0 or not math.isclose(gammas[u], power * gammas[u - 1], rel_tol=1e-12)):
+                raise ValueError(
+                    f"powers: got {power} at {u}, where gamma is not {power} times the one before; takes 0"
+                )
 
 
 PRESETS = {

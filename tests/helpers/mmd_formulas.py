@@ -47,6 +47,7 @@ def gammas_loops(x, kernel):
     if kernel == "adaptive":
         mean = total / n**2  # over all pairs, the zero diagonal included
         return [1 / (2 * 2.0**a * mean) for a in (-3, -2, -1, 0, 1)]
+    assert kernel == "dan", kernel
     bandwidth = total / (n**2 - n) / 4
     return [1 / (bandwidth * 2**i) for i in range(5)]
 

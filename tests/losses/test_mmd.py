@@ -20,7 +20,7 @@ from mmd_formulas import (
 from torch.autograd import gradcheck
 
 from fastheads.losses import mmd
-from fastheads.reference import kernel_gammas
+from fastheads.reference import Preset, kernel_gammas
 
 # ---- the presets against the codebases they are named after -------------------------------------
 
@@ -241,3 +241,14 @@ def test_distance_grows_with_a_shift(preset, estimator):
     ]
     assert shifted[0] < shifted[1] < shifted[2]
     assert shifted[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("of", "median"), ("estimator", "unbaised"), ("powers", (0, 0)), ("powers", (0, 2, 0)), ("powers", (2, 0, 0))],
+)
+def test_a_preset_whose_parts_do_not_fit_is_refused(name, wrong):
+    right = dict(of="mean square", numbers=(4.0, 1.0, 0.5), estimator="biased", powers=(0, 0, 2))
+    Preset(**right)
+    with pytest.raises(ValueError, match=f"^{name}: got "):
+        Preset(**right | {name: wrong})

@@ -114,10 +114,13 @@ class Opening(Shown):
             text += "Merged into the weights, it costs nothing extra at inference: the merged model is a stock one."
         return text.strip()
 
+    def count(self) -> str:
+        return "1 run" if len(self.runs) == 1 else f"{len(self.runs)} runs"
+
     def meta(self) -> str:
         e, seeds = self.experiment, len(self.seeds)
         parts = [
-            f"{len(self.runs)} runs",
+            self.count(),
             "one seed" if seeds == 1 else f"{seeds} seeds",
             str(e.get("date") or "")[:16].replace("T", " "),
             str(e.get("device") or ""),
@@ -138,7 +141,7 @@ class Opening(Shown):
             shown.append((f"{self.brief(adapter)} adapter", figures.size(saved), note))
         wall = number(self.experiment.get("wall_seconds"))
         if wall is not None:
-            shown.append(("Whole experiment", figures.duration(wall), f"{len(self.runs)} runs"))
+            shown.append(("Whole experiment", figures.duration(wall), self.count()))
         return "".join(
             f'<div class="tile"><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>'
             for a, b, c in shown
