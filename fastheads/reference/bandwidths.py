@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastheads.reference.precision import autocast_off, centre, less
 
-
 _OF = ("nothing", "mean square", "mean square of pairs")
 
 
