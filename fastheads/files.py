@@ -16,7 +16,10 @@ def whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors lets the owner alone read its files
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "r+b") as f:  # Windows syncs only what may be written
             os.fsync(f.fileno())
         os.replace(temporary, path)

@@ -19,6 +19,7 @@ ADAPTER = "runs/train/sketch/seed0/hap/adapter"  # where train writes one, in ex
 # Shells complete a path by these of shtab's functions.
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
+MODEL = "ViT-B-16"
 OWN = "openai, or timm's own"  # the weights of a model for which none are named
 
 
@@ -91,15 +92,18 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def _model_options(parser: argparse.ArgumentParser, *, pretrained: str) -> None:
-    group = parser.add_argument_group("the base model")
+def _model_options(parser: argparse.ArgumentParser, *, pretrained: str, of_adapter: bool = False) -> None:
+    """of_adapter: what isn't named is the base of `--adapter`; see `training.base_of_adapter`."""
+    group, default = parser.add_argument_group("the base model"), MODEL
+    if of_adapter:
+        default, pretrained = f"the adapter's base; without one {MODEL}", f"the adapter's base's, else {pretrained}"
     group.add_argument(
         "--model",
         type=os.path.expanduser,
-        default="ViT-B-16",
+        default=None if of_adapter else MODEL,
         metavar="NAME",
-        help="OpenCLIP's name (default: ViT-B-16), or a folder of Hugging Face's CLIP or SigLIP; timm:NAME, or such a "
-        "folder of an image tower: with a linear head instead of text",
+        help=f"OpenCLIP's name (default: {default}), or a folder of Hugging Face's CLIP or SigLIP; timm:NAME, or such "
+        "a folder of an image tower: with a linear head instead of text",
     )
     group.add_argument(
         "--pretrained",
@@ -496,7 +500,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         type=_whole(2),
         default=None,
         metavar="N",
-        help="of each domain's held-out ones, to measure and choose by (default: all)",
+        help="of each domain's held-out ones, to measure and choose by (default: all); a linear head is fitted on all",
     )
     group.add_argument(
         "--test-images",
@@ -516,7 +520,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         "one, or one with an adapter.",
         epilog=f"example: fastheads evaluate --data data/PACS --adapter {ADAPTER}",
     )
-    _model_options(evaluate, pretrained=OWN)
+    _model_options(evaluate, pretrained=OWN, of_adapter=True)
     _data_options(evaluate)
     _adapter_options(evaluate, required=False)
     evaluate.add_argument("--domain", nargs="+", default=None, metavar="DOMAIN", help="default: all")
@@ -539,7 +543,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         "folder of that name without its ending, for Hugging Face's from_pretrained.",
         epilog=f"example: fastheads merge --adapter {ADAPTER} --out merged.safetensors",
     )
-    _model_options(merge, pretrained=OWN)
+    _model_options(merge, pretrained=OWN, of_adapter=True)
     _adapter_options(merge, required=True)
     merge.add_argument("--out", type=_path, required=True, metavar="FILE", help="the checkpoint, .safetensors")
     examples = [command.epilog.removeprefix("example: ") for command in commands.choices.values() if command.epilog]

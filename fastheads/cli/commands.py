@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fastheads.cli import data, sweep
 from fastheads.cli.arguments import InputError, Outcome, parser
 from fastheads.cli.training import (
+    base_of_adapter,
     classes_of,
     experiment,
     load_adapter_of,
@@ -70,7 +71,7 @@ def _train(args: argparse.Namespace) -> Outcome:
             if name not in METHODS:
                 raise InputError(f"--method: got {name!r}; takes {', '.join(METHODS)}")
         recipes = {name: recipe_of(args, METHODS[name]) for name in args.method}  # bad numbers are told first
-        with ranks.ending_at_once("what was saved before"):
+        with ranks.ending_at_once(""):
             setting = set_up(args, [(METHODS[name], recipe) for name, recipe in recipes.items()])
             found = experiment(
                 setting,
@@ -170,6 +171,7 @@ def _heads(args: argparse.Namespace) -> Outcome:
 def _evaluate(args: argparse.Namespace) -> Outcome:
     from fastheads.train.progress import Bars
 
+    base_of_adapter(args)
     with Bars() as bars:
         scores = _scores(args, bars)
     about = {"model": args.model, "pretrained": args.pretrained, "adapter": args.adapter, "data": args.data}
@@ -217,6 +219,7 @@ def _merge(args: argparse.Namespace) -> Outcome:
 
     if args.out.suffix != ".safetensors":
         raise InputError(f"--out: got {args.out}; takes a file name that ends in .safetensors")
+    base_of_adapter(args)
     model, _ = load_model(args, classes_of(args, 1000))
     load_adapter_of(model, args)
     path = models.save(fastheads.merge(model), args.out)
@@ -320,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except SystemExit as e:
         if main_process and hasattr(e, "where"):
-            print(f"{who} asked to end, after {e.where}; {goes_on}: {args.typed}", file=sys.stderr)
+            print(f"{who} asked to end{e.where and ', after '}{e.where}; {goes_on}: {args.typed}", file=sys.stderr)
         raise
     except Exception as e:
         if ranks.processes() == 1:

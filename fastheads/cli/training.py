@@ -116,6 +116,19 @@ def load_adapter_of(model: nn.Module, args: argparse.Namespace, classes: Sequenc
         raise InputError(f"--adapter: {e.what}; --any-base takes it all the same") from e
 
 
+def base_of_adapter(args: argparse.Namespace) -> None:
+    """Where `--model` is not given it is the one that `--adapter` was saved with, and so are the weights."""
+    from fastheads.adapters import read_adapter
+    from fastheads.cli.arguments import MODEL
+
+    if args.model is not None:
+        return
+    name, _, weights = (read_adapter(args.adapter)[0]["base_model"] if args.adapter else "").partition(" ")
+    args.model = name or MODEL
+    if args.pretrained is None and (" " not in weights or Path(weights).is_file()):
+        args.pretrained = weights or None
+
+
 def classes_of(args: argparse.Namespace, otherwise: int) -> int:
     """Of how many classes the linear head is that lies with `--adapter`, if there is one."""
     from fastheads.adapters import read_adapter

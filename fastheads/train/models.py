@@ -107,6 +107,10 @@ def load(name: str, weights: str | None, classes: int = 1000, size: int | None =
         return _load_huggingface(name, weights, classes), tokenizer
     import open_clip
 
+    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
+    if weights and not is_file(weights) and not _holds_its_own(name) and weights.lower().replace("-", "_") not in tags:
+        has = f"it has {', '.join(tags)}, or give" if tags else "give"
+        raise ValueError(f"pretrained: {name} has no weights {weights!r}; {has} the path of a checkpoint you have")
     with _explaining(name, weights, "the path of a checkpoint you have"), silent():
         if weights and _holds_its_own(name):  # OpenCLIP would ignore the others
             model = open_clip.create_model(name, force_image_size=size, load_weights=False)
@@ -185,7 +189,7 @@ def with_activation(name: str, weights: str | None) -> str:
         return name
     if _holds_its_own(name):
         raise ValueError(f"pretrained: got {weights!r}, but {name} holds its own weights; takes a file in their place")
-    tags = open_clip.list_pretrained_tags_by_model(name)
+    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
     if tags and weights not in tags:
         raise ValueError(f"pretrained: {name} has no weights {weights!r}; it has {', '.join(tags)}, or give a file")
     quick = open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)

@@ -30,7 +30,7 @@ def accuracies(text):
 @pytest.fixture(scope="module")
 def merged(world):
     path = world.root / "merged/model.safetensors"
-    text = done("merge", *base(world.root), "--adapter", world.adapter, "--out", path)
+    text = done("merge", "--adapter", world.adapter, "--out", path)  # of the adapter's own base
     return argparse.Namespace(path=path, text=text)
 
 
@@ -59,9 +59,16 @@ def test_the_merged_checkpoint_scores_as_the_adapter_does(world, merged):
     assert evaluated(world, file="merged/model.safetensors") == with_adapter
 
 
+def test_model_and_weights_named_nowhere_are_the_adapters(world):
+    own = done("evaluate", *data(world.root), "--adapter", world.adapter, "--domain", "night")
+    assert accuracies(own) == evaluated(world, "--adapter", world.adapter, "--domain", "night")
+
+
 def test_the_merged_checkpoint_is_a_stock_one(world, merged):
     stock = load_file(world.root / "demo.safetensors")
     tensors = load_file(merged.path)
+    (beside := merged.path.with_name("beside")).touch()
+    assert merged.path.stat().st_mode == beside.stat().st_mode
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in stock.items()}
     changed = {name for name in stock if not torch.equal(stock[name], tensors[name])}
     assert changed and all(name.endswith(("attn.in_proj_weight", "attn.out_proj.weight")) for name in changed)
