@@ -38,7 +38,9 @@ class AnotherBaseError(ValueError):
     """The model is not the adapter's base; `what` says how they differ."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"directory: {what}; load its weights into the model first, or take it all the same by check_base=False")
+        super().__init__(
+            f"directory: {what}; load its weights into the model first, or take it all the same by check_base=False"
+        )
         self.what = what
 
 
