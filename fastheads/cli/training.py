@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastheads.cli import data
@@ -120,11 +121,13 @@ def base_of_adapter(args: argparse.Namespace) -> None:
     """Where `--model` is not given it is the one that `--adapter` was saved with, and so are the weights."""
     from fastheads.adapters import read_adapter
     from fastheads.cli.arguments import MODEL
+    from fastheads.train.models import is_folder
 
     if args.model is not None:
         return
     name, _, weights = (read_adapter(args.adapter)[0]["base_model"] if args.adapter else "").partition(" ")
-    args.model = name or MODEL
+    named = weights or ":" in name or is_folder(name)  # save_adapter notes a class where it was told no base
+    args.model = name if named else MODEL
     if args.pretrained is None and (" " not in weights or Path(weights).is_file()):
         args.pretrained = weights or None
 

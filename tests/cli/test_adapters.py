@@ -11,6 +11,7 @@ from commands import DOMAINS, base, data, done, run
 from safetensors.torch import load_file
 
 import fastheads
+from fastheads.cli.training import base_of_adapter
 from fastheads.demo.base import CONFIG, MODEL
 
 
@@ -62,6 +63,17 @@ def test_the_merged_checkpoint_scores_as_the_adapter_does(world, merged):
 def test_model_and_weights_named_nowhere_are_the_adapters(world):
     own = done("evaluate", *data(world.root), "--adapter", world.adapter, "--domain", "night")
     assert accuracies(own) == evaluated(world, "--adapter", world.adapter, "--domain", "night")
+
+
+@pytest.mark.parametrize(
+    ("base", "wanted"),
+    [("RN50 openai", ("RN50", "openai")), ("demo as it was drawn", ("demo", None)), ("CLIP", ("ViT-B-16", None))],
+)
+def test_of_a_base_in_words_the_name_alone_is_taken(base, wanted, monkeypatch):
+    monkeypatch.setattr("fastheads.adapters.read_adapter", lambda folder: ({"base_model": base}, {}))
+    args = argparse.Namespace(model=None, pretrained=None, adapter="adapter")
+    base_of_adapter(args)
+    assert (args.model, args.pretrained) == wanted
 
 
 def test_the_merged_checkpoint_is_a_stock_one(world, merged):
