@@ -38,9 +38,7 @@ class AnotherBaseError(ValueError):
     """The model is not the adapter's base; `what` says how they differ."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(
-            f"directory: {what}; load its weights into the model first, or take it all the same by check_base=False"
-        )
+        super().__init__(f"directory: {what}; check_base=False loads it all the same")
         self.what = what
 
 
@@ -256,7 +254,7 @@ def load_adapter(
     if not same and not (other_form and attention_hash(inner, config.towers) == about.get("attention_sha256")):
         differing = differences(about["base"], describe(inner, config.towers))
         text = f"the adapter in {directory} was trained on another base ({about['base_model']}): " + (
-            "; ".join(differing) or "this model's weights are not the ones it was saved with"
+            "; ".join(differing) or "this model's weights are not the ones it was saved with: load those first"
         )
         if check_base:
             raise AnotherBaseError(text)
