@@ -1,7 +1,7 @@
 """docs/study.md and its figures: what closing heads brings, and what training does, from docs/results/study-*.json.
 
-`--collect NAME FILE RUNS` puts what is done of a sweep into docs/results/study-NAME.json, `--heads NAME RUN…` what
-`fastheads heads` found; `--check` says what of the page is not what the files generate: exit status 1.
+`--collect NAME FILE RUNS` puts what is done of a sweep (its folder, or a results.json of the same settings) into
+docs/results/study-NAME.json, `--heads NAME RUN…` what `fastheads heads` found; `--check` says what of the page is not what the files generate: exit status 1.
 """
 
 import argparse
@@ -221,13 +221,23 @@ def _heads_section(found: Record) -> list[str]:
 
 
 def collect(file: Path, folder: Path) -> dict[str, Any]:
-    """What is done of a sweep: its rows by id and label, targets, seeds, and of each run what the page shows."""
+    """What is done of a sweep: its rows by id and label, targets, seeds, and of each run what the page shows.
+
+    folder: the sweep's, or the results.json of an experiment with the same settings, which the record then names.
+    """
     from fastheads.cli.sweep import read
 
-    sweep, runs, domains = read(file.read_text()), list[dict[str, Any]](), dict[str, int]()
-    for path in sorted(folder.glob("*/seed*/*/result.json")):
-        content = json.loads(path.read_text())
-        run, domains = content["run"], content["key"]["image_counts"]
+    sweep, runs, domains, of = read(file.read_text()), list[dict[str, Any]](), dict[str, int](), {}
+    if folder.is_file():
+        whole = json.loads(folder.read_text())
+        done, domains = whole["runs"], whole["dataset"]["images"]
+        of = {"of": folder.name, "command": whole["command"], "commit": whole["commit"]}
+    else:
+        contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed*/*/result.json"))]
+        done, domains = [each["run"] for each in contents], contents[0]["key"]["image_counts"] if contents else {}
+    for run in done:
+        if run["method"] not in sweep.rows:
+            continue
         history = run["history"] or {}
         kept = {name: run[name] for name in ("method", "target", "seed", "trainable_parameters")}
         kept["accuracy"] = round(run["accuracy"][run["target"]], 6)
@@ -240,6 +250,7 @@ def collect(file: Path, folder: Path) -> dict[str, Any]:
         runs.append(kept)
     return {
         "file": file.as_posix(),
+        **of,
         "dataset_name": "icons" if sweep.demo else sweep.args.data.name,
         "methods": [{"id": name, "label": row.method.label} for name, row in sweep.rows.items()],
         "targets": list(domains),
@@ -283,11 +294,13 @@ def _trained_section(found: Record) -> list[str]:
         each = paired(trained(found, mine), trained(found, other))
         if each is not None:
             pairs.append([f"{labels[mine]} − {labels[other]}", words, str(each), f"{each.seeds} × {each.targets}"])
+    theirs = "{of}, by `{command}` at {commit}".format(**found) if "of" in found else ""
     count = len(found["methods"]) * len(found["targets"]) * len(found["seeds"])
     lines = [
         f"### {data}",
         "",
-        f"`fastheads sweep {found['file']}`: {len(found['runs'])} of {count} runs are done.",
+        f"`fastheads sweep {found['file']}`: {len(found['runs'])} of {count} runs are done"
+        + (f" ({theirs})." if theirs else "."),
         TRAINED,
         "",
         table(["", *found["targets"], "WiSE-FT", "gates", "MMD"], rows),
