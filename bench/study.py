@@ -1,7 +1,8 @@
 """docs/study.md and its figures: what closing heads brings, and what training does, from docs/results/study-*.json.
 
 `--collect NAME FILE RUNS` puts what is done of a sweep (its folder, or a results.json of the same settings) into
-docs/results/study-NAME.json, `--heads NAME RUN…` what `fastheads heads` found; `--check` says what of the page is not what the files generate: exit status 1.
+docs/results/study-NAME.json, `--heads NAME RUN…` what `fastheads heads` found; `--check` says what of the page is not
+what the files generate: exit status 1.
 """
 
 import argparse
