@@ -320,7 +320,7 @@ def _put(model: nn.Module, tensors: dict[str, Tensor], saved: Sequence[str]) -> 
         theirs, ours = (tuple(of[wrong[0]].shape) if wrong[0] in of else "none" for of in (tensors, expected))
         raise ValueError(
             f"directory: its tensors don't fit the model, first at {wrong[0]!r} (the adapter has {theirs}, the model "
-            f"{ours}); takes an adapter of a model with as many layers, heads and classes, and as wide"
+            f"{ours}); takes an adapter of a model with as many layers and heads, as many classes, and as wide"
         )
     if any(hasattr(tensor, "full_tensor") for tensor in expected.values()):
         raise TypeError("model: is sharded by FSDP; load the adapter first, then shard")
