@@ -33,7 +33,9 @@ model the MMD's choice, HAP's criterion, stands for it; HAP itself is under the 
 READING = """
 ±: standard error over seeds. Of three seeds it is itself uncertain by half, and chance alone lies beyond two of it in
 one case of five. Nothing was chosen by a target that confirms.
-The oracles chose by few images, and fit those: they are a bound only where they gain. The targets of development were
+The oracles chose by few images, by the loss of the classifier as it is, and fit those: they are a bound only where they
+gain, and under a head fitted anew no bound at all. Which of the two is better is seen on the tested images. By text
+there is no head to fit: on the icons `left-out` is `loss`, and so on. The targets of development were
 looked at while criteria were written: about sixty forms of gates (objectives, pulls, L1 or
 L2) and the form of the oracles were tried there. Of the icons that confirm, what closing single heads brings was seen
 before, and used for nothing.
@@ -64,8 +66,10 @@ class Mean(NamedTuple):
     targets: int
 
     def __str__(self) -> str:
-        error = "" if self.error is None else f" ± {self.error:.1f}"
-        return f"{self.mean:+.1f}{error}".replace("-", "−")
+        digits = 2 if 0 < max(abs(self.mean), self.error or 0) < 0.05 else 1
+        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
+        mean = round(self.mean, digits) or 0.0  # no −0.0
+        return f"{mean:+.{digits}f}{error}".replace("-", "−")
 
     @property
     def clear(self) -> bool:
@@ -118,6 +122,13 @@ def best_of(found: Record, names: Sequence[str], targets: Sequence[str], part: s
     return max(each, key=lambda pair: pair[1].mean)
 
 
+def tied(found: Record, name: str, targets: Sequence[str], part: str) -> str:
+    """Which others gained as much, in words."""
+    most = gain(found, name, part, targets)
+    others = [f"`{other}`" for other in names_of(found) if other != name and gain(found, other, part, targets) == most]
+    return f", and so were {', '.join(others)}" if others else ""
+
+
 def verdict(found: Record) -> list[str]:
     """What came out, in words: of the oracle, and of the criterion that development would have chosen."""
     (developed, confirmed), lines = parts_of(found), []
@@ -142,9 +153,9 @@ def verdict(found: Record) -> list[str]:
         aim = f"the aim is {'met' if met else 'missed'}" if bound.mean > 0 else "there is nothing to recover"
         lines += [
             f"- **{data}. {words}, {aim}.** Of {count} criteria `{name}` was best where it was",
-            f"  developed ({', '.join(developed)}: {before} points). On those that confirm ({', '.join(confirmed)}) it",
-            f"  gains {got}, and {mmd} over the MMD's choice; the better oracle there, `{bound_name}`, gains {bound}",
-            f"  ({got.seeds} seeds).",
+            f"  developed ({', '.join(developed)}: {before} points){tied(found, name, developed, part)}.",
+            f"  On those that confirm ({', '.join(confirmed)}) it gains {got}, and {mmd} over the MMD's choice;",
+            f"  the better oracle there, `{bound_name}`, gains {bound} ({got.seeds} seeds).",
         ]
         others = [(other, gain(found, other, part, confirmed)) for other in names_of(found) if other != name]
         told = ", ".join(f"`{other}` {mean}" for other, mean in others if mean and mean.mean > 0 and mean.clear)

@@ -18,7 +18,7 @@ import fastheads
 from fastheads.losses import class_text_weights
 from fastheads.train.data.batches import training_loader
 from fastheads.train.data.domains import read_domains
-from fastheads.train.data.sampling import split
+from fastheads.train.evaluation import source_splits
 from fastheads.train.methods import ImageEncoder, Objective
 from fastheads.train.models import transforms
 from fastheads.train.optimization import cosine_schedule, parameter_groups
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> None:
         mmd_weight=args.mmd_weight,
         mmd_options={"group": dist.group.WORLD if accelerator.num_processes > 1 else None},
     )
-    sources = [name for name in folders.domains if name != args.target]
+    parts = source_splits(folders, args.target)
     loader = training_loader(
         folders,
-        sources,
-        {name: split(folders, name)[0] for name in sources},
+        list(parts),
+        {name: part[0] for name, part in parts.items()},
         transforms(model)[0],
         args.per_domain,
         args.steps,

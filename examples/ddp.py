@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py data/PACS ViT-B-16 --pretrained openai --target sketch --out adapter
 
-The result doesn't depend on the number of processes: a step's images are those of (seed, step), each process takes its
-share, and the MMD is over the batch of all (`group`).
+Where it divides `--per-domain`, the number of processes changes no result: a step's images are those of (seed, step),
+each process takes its share, and the MMD is over the batch of all (`group`).
 """
 
 import argparse
@@ -18,7 +18,7 @@ import fastheads
 from fastheads.losses import class_text_weights
 from fastheads.train.data.batches import training_loader
 from fastheads.train.data.domains import read_domains
-from fastheads.train.data.sampling import split
+from fastheads.train.evaluation import source_splits
 from fastheads.train.methods import ImageEncoder, Objective
 from fastheads.train.models import transforms
 from fastheads.train.optimization import cosine_schedule, parameter_groups
@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=2e-4, gate_lr=2e-3, weight_decay=0.1))
     schedule = cosine_schedule(optimizer, args.steps)
 
-    sources = [name for name in folders.domains if name != args.target]
+    parts = source_splits(folders, args.target)
     loader = training_loader(
         folders,
-        sources,
-        {name: split(folders, name)[0] for name in sources},
+        list(parts),
+        {name: part[0] for name, part in parts.items()},
         transforms(model)[0],
         args.per_domain,
         args.steps,

@@ -18,7 +18,7 @@ import fastheads
 from fastheads.losses import class_text_weights
 from fastheads.train.data.batches import Loader, training_loader
 from fastheads.train.data.domains import DomainFolders, read_domains
-from fastheads.train.data.sampling import split
+from fastheads.train.evaluation import source_splits
 from fastheads.train.methods import ImageEncoder, Objective
 from fastheads.train.models import transforms
 from fastheads.train.optimization import cosine_schedule, parameter_groups
@@ -50,11 +50,11 @@ class Adapted(pytorch_lightning.LightningModule):
         return [optimizer], [{"scheduler": cosine_schedule(optimizer, self.args.steps), "interval": "step"}]
 
     def train_dataloader(self) -> Loader:
-        sources = [name for name in self.folders.domains if name != self.args.target]
+        parts = source_splits(self.folders, self.args.target)
         return training_loader(
             self.folders,
-            sources,
-            {name: split(self.folders, name)[0] for name in sources},
+            list(parts),
+            {name: part[0] for name, part in parts.items()},
             transforms(self.encoder.model)[0],
             self.args.per_domain,
             self.args.steps,

@@ -450,7 +450,7 @@ def parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         default=[],
         metavar="KIND",
         help="write each step's numbers beside a run's results: jsonl, tensorboard, or both "
-        "(torchrun has a --log of its own: name it --log-to there)",
+        "(torchrun has a --log-dir of its own: name it --log-to there)",
     )
 
     sweep = commands.add_parser(

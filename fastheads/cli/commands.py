@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -136,22 +137,26 @@ def _heads(args: argparse.Namespace) -> Outcome:
         recipe = Recipe(batch_size=args.batch_size, workers=args.workers)
         setting = set_up(args, [(METHODS["dig"], recipe)])
         hashed = hashes(setting.model, setting.problem_of(setting.targets[0], args.seed[0]))
+        same = ("most", "images", "test_images", "prompt", "sources", "split_by", "image_size")
         patch(setting.model, CONFIG)
         about = {
             **setting.about,
             "command": args.typed,
             "key": hashed
-            | {name: getattr(args, name) for name in ("most", "images", "test_images", "prompt", "sources")},
+            | {name: getattr(args, name) for name in same}
+            | {"class_names": list(setting.folders.class_names)},
             "versions": versions(),
             "criteria": {name: told for name, (told, _) in (CRITERIA | GATES).items()},
         }
-        path, done = args.out / "heads.json", list[dict[str, Any]]()
+        path, kept, done = args.out / "heads.json", args.out / "features", list[dict[str, Any]]()
         if path.is_file():
             earlier = json.loads(path.read_text())
-            if earlier["key"] != about["key"]:
+            if earlier.get("key") != about["key"]:
                 raise InputError(f"--out: {args.out} holds what other options found; takes another folder")
             done = earlier["runs"]
-        kept = args.out / "features"
+        else:  # features belong to what heads.json says
+            shutil.rmtree(kept, ignore_errors=True)
+            write_json(path, {**about, "runs": done})
         for seed in args.seed:
             for target in setting.targets:
                 if any((run["target"], run["seed"]) == (target, seed) for run in done):
@@ -171,8 +176,8 @@ def _heads(args: argparse.Namespace) -> Outcome:
 def _evaluate(args: argparse.Namespace) -> Outcome:
     from fastheads.train.progress import Bars
 
-    base_of_adapter(args)
     with Bars() as bars:
+        base_of_adapter(args)
         scores = _scores(args, bars)
     about = {"model": args.model, "pretrained": args.pretrained, "adapter": args.adapter, "data": args.data}
     return {**about, "domains": scores}, 0
@@ -183,7 +188,7 @@ def _scores(args: argparse.Namespace, bars: Bars) -> dict[str, dict[str, float]]
     from fastheads.hosts.vision import head_of
     from fastheads.losses.context import class_text_weights
     from fastheads.train.data.batches import evaluation_loader
-    from fastheads.train.evaluation import image_features, score_logits
+    from fastheads.train.evaluation import among_its_own, image_features, score_logits
     from fastheads.train.progress import phase
 
     data.check_domains(args, "--domain", args.domain or (), data.domains_of(args))
@@ -207,7 +212,8 @@ def _scores(args: argparse.Namespace, bars: Bars) -> dict[str, dict[str, float]]
     for name in args.domain or folders.domains:
         loader = evaluation_loader(folders, name, None, transform, args.batch_size, workers=args.workers)
         features, labels = image_features(model, loader, f"evaluating {name}")
-        result = score_logits(features @ weights.T if head is None else head(features), labels)
+        logits = features @ weights.T if head is None else head(features)
+        result = score_logits(among_its_own(logits, folders, name), labels)
         bars.say(f"{name:<16} {100 * result.accuracy:5.1f} %  of {result.images} images")
         found[name] = {"accuracy": result.accuracy, "loss": result.loss, "images": result.images}
     return found

@@ -125,7 +125,8 @@ def base_of_adapter(args: argparse.Namespace) -> None:
 
     if args.model is not None:
         return
-    name, _, weights = (read_adapter(args.adapter)[0]["base_model"] if args.adapter else "").partition(" ")
+    base = read_adapter(args.adapter)[0]["base_model"] if args.adapter else ""
+    name, _, weights = (base, "", "") if is_folder(base) else base.partition(" ")
     named = weights or ":" in name or is_folder(name)  # save_adapter notes a class where it was told no base
     args.model = name if named else MODEL
     if args.pretrained is None and (" " not in weights or Path(weights).is_file()):
@@ -207,6 +208,7 @@ def set_up(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> S
     `about` has `run_experiment`'s title, base_name, dataset_name, precision.
     """
     from fastheads.train.evaluation import make_problem
+    from fastheads.train.methods import METHODS
     from fastheads.train.progress import phase
 
     if "tensorboard" in getattr(args, "log", ()) and importlib.util.find_spec("tensorboard") is None:
@@ -234,6 +236,7 @@ def set_up(args: argparse.Namespace, rows: Sequence[tuple[Method, Recipe]]) -> S
         transforms,
         prompts=prompts,
         with_contexts=any(recipe.context_weight for _, recipe in rows),
+        with_domain_contexts=any(METHODS[name].trains in ("adapter", "encoder") for name in args.method),
         seed=seed,
         sources=args.sources,
         split_by=args.split_by,

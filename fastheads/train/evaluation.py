@@ -54,7 +54,8 @@ class Problem:
     domain_contexts `[D, E]` (a context for each domain: the mean over classes of "a DOMAIN of a CLASS.") come from the
     frozen text tower, None where a linear head classifies; logit_scale is the factor itself; prompts are the
     classifier's templates, written out; device, where batches are wanted; loaders keeps the evaluation loaders; head,
-    what a linear head starts from, once it is fitted.
+    what a linear head starts from, and original, the original model's `context_logits` of the sources' held-out images,
+    once they are known.
     """
 
     folders: DomainFolders
@@ -72,6 +73,7 @@ class Problem:
     device: torch.device = CPU
     loaders: dict[Any, Loader] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     head: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    original: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> Problem:
         """The same with its tensors and its training batches on `device`."""
@@ -144,6 +146,7 @@ def make_problem(
     prompts: Sequence[Any] = ("a photo of a {}.",),
     contexts: Sequence[Any] | None = None,
     with_contexts: bool = True,
+    with_domain_contexts: bool = True,
     seed: int = 0,
     sources: Sequence[str] | None = None,
     split_by: str = "image",
@@ -152,6 +155,7 @@ def make_problem(
 
     tokenizer: None for a vision model whose linear head has a row for each class.
     prompts: templates of the classifier. contexts: templates of the context weights; None: the 80 ImageNet ones.
+    with_contexts, with_domain_contexts: whether these are wanted, of the KL and of training's record.
     seed: of the 80/20 splits; split_by: what they keep whole, "image" or "folder". sources: domains to learn from;
     None: all but the target.
     """
@@ -167,7 +171,8 @@ def make_problem(
         with phase("encoding prompts"):
             classifier = class_text_weights(model, tokenizer, names, prompts)
             context_weights = context_text_weights(model, tokenizer, names, contexts) if with_contexts else None
-            looks = context_text_weights(model, tokenizer, names, list(map(_context, folders.domains)))
+            if with_domain_contexts:
+                looks = context_text_weights(model, tokenizer, names, list(map(_context, folders.domains)))
     return Problem(
         folders,
         target,
@@ -225,9 +230,13 @@ def score(
     else:
         with torch.no_grad():
             logits = F.linear(features, *map(gathered, head.parameters()))
-    if lacking := problem.folders.lacking(domain):
-        logits = logits.masked_fill(torch.tensor(lacking, device=logits.device), -torch.inf)
-    return dataclasses.replace(score_logits(logits, labels), context=context)
+    return dataclasses.replace(score_logits(among_its_own(logits, problem.folders, domain), labels), context=context)
+
+
+def among_its_own(logits: Tensor, folders: DomainFolders, domain: str) -> Tensor:
+    """Logits `[N, C]` of a domain's images, −inf for the classes that it has no image of."""
+    lacking = folders.lacking(domain)
+    return logits if lacking is None else logits.masked_fill(torch.tensor(lacking, device=logits.device), -torch.inf)
 
 
 def context_logits(features: Tensor, problem: Problem) -> Tensor | None:
@@ -265,7 +274,8 @@ def check_probe(folders: DomainFolders, training: Mapping[str, Sequence[int]]) -
         of = f"no image of class {', '.join(map(repr, lacking[:3]))}{' …' if lacking[3:] else ''}"
         raise ValueError(
             f"linear-probe: got {of if lacking else f'the only class {folders.classes[0]!r}'} among the sources' "
-            f"training images ({counts}); takes two classes or more, and an image of each: give the sources more images"
+            f"training images ({counts}); takes two classes or more, and an image of each: give the sources more "
+            "images, or take sources that have these classes"
         )
 
 

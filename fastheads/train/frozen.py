@@ -8,7 +8,6 @@ is tested by the model itself.
 from __future__ import annotations
 
 import functools
-import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from fastheads.capture import capture_heads
 from fastheads.config import HeadConfig
-from fastheads.files import write_whole
+from fastheads.files import whole
 from fastheads.hosts import Tower, find_tower
 from fastheads.hosts.vision import answer, head_of
 from fastheads.losses.context import evaluating
@@ -91,8 +90,8 @@ class Frozen:
             return found
         made = make()
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, _bytes(made))
+            with whole(path) as temporary:
+                torch.save(made, temporary)
         return made
 
     def loader(self, domain: str, indices: Sequence[int] | None) -> Loader:
@@ -210,12 +209,6 @@ def ridge(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tenso
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     solution = torch.linalg.solve(x.T @ x + RIDGE * eye, x.T @ F.one_hot(labels, classes).to(x)).T.float()
     return solution[:, :-1] / size, solution[:, -1]
-
-
-def _bytes(tensors: tuple[Tensor, ...]) -> bytes:
-    file = io.BytesIO()
-    torch.save(tensors, file)
-    return file.getvalue()
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.train.criteria import CRITERIA, GATES, Seen, learned
+from fastheads.hosts.vision import head_of
+from fastheads.train.criteria import CRITERIA, GATES, Seen, learned_gates
 from fastheads.train.evaluation import Problem
 from fastheads.train.frozen import Classifier, Frozen, Head, Measured, Said, said
 from fastheads.train.recipe import Recipe
@@ -78,9 +79,22 @@ def select_heads(
     gates, how they were chosen, accuracy on the `sources` as it was seen while choosing, on the `target`, `gain` there
     and its standard error over images; and of a vision model the same where a linear head is fitted anew to the
     measured images of the sources, against one with all heads open). The target's numbers in `heads` are of the
-    images that only the oracle may see.
+    images that only the oracle may see. Where text classifies there is no head to fit, and nothing is left out.
+
+    Raises ValueError for fewer than two images to choose by or to test on, a domain without a class, or `most`.
     """
     frozen, draw, sources = Frozen(model, problem, recipe, kept), random.Random(recipe.seed), problem.sources
+    if not 1 <= most <= len(frozen.heads):
+        raise ValueError(f"most: got {most}; takes 1 to {len(frozen.heads)}, the heads there are")
+    for name in (*sources, problem.target):
+        if problem.folders.lacking(name):
+            raise ValueError(f"{name}: has no image of some class; heads are chosen on domains that have all")
+        if min(len(frozen.held(name)), images or 2) < 2:
+            raise ValueError(f"images: {name} has one held-out image to measure by; takes two or more")
+    held = set(frozen.held(problem.target))
+    left = [i for i in range(len(problem.folders.files[problem.folders.index(problem.target)])) if i not in held]
+    if min(len(left), tested or 2) < 2:
+        raise ValueError(f"tested: {problem.target} has one image to test on; takes two or more")
     classifier = frozen.own_classifier()
     own = [frozen.measured(name, images) for name in sources]
     unseen = frozen.measured(problem.target, images)
@@ -91,7 +105,10 @@ def select_heads(
         return [frozen.fitted([m.gated(gates) for m in some], [m.labels for m in some]) or classifier for some in rest]
 
     seen = Seen(own, classifier, left_out(frozen.gates([])) if len(own) > 1 else [classifier])
-    scores = {name: score(seen).cpu() for name, (_, score) in CRITERIA.items()} if len(sources) > 1 else {}
+    refits = head_of(model) is not None
+    criteria = {name: each for name, each in CRITERIA.items() if refits or "left-out" not in name}
+    objectives = {name: each for name, each in GATES.items() if refits or "left-out" not in name}
+    scores = {name: score(seen).cpu() for name, (_, score) in criteria.items()} if len(sources) > 1 else {}
     each = [said(classifier, m.features, m.labels) for m in (*own, unseen)]
     accuracy = {
         name: s.right.float().mean(1).tolist() for name, s in zip((*sources, problem.target), each, strict=True)
@@ -120,23 +137,21 @@ def select_heads(
     for name, score in scores.items():
         order = [frozen.heads[i] for i in score.argsort(descending=True)[:most]]
         chosen[name] = (CRITERIA[name][0], best_of([order[:k] for k in range(1, most + 1)]))
-    for name, (words, objective) in GATES.items() if scores else ():
-        chosen[name] = (words, learned(lambda gates, f=objective: f(seen, gates), frozen.gates([])))  # type: ignore[misc]
+    for name, (words, objective) in objectives.items() if scores else ():
+        chosen[name] = (words, learned_gates(lambda gates, f=objective: f(seen, gates), frozen.gates([])))  # type: ignore[misc]
     sets = [draw.sample(frozen.heads, draw.randint(1, most)) for _ in range(DRAWS)]
     chosen["random"] = (f"the best of {DRAWS} random sets", best_of(sets))
     chosen["greedy"] = ("one by one, each the best for the sources", greedy(frozen.heads, on(own), most))
-    if scores:
+    if scores and refits:
         words = "one by one, each the best for a source under a head fitted to the others, with it closed"
         chosen["greedy-left-out"] = (words, greedy(frozen.heads, tell_left_out, most))
     told = f"{len(unseen.labels)} images of the target that no other saw"
     closed = greedy(frozen.heads, on([unseen]), most, lambda found: int(found.loss.mean(1).argmin()))
     chosen["oracle"] = (f"one by one, each the best for the loss of {told}", closed)
     risk = Seen([unseen], classifier, []).risks
-    gates = learned(lambda gates: risk(gates).mean(), frozen.gates([]), pull=ORACLE_PULL)
+    gates = learned_gates(lambda gates: risk(gates).mean(), frozen.gates([]), pull=ORACLE_PULL)
     chosen["oracle-gates"] = (f"gates, by the loss of {told}", gates)
 
-    held = set(frozen.held(problem.target))
-    left = [i for i in range(len(problem.folders.files[problem.folders.index(problem.target)])) if i not in held]
     left = sorted(draw.sample(left, min(tested or len(left), len(left))))
     choices = {_key(choice): choice for _, choice in chosen.values()}
     found, labels = frozen.features(frozen.loader(problem.target, left), list(choices.values())[1:], "testing")

@@ -335,12 +335,12 @@ def _record_gates(progress: Progress, model: nn.Module) -> None:
 
 def _contexts(model: nn.Module, problem: Problem, recipe: Recipe) -> dict[str, Tensor]:
     """How the sources' held-out images fit each domain's prompt, by source; nothing where there is no text."""
-    if problem.domain_contexts is None:
-        return {}
-    loaders = {name: problem.evaluation_loader(name, "validation", recipe) for name in problem.sources}
-    features = {name: image_features(model, loader, f"contexts of {name}")[0] for name, loader in loaders.items()}
-    found = {name: context_logits(each, problem) for name, each in features.items()}
-    return {name: logits for name, logits in found.items() if logits is not None}
+    for name in problem.sources if problem.domain_contexts is not None and not problem.original else ():
+        loader = problem.evaluation_loader(name, "validation", recipe)
+        logits = context_logits(image_features(model, loader, f"contexts of {name}")[0], problem)
+        assert logits is not None
+        problem.original[name] = logits
+    return problem.original
 
 
 def _record_contexts(

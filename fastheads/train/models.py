@@ -107,10 +107,6 @@ def load(name: str, weights: str | None, classes: int = 1000, size: int | None =
         return _load_huggingface(name, weights, classes), tokenizer
     import open_clip
 
-    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
-    if weights and not is_file(weights) and not _holds_its_own(name) and weights.lower().replace("-", "_") not in tags:
-        has = f"it has {', '.join(tags)}, or give" if tags else "give"
-        raise ValueError(f"pretrained: {name} has no weights {weights!r}; {has} the path of a checkpoint you have")
     with _explaining(name, weights, "the path of a checkpoint you have"), silent():
         if weights and _holds_its_own(name):  # OpenCLIP would ignore the others
             model = open_clip.create_model(name, force_image_size=size, load_weights=False)
@@ -189,9 +185,10 @@ def with_activation(name: str, weights: str | None) -> str:
         return name
     if _holds_its_own(name):
         raise ValueError(f"pretrained: got {weights!r}, but {name} holds its own weights; takes a file in their place")
-    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
-    if tags and weights not in tags:
-        raise ValueError(f"pretrained: {name} has no weights {weights!r}; it has {', '.join(tags)}, or give a file")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if weights not in tags:
+        has = f"it has {', '.join(tags)}, or give" if tags else "give"
+        raise ValueError(f"pretrained: {name} has no weights {weights!r}; {has} the path of a checkpoint you have")
     quick = open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)
     if quick and not open_clip.get_model_config(name).get("quick_gelu", False):
         return f"{name}-quickgelu"

@@ -66,7 +66,13 @@ def join() -> PartialState:
     from accelerate import PartialState
 
     patience = timedelta(seconds=float(os.environ.get("FASTHEADS_PATIENCE", PATIENCE)))
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
+    if state.num_processes != processes():
+        raise ValueError(
+            f"WORLD_SIZE: says {processes()} processes, but {state.num_processes} found each other; start them by "
+            "torchrun or accelerate launch, which set LOCAL_RANK too, or unset it for one"
+        )
+    return state
 
 
 def group() -> Any:

@@ -33,3 +33,18 @@ def test_it_goes_on_with_what_is_missing_and_refuses_what_other_options_found(wo
     assert "sepia, seed 1" in again and "sepia, seed 0" not in again
     code, _, said = command(*fixed, "--test-images", "3", "--out", out)
     assert code == 2 and "other options" in said
+
+
+def test_what_was_left_without_a_record_is_measured_anew(world, tmp_path):
+    """Nothing says whose features those are."""
+    out = tmp_path / "heads"
+    (out / "features").mkdir(parents=True)
+    fixed = ("heads", *base(world.root), *data(world.root), "--target", "sepia", "--most", "1", "--images", "2")
+    done(*fixed, "--out", out)
+    kept = {path.name: path.read_bytes() for path in (out / "features").glob("*.pt")}
+    assert kept
+    (out / "heads.json").unlink()
+    for name in kept:
+        (out / "features" / name).write_bytes(b"of another model")
+    done(*fixed, "--out", out)
+    assert set(kept) == {path.name for path in (out / "features").glob("*.pt")}

@@ -116,7 +116,7 @@ BAD = {
         "EVALUATE --pretrained VIT --adapter ADAPTER --data OTHER",
         ["other classes", "'black_square' not here, 'blue_square' here only"],
     ),
-    "a fixed head of text": ("train --model fastheads-demo DATA --fixed-head", ["--fixed-head", "by text"]),
+    "a fixed head of text": ("train --model ViT-B-32 DATA --fixed-head", ["--fixed-head", "by text"]),
     "a folder that is no model": ("inspect --model ./", ["--model", "config.json"]),
 }
 

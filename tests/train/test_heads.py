@@ -10,7 +10,8 @@ import fastheads
 from fastheads.hosts import find_tower
 from fastheads.hosts.vision import answer
 from fastheads.model import gate_parameters
-from fastheads.train.criteria import CRITERIA, GATES, PULL, Seen, between, learned
+from fastheads.train.criteria import CRITERIA, GATES, PULL, Seen, between, learned_gates
+from fastheads.train.evaluation import image_features
 from fastheads.train.frozen import CONFIG, RIDGE, Frozen, Measured, Said, ridge
 from fastheads.train.heads import greedy, select_heads
 from fastheads.train.recipe import Recipe
@@ -127,6 +128,9 @@ def test_criteria_close_the_head_that_they_are_said_to():
     first = {"loss": 1, "worst-source": 1, "spread": 0, "gradient": 1, "agreement": 1, "class-mmd": 1, "left-out": 2}
     assert {name: int(scores[name].argmax()) for name in first} == first
     assert min(scores["mmd"][:2]) > 10 * abs(scores["mmd"][2]) and scores["class-mmd"][0] < 0.1 * scores["class-mmd"][1]
+    step = 1e-3 * torch.eye(3)
+    nearby = [torch.stack([seen.risks(1 + sign * one) for one in step], 1) for sign in (1, -1)]
+    torch.testing.assert_close(seen.gradients(), (nearby[0] - nearby[1]) / 2e-3, rtol=1e-2, atol=1e-3)
     expected = torch.stack([adds[0] / 2, adds[1] / 2]).double().std(0)  # over the mean of two logits: half is left
     torch.testing.assert_close(scores["spread"].double(), expected, rtol=1e-5, atol=1e-6)
     gates = torch.ones(3, dtype=torch.double, requires_grad=True)
@@ -142,7 +146,7 @@ def test_criteria_close_the_head_that_they_are_said_to():
 
 def test_learned_gates_are_where_objective_and_pull_meet():
     slope = torch.tensor([2.0, -1.0, 0.0])
-    found = learned(lambda gates: (slope * gates).sum(), torch.ones(3), steps=500)
+    found = learned_gates(lambda gates: (slope * gates).sum(), torch.ones(3), steps=500)
     torch.testing.assert_close(found, 1 - slope * 3 / (2 * PULL), atol=1e-3, rtol=0)
 
 
@@ -157,6 +161,22 @@ def test_greedy_closes_what_helps_most_and_stops(most, closed):
     assert greedy(list(gains), tell, most) == closed
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"most": 0}, "most: got 0"),
+        ({"most": 99}, "most: got 99"),
+        ({"images": 1}, "images: "),
+        ({"tested": 1}, "tested: "),
+    ],
+)
+def test_too_little_to_choose_from_is_said_before_anything_is_measured(vit, vit_problem, monkeypatch, options, told):
+    fastheads.patch(vit, CONFIG)
+    monkeypatch.setattr(Frozen, "loader", None)
+    with pytest.raises(ValueError, match=f"^{told}"):
+        select_heads(vit, vit_problem, RECIPE, **options)
+
+
 def test_what_is_chosen_is_tested_on_images_that_nobody_chose_by(vit, vit_problem, monkeypatch):
     fastheads.patch(vit, CONFIG)
     seen, loader = {}, Frozen.loader
@@ -165,19 +185,45 @@ def test_what_is_chosen_is_tested_on_images_that_nobody_chose_by(vit, vit_proble
         seen.setdefault(domain, []).append(set(indices or ()))
         return loader(self, domain, indices)
 
+    fitted, rested, weights = Frozen.fitted, [], []
+
+    def fitting(self, features, labels):
+        rested.append(labels)
+        weights.append(ridge(torch.cat(features), torch.cat(labels), 2)[0])
+        return fitted(self, features, labels)
+
     monkeypatch.setattr(Frozen, "loader", watched)
+    monkeypatch.setattr(Frozen, "fitted", fitting)
     record = select_heads(vit, vit_problem, RECIPE, most=2, images=3, tested=9)
     oracle, test = seen["red"]
     assert not oracle & test and len(oracle) == 3 and record["test_images"] == len(test) == 9
     for name in ("blue", "green"):
         everything, own = seen[name]  # of the head that is fitted; of criteria
         assert not everything and own <= set(vit_problem.validation[name]) and record["images"][name] == len(own) == 3
+    blue, green = rested[-1]  # the labels that a refitted head has; without each in turn, where it is left out
+    alone = [labels for labels, *others in rested if not others]
+    assert len(alone) > 2 and all(x is green and y is blue for x, y in zip(alone[::2], alone[1::2], strict=True))
     rows = {row["name"]: row for row in record["selections"]}
+    refits = dict(zip(rows, weights[-len(rows) :], strict=True))
+    assert {0, 2} <= {len(row["heads"]) for row in rows.values() if row["heads"] is not None}
+
+    def without(heads):
+        """Features of what the sources are measured by."""
+        with fastheads.masked(vit, heads):
+            parts = [
+                loader(Frozen(vit, vit_problem, RECIPE), name, sorted(seen[name][1])) for name in ("blue", "green")
+            ]
+            return torch.cat([image_features(vit, part)[0] for part in parts])
+
     assert list(rows) == ["none", *CRITERIA, *GATES, "random", "greedy", "greedy-left-out", "oracle", "oracle-gates"]
     for name, row in rows.items():
         for part in ("", "refit_"):
             gain = row[f"{part}target"] - rows["none"][f"{part}target"]
             assert row[f"{part}gain"] == pytest.approx(gain, abs=1e-6)
+        if row["heads"] is not None:  # while choosing, what heads do adds up
+            each = [without(row["heads"][:0]), *(without([head]) for head in row["heads"])]
+            added = each[0] + sum((one - each[0] for one in each[1:]), torch.zeros_like(each[0]))
+            torch.testing.assert_close(refits[name], ridge(added, torch.cat(rested[-1]), 2)[0], rtol=1e-3, atol=1e-5)
         if row["heads"] is None:
             assert (name in GATES or name == "oracle-gates") and len(row["gates"]) == len(record["heads"])
             continue

@@ -2,17 +2,20 @@
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import standins
 import timm
 import torch
+from accelerate import DistributedType
 from standins import same
 from training import ONE_STEP, RECIPE, weights
 
 import fastheads
 from fastheads.demo.base import MODEL
+from fastheads.train import loop
 from fastheads.train.evaluation import Score, fit_head, fit_probe, image_features, make_problem, score, source_splits
 from fastheads.train.loop import fit, prepare
 from fastheads.train.methods import METHODS
@@ -312,3 +315,10 @@ def test_answers_are_among_the_classes_that_a_domain_has(base, problem):
     found = score(base, dataclasses.replace(problem, folders=fewer, loaders={}), "red", "all", RECIPE)
     assert (found.accuracy, found.loss, found.images) == (1.0, 0.0, 10)
     assert score(base, problem, "red", "all", RECIPE).loss > 0.1
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_configuration_of_accelerates_for_shards_is_refused(base, problem, monkeypatch, kind):
+    monkeypatch.setattr(loop, "Accelerator", lambda **options: SimpleNamespace(distributed_type=DistributedType[kind]))
+    with pytest.raises(ValueError, match=f"accelerate's configuration: got {kind}; takes MULTI_GPU, and --fsdp"):
+        fit(base, METHODS["hap"], problem, Recipe(steps=1))

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from processes import free_port, on_ranks
@@ -13,6 +15,7 @@ from training import stopped_at, weights
 
 from fastheads.train.loop import fit
 from fastheads.train.methods import METHODS
+from fastheads.train.ranks import join
 from fastheads.train.recipe import Recipe
 
 STEPS = int(os.environ.get("FASTHEADS_RANKS", 5))  # `make ranks` takes 200, and 4 processes
@@ -35,6 +38,14 @@ if "FASTHEADS_RANKS" in os.environ:
 @pytest.fixture(scope="module")
 def one_process():
     return {}
+
+
+def test_processes_that_do_not_find_each_other_are_told(monkeypatch):
+    """As accelerate counts on a GPU without LOCAL_RANK: each for itself."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate, "PartialState", lambda **options: SimpleNamespace(num_processes=1))
+    with pytest.raises(ValueError, match="WORLD_SIZE: says 2 processes, but 1 found each other"):
+        join()
 
 
 @pytest.mark.slow
@@ -63,9 +74,10 @@ def test_a_split_batch_trains_as_the_whole(base, problem, tmp_path, one_process,
 
 @pytest.mark.slow
 def test_shards_of_a_whole_encoder_go_on_from_one_process_and_one_process_from_them(base, problem, tmp_path):
-    """With a moving average. Key biases are left out: their true gradient is zero, and Adam amplifies rounding."""
+    """With a moving average. Adam amplifies the rounding of gradients near zero (keys' biases have none else), so it is
+    the sum of differences that is held to how far the weights went: it is 1e-6 of that; without the average, 0.07."""
     recipe = dataclasses.replace(RECIPE, steps=6, lr=1e-5, evaluate_every=2, save_every=2, ema=0.5, fsdp=True)
-    whole, alone = copy.deepcopy(base), dataclasses.replace(problem, loaders={})
+    start, whole, alone = copy.deepcopy(base), copy.deepcopy(base), dataclasses.replace(problem, loaders={})
     history = fit(whole, METHODS["car-ft"], alone, recipe)["history"]
     with pytest.raises(InterruptedError):
         fit(copy.deepcopy(base), METHODS["car-ft"], alone, recipe, out=tmp_path, report=stopped_at(3))
@@ -75,11 +87,9 @@ def test_shards_of_a_whole_encoder_go_on_from_one_process_and_one_process_from_t
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [3, 4]
     assert run["history"]["loss"] == pytest.approx(history["loss"], rel=1e-4)
     assert run["history"]["validation"] == history["validation"]
-    for name, tensor in weights(whole).items():
-        moved = weights(base)[name] - tensor
-        if name.endswith("in_proj_bias"):
-            moved = moved.unflatten(0, (3, -1))[[0, 2]]
-        assert float(moved.abs().max()) < 1e-5, name
+    first, ours, theirs = weights(start), weights(base), weights(whole)
+    off, went = (sum(float((a[n] - b[n]).abs().sum()) for n in theirs) for a, b in ((ours, theirs), (first, theirs)))
+    assert off < 1e-3 * went
 
 
 @pytest.mark.slow

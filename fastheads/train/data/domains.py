@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +78,20 @@ class DomainFolders:
         chosen = [files for name, files in zip(self.domains, self.files, strict=True) if name in (domains or {name})]
         return [path for path, _ in itertools.chain.from_iterable(chosen)]
 
+    def class_of(self) -> Callable[[str], str]:
+        """The class of a folder: its name, or what a known data set calls the number that it is."""
+        known = presets().get(preset_of(self.root.absolute().name) or "")
+        return known.called if known else str
+
     def identities(self) -> Iterator[str]:
         """Every image as domain/class/path, the path from the class folder on, or from the list's folder on."""
-        base = self.root if self.root.is_dir() else self.root.parent
+        base, class_of = self.root if self.root.is_dir() else self.root.parent, self.class_of()
         for domain, files in zip(self.domains, self.files, strict=True):
             for path, label in files:
-                name = str(path).removeprefix(f"{base}{os.sep}")
-                folder = f"{domain}/{self.classes[label]}/"
-                yield folder + name.removeprefix(folder)
+                name, own = str(path).removeprefix(f"{base}{os.sep}"), self.classes[label]
+                folder, *rest = name.split(os.sep, 2)
+                inside = len(rest) == 2 and (folder, class_of(rest[0])) == (domain, own)
+                yield f"{domain}/{own}/{rest[1] if inside else name}"
 
     def samples(self, count: int = 8) -> dict[str, list[tuple[Path, str]]]:
         """Up to `count` images of each domain with their class: the first of each class, then the second …"""
@@ -160,7 +166,10 @@ def read_domains(
     for name in names:
         found[name] = listed[name] if listed else _classes(root / name, skipped)
         if known:
-            found[name] = {known.called(label): paths for label, paths in found[name].items()}
+            called = defaultdict[str, list[Path | str]](list)
+            for label, paths in found[name].items():
+                called[known.called(label)] += paths
+            found[name] = called
         if not found[name]:
             raise ValueError(f"{root / name}: no class folder in it, expected {LAYOUT}")
     classes = sorted({label for by_class in found.values() for label in by_class})
@@ -175,14 +184,14 @@ def read_domains(
         )
         for name in names
     )
-    called = tuple(label.replace("_", " ") for label in classes)
-    if known and known.subsets and set(classes) <= set(known.classes):
+    prompted = tuple(label.replace("_", " ") for label in classes)
+    if known is presets()["ImageNet"] and set(classes) <= set(known.classes):
         from open_clip import IMAGENET_CLASSNAMES
 
-        called = tuple(IMAGENET_CLASSNAMES[known.classes.index(label)] for label in classes)
+        prompted = tuple(IMAGENET_CLASSNAMES[known.classes.index(label)] for label in classes)
     if class_names is not None:
-        called = read_class_names(class_names, classes)
-    folders = DomainFolders(root, tuple(names), tuple(classes), files, called, str(skipped))
+        prompted = read_class_names(class_names, classes)
+    folders = DomainFolders(root, tuple(names), tuple(classes), files, prompted, str(skipped))
     _check_complete(folders)
     return folders
 

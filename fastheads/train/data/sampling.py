@@ -48,9 +48,10 @@ def split(folders: DomainFolders, domain: str, *, holdout: float = 0.2, seed: in
 def _split_folders(folders: DomainFolders, domain: str, most: int, seed: int) -> Split:
     """Whole folders, `most` images at most, unless the first has more; every class keeps a folder."""
     files = folders.files[folders.index(domain)]
-    groups: dict[tuple[int, str], list[int]] = {}
+    groups, class_of = dict[tuple[int, str], list[int]](), folders.class_of()
     for i, (path, label) in enumerate(files):
-        alone = path.parent == folders.root / domain / folders.classes[label]
+        folder = path.parent
+        alone = folder.parent == folders.root / domain and class_of(folder.name) == folders.classes[label]
         groups.setdefault((label, str(path if alone else path.parent)), []).append(i)
     left = Counter(label for label, _ in groups)
     held: list[int] = []

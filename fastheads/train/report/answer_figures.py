@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fastheads.train.report.figures import INK, MUTED, dumbbell, render, short
+from fastheads.train.report.record import logit
 
 ROWS = 50  # classes in one picture, at most
 
@@ -92,10 +93,9 @@ def in_and_out(rows: Sequence[tuple[str, str, Sequence[Any]]], title: str, line:
             for point in points:
                 if not point.over:
                     axes.plot(point.source, point.target, "o", color=colour, markersize=5.5, mec="white")
-        every = np.array([(p.source, p.target) for _, _, points in rows for p in points]).clip(0.001, 0.999)
+        ends = np.array([(logit(p.source), logit(p.target)) for _, _, points in rows for p in points])
         axes.set_xscale("logit", nonpositive="clip")
         axes.set_yscale("logit", nonpositive="clip")
-        ends = np.log(every / (1 - every))
         for axis, low, high in zip((axes.xaxis, axes.yaxis), ends.min(0) - 0.15, ends.max(0) + 0.15, strict=True):
             marks = 1 / (1 + np.exp(-np.linspace(low, high, 5)))
             axis.set_ticks(marks[1:-1], [f"{100 * mark:.1f}" for mark in marks[1:-1]])

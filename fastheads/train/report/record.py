@@ -16,6 +16,7 @@ Run = Mapping[str, Any]
 Grid = NDArray[np.float64]
 BOTH = "A difference combines the errors of both methods as if they were independent."
 AT_EVALUATIONS = ("validation", "context_accuracy", "context_change", "target")  # histories of (step, value)
+LEAST = 1e-3  # accuracies are no less than this, and no more than 1 less it, in logits, which have no end otherwise
 FEW = 20  # classes, below which an error clustered by them is itself uncertain by a sixth or more
 ADAPTERS = ("hap", "ha-lora", "lora", "dig")  # the methods that train one, the first that ran stands for all
 
@@ -54,6 +55,12 @@ def number(value: Any) -> float | None:
     """`value` if it is a finite number."""
     known = isinstance(value, int | float) and math.isfinite(value)
     return float(value) if known else None
+
+
+def logit(accuracy: float) -> float:
+    """`log(p / (1 − p))`, of an accuracy within LEAST of 0 or 1 as if it were LEAST off."""
+    p = min(max(accuracy, LEAST), 1 - LEAST)
+    return math.log(p / (1 - p))
 
 
 def present(values: Iterable[Any]) -> list[float]:

@@ -12,11 +12,10 @@ import numpy as np
 from fastheads.train.methods import METHODS
 from fastheads.train.report import answer_figures, markup
 from fastheads.train.report.markup import NONE
-from fastheads.train.report.record import Run, number, present, validation_and_target
+from fastheads.train.report.record import Run, logit, number, present, validation_and_target
 from fastheads.train.report.shown import Shown
 
 BASELINES = ("zero-shot", "linear-probe", "fine-tune")
-LEAST = 1e-3  # accuracies are taken as no less than this and no more than 1 less it: a logit has no end
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,6 @@ class Line:
     def expected(self, source: float) -> float:
         """The target's accuracy that a baseline of this accuracy on the sources would have."""
         return 1 / (1 + math.exp(-(self.slope * logit(source) + self.intercept)))
-
-
-def logit(accuracy: float) -> float:
-    """`log(p / (1 − p))`."""
-    p = min(max(accuracy, LEAST), 1 - LEAST)
-    return math.log(p / (1 - p))
 
 
 def baseline(points: Sequence[Point]) -> Line | None:
@@ -137,7 +130,7 @@ class Robustness(Shown):
     def _table(self, rows: Sequence[Sequence[str]], lines: Mapping[str, Any]) -> str:
         words = (
             f"Points: each method as it is kept{', mean over seeds' * self.over_seeds}; solid: over training; dashed: "
-            "over WiSE-FT's mixture, from the original weights to the tuned ones. Both axes are scaled by logits. "
+            "over parts of the tuned weights in WiSE-FT's mixture. Both axes are scaled by logits. "
         )
         used = self.names(self.baselines())
         if not any(lines.values()):

@@ -6,6 +6,7 @@ import pytest
 
 from fastheads.train.data.domains import DomainFolders, read_domains
 from fastheads.train.data.presets import preset_of, presets
+from fastheads.train.data.sampling import split
 
 
 def folders(name, counts, classes):
@@ -60,6 +61,18 @@ def test_domainbeds_own_folders_are_known_by_name():
         preset = presets()[name]
         assert (len(set(preset.classes)), preset.images[0]) == (classes, images)
         assert None in preset.domains.values() or sum(preset.domains.values()) == images
+
+
+def test_folders_that_are_numbered_are_their_classes(tmp_path):
+    """What lies in two folders of a class is all of it, and each image is alone, not one object with all others."""
+    for place in ("LabelMe/0", "LabelMe/bird", "SUN09/bird"):
+        (tmp_path / "VLCS" / place).mkdir(parents=True)
+        for i in range(5):
+            (tmp_path / "VLCS" / place / f"{i}{place[-1]}.png").write_bytes(b"")
+    found = read_domains(tmp_path / "VLCS")
+    assert found.classes == ("bird",) and [len(files) for files in found.files] == [10, 5]
+    assert min(found.identities()) == "LabelMe/bird/00.png"
+    assert len(split(found, "LabelMe", by="folder")[1]) == 2
 
 
 def test_imagenets_domains_may_have_fewer_classes_and_answers_are_among_those(tmp_path):
